@@ -1,0 +1,114 @@
+"""The branch plan of one model: where its branches part, and the hooks that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .rows import LEVEL_NAMES, SHARED, SPLIT, Align, AlignSkips, BranchState, Leave
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose rows are changed on the way in, and where ``leaves`` is set on the way out."""
+
+    name: str
+    module: nn.Module
+    arrives: int
+    runs: int
+    leaves: int | None = None
+    streams: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        path = [self.arrives, self.runs] + ([] if self.leaves is None else [self.leaves])
+        return f"{self.name}: " + " → ".join(LEVEL_NAMES[level] for level in path)
+
+
+@dataclass(frozen=True)
+class SkipSite:
+    """A UNet up block and the levels of its skip tensors, stored and consumed, in tuple order."""
+
+    name: str
+    module: nn.Module
+    stored: tuple[int, ...]
+    consumed: tuple[int, ...]
+
+
+@dataclass
+class BranchPlan:
+    """Everything that is known about sharing in one model for one set of perturbed layers.
+
+    Attributes:
+        fork: name of the attention where the perturbed branch begins; ``None`` for a ControlNet.
+        levels: level each perturbed attention's input arrives at (SPLIT except at the fork).
+        sites, skip_sites: modules to hook.
+        residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
+        adapter_levels: levels at the end of each down block, where T2I-Adapter residuals are added.
+        mid_level: level behind the mid block, where a ControlNet's mid residual is added.
+        merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
+        order: the perturbed attentions in execution order.
+        reason: why nothing can be shared, or ``""``.
+    """
+
+    fork: str | None = None
+    levels: dict[str, int] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    skip_sites: list[SkipSite] = field(default_factory=list)
+    residual_levels: tuple[int, ...] = ()
+    adapter_levels: tuple[int, ...] = ()
+    mid_level: int = SPLIT
+    merged: bool = False
+    merged_until: str = ""
+    order: tuple[str, ...] = ()
+    reason: str = ""
+
+    def hooks(self, state: BranchState) -> list[tuple[nn.Module, Any, Any]]:
+        """``(module, pre-hook or None, post-hook or None)`` for every site, built once."""
+        hooks: list[tuple[nn.Module, Any, Any]] = [
+            (s.module, AlignSkips(state, s.stored, s.consumed), None) for s in self.skip_sites
+        ]
+        for site in self.sites:
+            leave = None if site.leaves is None else Leave(state, site.runs, site.leaves)
+            align = Align(state, site.arrives, site.runs, site.streams)
+            hooks.append((site.module, align, leave))
+        return hooks
+
+
+def install(hooks: Iterable[tuple[nn.Module, Any, Any]]) -> list[RemovableHandle]:
+    """Register hooks made by :meth:`BranchPlan.hooks`; the handles remove them again."""
+    handles = []
+    for module, before, after in hooks:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(after))
+    return handles
+
+
+def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:
+    """A plan that shares nothing, and says why."""
+    return BranchPlan(levels=dict.fromkeys(order, SPLIT), order=order, reason=reason)
+
+
+def block_sites(
+    prefix: str,
+    attentions: list[tuple[str, nn.Module]],
+    fork: str,
+    level: int,
+) -> list[Site]:
+    """Sites inside the block that holds the fork, itself entered at SPLIT.
+
+    ``attentions`` are the block's self-attentions in execution order. Those before the fork still see
+    equal rows; the fork itself takes rows of ``level`` and its processor returns SPLIT.
+    """
+    sites = []
+    for name, module in attentions:
+        full = f"{prefix}.{name}"
+        if full == fork:
+            sites.append(Site(full, module, SPLIT, level))
+            break
+        sites.append(Site(full, module, SPLIT, SHARED, leaves=SPLIT))
+    return sites

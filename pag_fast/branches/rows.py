@@ -1,0 +1,159 @@
+"""Row levels of a guided batch, and the forward hooks that move tensors between them.
+
+A PAG batch is ``[uncond | cond | perturbed]`` (CFG off: ``[cond | perturbed]``), each branch a slab of
+B rows. Until something sets two branches apart their rows are equal, and one slab can stand for both:
+
+    MERGED   uncond = cond = perturbed    1 slab
+    SHARED   cond = perturbed             2 slabs (CFG off: 1)
+    SPLIT    all apart                    3 slabs (CFG off: 2)
+
+Slabs part in a fixed order and always at the end of the batch, so going up a level appends copies of
+the last slab and going down drops slabs from the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MERGED, SHARED, SPLIT = 0, 1, 2
+LEVEL_NAMES = ("merged", "shared", "split")
+
+# arguments with a leading size that is not the batch, however the numbers fall
+UNBATCHED = frozenset({"image_rotary_emb", "ip_adapter_masks"})
+
+
+class BranchState:
+    """What one model currently runs: read by hooks and processors, written before each forward.
+
+    Attributes:
+        slabs: number of slabs at the levels MERGED, SHARED and SPLIT, e.g. ``(1, 2, 3)``; equal
+            numbers mean that nothing is shared there. ``None``: there is no perturbed branch.
+    """
+
+    def __init__(self) -> None:
+        self.slabs: tuple[int, int, int] | None = None
+
+
+def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
+    """``x`` of ``have`` slabs with ``want`` slabs: a slice going down, a real copy going up.
+
+    Going up must copy: FreeU and T2I-Adapters write into the tensors behind the fork.
+    """
+    if want == have:
+        return x
+    unit = x.shape[0] // have
+    if want < have:
+        return x[: want * unit]
+    return torch.cat([x] + [x[-unit:]] * (want - have))
+
+
+def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with ``fn`` applied to every batched tensor in it, through tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return fn(value) if value.ndim else value
+    if type(value) is tuple:
+        return tuple([map_tensors(item, fn) for item in value])
+    if type(value) is list:
+        return [map_tensors(item, fn) for item in value]
+    if type(value) is dict:
+        return {k: v if k in UNBATCHED else map_tensors(v, fn) for k, v in value.items()}
+    return value
+
+
+_PRIMARY = ("hidden_states", "input_tensor", "sample", "conditioning")
+
+
+class Align:
+    """Forward pre-hook: run a module on the rows of level ``runs``.
+
+    The module's first input arrives with the slabs of level ``arrives``; it, and the arguments named
+    in ``streams`` (tensors that have come through the model with it), go to ``runs``. All other
+    batched arguments are per-call conditioning and arrive at SPLIT: they are cut to ``runs``.
+    """
+
+    def __init__(
+        self, state: BranchState, arrives: int, runs: int, streams: tuple[str, ...] = ()
+    ) -> None:
+        self.state = state
+        self.arrives = arrives
+        self.runs = runs
+        self.streams = streams
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        slabs = self.state.slabs
+        if slabs is None:
+            return None
+        have, want, full = slabs[self.arrives], slabs[self.runs], slabs[SPLIT]
+        if have == want == full and not self.streams:
+            return None
+        primary = args[0] if args else next(kwargs[name] for name in _PRIMARY if name in kwargs)
+        unit = primary.shape[0] // have
+
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            return x[: want * unit] if x.shape[0] == full * unit else x
+
+        def raise_(x: torch.Tensor) -> torch.Tensor:
+            return change_level(x, x.shape[0] // unit, want)
+
+        new_args = tuple([map_tensors(value, cut) for value in args[1:]])
+        new_kwargs = {}
+        for name, value in kwargs.items():
+            if value is primary:
+                new_kwargs[name] = change_level(value, have, want)
+            elif name in self.streams:
+                new_kwargs[name] = map_tensors(value, raise_)
+            else:
+                new_kwargs[name] = value if name in UNBATCHED else map_tensors(value, cut)
+        if args:
+            new_args = (change_level(primary, have, want), *new_args)
+        return new_args, new_kwargs
+
+
+class Leave:
+    """Forward hook: hand a module's output on with the slabs of level ``leaves``."""
+
+    def __init__(self, state: BranchState, runs: int, leaves: int) -> None:
+        self.state = state
+        self.runs = runs
+        self.leaves = leaves
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+        slabs = self.state.slabs
+        if slabs is None or slabs[self.runs] == slabs[self.leaves]:
+            return None
+        return change_level(output, slabs[self.runs], slabs[self.leaves])
+
+
+class AlignSkips:
+    """Forward pre-hook of a UNet up block: its skip tensors, each to the level that will consume it.
+
+    Skips are ``res_hidden_states_tuple``; entry i was stored at level ``stored[i]`` and meets the
+    stream at level ``consumed[i]``.
+    """
+
+    def __init__(
+        self, state: BranchState, stored: tuple[int, ...], consumed: tuple[int, ...]
+    ) -> None:
+        self.state = state
+        self.stored = stored
+        self.consumed = consumed
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        slabs = self.state.slabs
+        if slabs is None or slabs[SHARED] == slabs[SPLIT]:
+            return None
+        skips = kwargs["res_hidden_states_tuple"]
+        aligned = tuple(
+            [
+                change_level(skip, slabs[stored], slabs[consumed])
+                for skip, stored, consumed in zip(skips, self.stored, self.consumed, strict=True)
+            ]
+        )
+        return args, {**kwargs, "res_hidden_states_tuple": aligned}

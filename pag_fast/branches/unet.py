@@ -1,0 +1,214 @@
+"""Where UNets (``UNet2DConditionModel``, ``UNetMotionModel``) and ControlNets can change rows.
+
+Safe places are the modules that take their residual themselves: ``ResnetBlock2D``,
+``Transformer2DModel``, ``AnimateDiffTransformer3D``. Inside the transformer that holds the fork, the
+residual and the batch size are taken at entry, so it is entered with all branches and its blocks
+before the fork are cut back to the shared rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .plan import BranchPlan, Site, SkipSite, block_sites, unshared
+from .rows import MERGED, SHARED, SPLIT
+
+# blocks whose forward runs resnets[i], attentions[i], motion_modules[i] in turn
+_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlockMotion", "CrossAttnDownBlockMotion")
+_UP = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockMotion", "CrossAttnUpBlockMotion")
+_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    module: nn.Module
+    block: tuple[str, int]  # ("down" | "mid" | "up", index)
+    step: int  # position of the resnet/attention/motion group within its block
+
+
+def _groups(block: nn.Module, prefix: str, kind: str, index: int) -> list[_Unit]:
+    resnets = list(block.resnets)
+    lists = [(n, list(getattr(block, n, None) or [])) for n in ("attentions", "motion_modules")]
+    units = []
+    for step, resnet in enumerate(resnets):
+        # a mid block runs resnets[0] first, then attention i before resnet i + 1
+        before = step - 1 if kind == "mid" else None
+        own = (kind, index)
+        for name, modules in lists:
+            if before is not None and 0 <= before < len(modules):
+                units.append(_Unit(f"{prefix}.{name}.{before}", modules[before], own, step))
+        units.append(_Unit(f"{prefix}.resnets.{step}", resnet, own, step))
+        for name, modules in lists:
+            if before is None and step < len(modules):
+                units.append(_Unit(f"{prefix}.{name}.{step}", modules[step], own, step))
+    return units
+
+
+def _walk(model: nn.Module) -> tuple[list[_Unit], str]:
+    """The units of a UNet or ControlNet in execution order, or a reason why they are unknown."""
+    units: list[_Unit] = []
+    for index, block in enumerate(model.down_blocks):
+        if type(block).__name__ not in _DOWN:
+            return [], f"down block of unknown structure {type(block).__name__}"
+        units += _groups(block, f"down_blocks.{index}", "down", index)
+    mid = model.mid_block
+    if mid is not None:
+        if type(mid).__name__ not in _MID:
+            return [], f"mid block of unknown structure {type(mid).__name__}"
+        units += _groups(mid, "mid_block", "mid", 0)
+    for index, block in enumerate(getattr(model, "up_blocks", ())):
+        if type(block).__name__ not in _UP:
+            return [], f"up block of unknown structure {type(block).__name__}"
+        units += _groups(block, f"up_blocks.{index}", "up", index)
+    return units, ""
+
+
+def _blocks(unit: _Unit) -> list[nn.Module]:
+    return list(getattr(unit.module, "transformer_blocks", []))
+
+
+def execution_order(model: nn.Module, names: set[str]) -> tuple[str, ...] | None:
+    """``names`` of attention modules sorted as the model runs them; ``None`` if that is unknown."""
+    units, _ = _walk(model)
+    ordered = []
+    for unit in units:
+        for index, _ in enumerate(_blocks(unit)):
+            for attn in ("attn1", "attn2"):
+                name = f"{unit.name}.transformer_blocks.{index}.{attn}"
+                if name in names:
+                    ordered.append(name)
+    return tuple(ordered) if len(ordered) == len(names) else None
+
+
+def _text_first(units: list[_Unit], model: nn.Module) -> bool:
+    """Whether nothing but the text, in the second unit's cross-attention, sets uncond apart."""
+    config = model.config
+    if config.get("addition_embed_type") is not None or len(units) < 2:
+        return False
+    first, second = units[0], units[1]
+    blocks = _blocks(second)
+    return (
+        first.name == "down_blocks.0.resnets.0"
+        and second.name == "down_blocks.0.attentions.0"
+        and bool(blocks)
+        and all(getattr(blocks[0], attn, None) is not None for attn in ("attn1", "attn2"))
+        and not blocks[0].only_cross_attention
+    )
+
+
+def plan_unet(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPlan:
+    """The plan of a UNet whose attention modules named in ``perturbed`` are perturbed.
+
+    ``merge`` asks for uncond and cond to run as one until the first cross-attention, where the model
+    allows it.
+    """
+    order = execution_order(model, perturbed)
+    units, reason = _walk(model)
+    if order is None:
+        # outside any known unit (attention in an unknown block): run everything apart
+        return unshared(tuple(sorted(perturbed)), reason or "a perturbed layer is in no known block")
+    fork = order[0]
+    unit_name, _, rest = fork.partition(".transformer_blocks.")
+    fork_unit = next(i for i, unit in enumerate(units) if unit.name == unit_name)
+    fork_block = int(rest.split(".")[0])
+    merge = merge and _text_first(units, model)
+
+    plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
+    plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+    stream = SHARED
+    levels: dict[tuple[tuple[str, int], int], tuple[int, int]] = {}
+    for index, unit in enumerate(units):
+        runs = SHARED if index < fork_unit else SPLIT
+        if merge and index == 0:
+            runs = MERGED
+        key = (unit.block, unit.step)
+        levels[key] = (levels.get(key, (stream, 0))[0], runs)
+        if runs != SPLIT or stream != SPLIT:
+            plan.sites.append(Site(unit.name, unit.module, stream, runs))
+        first_attention = merge and index == 1
+        if index == fork_unit:
+            level = MERGED if first_attention and fork_block == 0 else SHARED
+            plan.levels[fork] = level
+            plan.sites += _fork_sites(unit, fork_block, fork, level)
+        if first_attention and not (index == fork_unit and fork_block == 0):
+            attn1 = _blocks(unit)[0].attn1
+            plan.sites.append(
+                Site(f"{unit.name}.transformer_blocks.0.attn1", attn1, SHARED, MERGED, SHARED)
+            )
+            plan.merged_until = f"{unit.name}.transformer_blocks.0.attn2"
+        elif first_attention:
+            plan.merged_until = fork
+        stream = runs
+    _plan_skips(model, plan, levels)
+    return plan
+
+
+def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Site]:
+    sites = []
+    for index, block in enumerate(_blocks(unit)[: fork_block + 1]):
+        name = f"{unit.name}.transformer_blocks.{index}"
+        arrives = SPLIT if index == 0 else SHARED
+        if index < fork_block:
+            sites.append(Site(name, block, arrives, SHARED))
+            continue
+        if arrives != SPLIT:
+            sites.append(Site(name, block, arrives, SPLIT))
+        attentions = [
+            (attn, getattr(block, attn))
+            for attn in ("attn1", "attn2")
+            if getattr(block, attn, None) is not None
+        ]
+        sites += block_sites(name, attentions, fork, level)
+    return sites
+
+
+def _plan_skips(
+    model: nn.Module,
+    plan: BranchPlan,
+    levels: dict[tuple[tuple[str, int], int], tuple[int, int]],
+) -> None:
+    """Levels of the skip tensors: stored along the way down, consumed along the way up."""
+    stored = [SHARED]  # conv_in
+    ends = []
+    for index, block in enumerate(model.down_blocks):
+        for step in range(len(block.resnets)):
+            stored.append(levels[(("down", index), step)][1])
+        ends.append(stored[-1])
+        if getattr(block, "downsamplers", None) is not None:
+            stored.append(stored[-1])
+    plan.residual_levels, plan.adapter_levels = tuple(stored), tuple(ends)
+    mid = model.mid_block
+    plan.mid_level = stored[-1] if mid is None else levels[(("mid", 0), len(mid.resnets) - 1)][1]
+    for index, block in enumerate(getattr(model, "up_blocks", ())):
+        count = len(block.resnets)
+        # a block pops its skips from the end: resnet j takes entry count - 1 - j
+        consumed = tuple(levels[(("up", index), step)][0] for step in reversed(range(count)))
+        own, stored = tuple(stored[-count:]), stored[:-count]
+        if own != consumed:
+            plan.skip_sites.append(SkipSite(f"up_blocks.{index}", block, own, consumed))
+
+
+def plan_controlnet(model: nn.Module) -> BranchPlan:
+    """The plan of a ControlNet, which is never perturbed: only uncond and cond can run as one.
+
+    Its input holds no perturbed rows any more, so its SHARED and SPLIT are the same.
+    """
+    units, reason = _walk(model)
+    embedding = getattr(model, "controlnet_cond_embedding", None)
+    plan = BranchPlan(reason=reason)
+    if embedding is not None:
+        plan.sites.append(Site("controlnet_cond_embedding", embedding, SPLIT, MERGED, leaves=SPLIT))
+        plan.merged_until = "controlnet_cond_embedding"
+    if units and _text_first(units, model):
+        attn1 = _blocks(units[1])[0].attn1
+        plan.merged = True
+        plan.merged_until = f"{units[1].name}.transformer_blocks.0.attn2"
+        plan.sites += [
+            Site(units[0].name, units[0].module, SPLIT, MERGED),
+            Site(units[1].name, units[1].module, MERGED, SPLIT),
+            Site(f"{units[1].name}.transformer_blocks.0.attn1", attn1, SPLIT, MERGED, SPLIT),
+        ]
+    return plan

@@ -1,0 +1,19 @@
+"""Diffusers attention processors, one file per attention family.
+
+A perturbed layer carries one of these for the time of a pipeline call. All of them project each
+weight once, compute scores only for the rows that attend, and never concatenate branches.
+"""
+
+from __future__ import annotations
+
+from .joint import PerturbedJointAttention
+from .linear import PerturbedLinearAttention
+from .rotary import PerturbedRotaryAttention
+from .self_attention import PerturbedSelfAttention
+
+__all__ = [
+    "PerturbedJointAttention",
+    "PerturbedLinearAttention",
+    "PerturbedRotaryAttention",
+    "PerturbedSelfAttention",
+]

@@ -1,0 +1,54 @@
+"""Which rows of an attention's input attend, and what its output has to be extended to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..branches.rows import SPLIT, BranchState
+
+
+class PerturbedProcessor:
+    """What all processors share: the branch state, the level of their input, the backend.
+
+    Args:
+        state: what the model runs at the moment; without one (diffusers builds processors with no
+            arguments while it loads adapters) every row attends.
+        level: level at which the input arrives: SPLIT, or a lower one at the fork.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+    """
+
+    def __init__(
+        self, state: BranchState | None = None, level: int = SPLIT, backend: str = "auto"
+    ) -> None:
+        self.state = state
+        self.level = level
+        self.backend = backend
+
+    def rows(self, total: int) -> tuple[int, int]:
+        """``(num_attend, num_forked)`` for an input of ``total`` rows."""
+        slabs = None if self.state is None else self.state.slabs
+        if slabs is None:
+            return total, 0
+        have, full = slabs[self.level], slabs[SPLIT]
+        unit = total // have
+        return (total - unit, 0) if have == full else (total, unit)
+
+    def spread(self, out: torch.Tensor, num_forked: int) -> torch.Tensor:
+        """Output rows of all branches, where uncond and cond attended as one slab."""
+        if not num_forked:
+            return out
+        assert self.state is not None and self.state.slabs is not None
+        missing = self.state.slabs[SPLIT] * num_forked - out.shape[0]
+        return out if missing == 0 else torch.cat([out[:missing], out])
+
+
+def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """A projection ``[rows, N, H·D]`` seen as ``[rows, N, H, D]``."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """``[rows, N, H, D]`` through the output projection and its dropout."""
+    return attn.to_out[1](attn.to_out[0](x.flatten(2)))
