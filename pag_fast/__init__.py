@@ -1,0 +1,26 @@
+"""Perturbed-Attention Guidance without computing anything twice.
+
+    import pag_fast
+
+    pag_fast.patch(pipe, layers=["mid"])   # any PAG pipeline of diffusers
+    image = pipe(prompt, pag_scale=3).images[0]
+    print(pag_fast.explain(pipe))
+    pag_fast.unpatch(pipe)
+"""
+
+from __future__ import annotations
+
+from .config import PatchConfig
+from .explain import explain
+from .patching import patch, patched, supported_pipelines, unpatch
+from .version import __version__
+
+__all__ = [
+    "PatchConfig",
+    "__version__",
+    "explain",
+    "patch",
+    "patched",
+    "supported_pipelines",
+    "unpatch",
+]

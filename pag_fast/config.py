@@ -1,0 +1,46 @@
+"""The options of :func:`pag_fast.patch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .layers import Layers, as_list
+from .ops import resolve_backend
+
+PERTURBATIONS = ("identity",)
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How a pipeline is patched.
+
+    Attributes:
+        layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts; ``None`` keeps
+            those that the pipeline has.
+        perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        share_branches: run rows that are equal once. Off, every branch runs on its own, and only the
+            attention processors and the guidance combination differ from stock diffusers.
+        exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
+        strict: raise where the default would fall back to the unshared path with a warning.
+    """
+
+    layers: Layers | None = None
+    perturbation: str = "identity"
+    backend: str = "auto"
+    share_branches: bool = True
+    exact_layers: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            as_list(self.layers)
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(
+                f"Unknown perturbation {self.perturbation!r}: "
+                f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
+            )
+        resolve_backend(self.backend)
+        for name in ("share_branches", "exact_layers", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")

@@ -1,0 +1,253 @@
+"""What a pipeline runs, layer by layer and call by call, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .branches.plan import BranchPlan
+from .branches.unet import plan_controlnet
+from .config import PatchConfig
+from .families import controlnets, denoiser_name, uncompiled
+from .flops import Cost, controlnet_cost, denoiser_cost
+from .session import Installation
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """Rows, in units of one branch, that a model call runs on."""
+
+    model: str
+    cfg: bool
+    stock: int
+    patched: str
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """FLOPs of a step for one image."""
+
+    cfg: bool
+    stock: int
+    patched: int
+    bound: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`: attributes are the data, ``str()`` is the table.
+
+    Attributes:
+        layers: perturbed attention modules in execution order.
+        fork: the first of them, where the perturbed branch begins.
+        tree: where uncond, cond and perturbed part, in words.
+        sites: modules whose rows are changed, with the levels they go through.
+        calls: what each model call runs on.
+        flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
+        size: ``(height, width)`` in pixels the prediction is for.
+        steps: denoiser calls so far, by how they ran.
+        fallbacks: reasons why something ran unshared, and how often.
+    """
+
+    pipeline: str
+    denoiser: str
+    is_patched: bool
+    backend: str
+    layers: tuple[str, ...]
+    fork: str | None
+    tree: tuple[str, ...]
+    sites: tuple[str, ...]
+    calls: tuple[ModelCall, ...]
+    flops: tuple[Predicted, ...]
+    size: tuple[int, int]
+    steps: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, dicts and numbers, ready for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        state = f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
+        lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
+        lines += [f"perturbed layers ({len(self.layers)})", *_shorten(self.layers), ""]
+        lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
+        rows = [
+            (c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls
+        ]
+        lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
+        if self.flops:
+            height, width = self.size
+            lines += ["", f"TFLOPs per step, one image of {height}×{width}"]
+            lines += flops_table(
+                [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
+                "CFG",
+            )
+        if self.steps:
+            lines += ["", "steps so far: " + ", ".join(f"{k} {v}" for k, v in self.steps.items())]
+        for reason, times in self.fallbacks.items():
+            lines.append(f"fallback ×{times}: {reason}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(
+    pipe: Any, *, height: int | None = None, width: int | None = None, flops: bool = True
+) -> Explanation:
+    """What ``pipe`` runs, patched or as it would be patched.
+
+    Args:
+        pipe: a pipeline that :func:`pag_fast.patch` takes.
+        height, width: pixels to predict FLOPs for; omitted, the pipeline's default size.
+        flops: predict FLOPs too, by tracing the models' configurations on the meta device (seconds).
+
+    Raises:
+        ValueError: a pipeline that cannot be patched.
+    """
+    from .patching import _check_pipeline
+
+    _check_pipeline(pipe)
+    found = getattr(pipe, "_pag_fast", None)
+    config = PatchConfig() if found is None else found.config
+    model = uncompiled(getattr(pipe, denoiser_name(pipe)))
+    plan = Installation(model, pipe.pag_applied_layers, config).plan
+    nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
+    size = _size(pipe, model, height, width)
+    notes: list[str] = []
+    predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
+    return Explanation(
+        pipeline=type(pipe).__name__,
+        denoiser=type(model).__name__,
+        is_patched=found is not None,
+        backend=config.backend,
+        layers=plan.order,
+        fork=plan.fork,
+        tree=_tree(plan),
+        sites=tuple(str(site) for site in plan.sites),
+        calls=tuple(_calls(type(model).__name__, plan, nets)),
+        flops=predicted,
+        size=size,
+        steps={} if found is None else dict(found.steps),
+        fallbacks={} if found is None else dict(found.fallbacks),
+        notes=tuple(notes),
+    )
+
+
+def _tree(plan: BranchPlan) -> tuple[str, ...]:
+    if plan.reason:
+        return (f"uncond, cond and perturbed run apart: {plan.reason}",)
+    lines = []
+    if plan.merged_until:
+        lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
+    if plan.fork != plan.merged_until:
+        lines.append(f"uncond | cond = perturbed   until {plan.fork}")
+    lines.append("uncond | cond | perturbed   from there on")
+    return tuple(lines)
+
+
+def _calls(denoiser: str, plan: BranchPlan, nets: Sequence[Any]) -> Iterable[ModelCall]:
+    for cfg in (True, False):
+        full = 3 if cfg else 2
+        path = [full] if plan.reason else [full - 1, full]
+        if plan.merged and cfg:
+            path.insert(0, 1)
+        if plan.fork and plan.fork == plan.merged_until and cfg:
+            path = [1, full]
+        yield ModelCall(denoiser, cfg, full, " → ".join(map(str, path)))
+        for net in nets:
+            merged = cfg and bool(plan_controlnet(net).merged_until)
+            yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(full - 1))
+
+
+def _size(pipe: Any, model: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    sample = model.config.get("sample_size") or 64
+    rows, columns = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
+    return height or rows * factor, width or columns * factor
+
+
+def _predict(
+    pipe: Any,
+    model: Any,
+    nets: Sequence[Any],
+    config: PatchConfig,
+    size: tuple[int, int],
+    notes: list[str],
+) -> tuple[Predicted, ...]:
+    from .zoo import forward_kwargs
+
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+
+    def inputs(twin: Any) -> Any:
+        return lambda rows: forward_kwargs(
+            twin, rows=rows, height=size[0], width=size[1], vae_scale_factor=factor
+        )
+
+    try:
+        twin, net_twins = _meta_twin(model), [_meta_twin(net) for net in nets]
+        predicted = []
+        for cfg in (True, False):
+            cost = denoiser_cost(
+                twin, pipe.pag_applied_layers, inputs(twin), cfg=cfg, config=config
+            )
+            for net in net_twins:
+                cost = cost + controlnet_cost(net, inputs(net), cfg=cfg)
+            predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
+    except Exception as error:
+        # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained
+        notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {error})")
+        return ()
+    return tuple(predicted)
+
+
+def _meta_twin(model: Any) -> Any:
+    config = dict(model.config)
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
+    with torch.device("meta"):
+        return type(model).from_config(config).to(torch.float16)
+
+
+def _shorten(names: Sequence[str]) -> list[str]:
+    if len(names) > 8:
+        names = [*names[:4], f"… {len(names) - 6} more", *names[-2:]]
+    return [f"  {name}" for name in names]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain-text table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return [line(header), rule, *map(line, rows)]
+
+
+def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
+    """The FLOP columns that ``explain`` and the ledger share."""
+    return table(
+        (first, "stock", "patched", "lower bound", "stock/patched", "over bound"),
+        [
+            (
+                label,
+                f"{cost.stock / 1e12:.3f}",
+                f"{cost.patched / 1e12:.3f}",
+                f"{cost.bound / 1e12:.3f}",
+                f"{cost.speedup:.3f}×",
+                f"{100 * (cost.patched / cost.bound - 1):.2f} %",
+            )
+            for label, cost in costs
+        ],
+    )

@@ -1,0 +1,78 @@
+"""Checking that branches are equal where they are run as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .branches.rows import UNBATCHED
+
+# residuals are aligned one by one; timesteps are equal by construction and new in every step
+_UNCHECKED = UNBATCHED | {
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "timestep",
+}
+_SAMPLE = ("sample", "hidden_states")
+
+
+def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
+    """The tensors among a model's arguments that have the batch's rows, by dotted name."""
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.ndim and value.shape[0] in (rows, rows * frames):
+                found[name] = value
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                collect(f"{name}.{index}" if not name.endswith("image_embeds") else name, item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if key not in _UNCHECKED:
+                    collect(f"{name}.{key}" if name else key, item)
+
+    collect("", call)
+    return found
+
+
+class Premise:
+    """Compares slabs of conditioning tensors once, and again when a tensor has been replaced.
+
+    A comparison waits for the device, so it is made on the first step of a call, and afterwards only
+    if a callback has put other tensors in place (or, with ``recheck``, on every step).
+    """
+
+    def __init__(self) -> None:
+        # the tensors are kept alive: a new tensor can then never have the address of an old one
+        self._seen: dict[str, tuple[Any, list[torch.Tensor], list[str]]] = {}
+
+    def differing(
+        self,
+        tensors: dict[str, torch.Tensor],
+        slabs: int,
+        first: int,
+        second: int,
+        *,
+        key: str,
+        recheck: bool = False,
+    ) -> list[str]:
+        """Names of the tensors whose slabs ``first`` and ``second`` (of ``slabs``) are not equal."""
+        lasting = {name: x for name, x in tensors.items() if name not in _SAMPLE}
+        signature = [(name, *_identity(x)) for name, x in lasting.items()]
+        if not recheck and key in self._seen and self._seen[key][0] == signature:
+            return self._seen[key][2]
+        names = [
+            name
+            for name, x in tensors.items()
+            if not torch.equal(x.chunk(slabs)[first], x.chunk(slabs)[second])
+        ]
+        self._seen[key] = signature, list(lasting.values()), names
+        return names
+
+
+def _identity(x: torch.Tensor) -> tuple[Any, ...]:
+    version = 0 if x.is_inference() else x._version
+    return x.data_ptr(), tuple(x.shape), x.stride(), version

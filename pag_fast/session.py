@@ -1,0 +1,410 @@
+"""One call of a patched pipeline: what is installed for it, what each model call runs on.
+
+Everything a session puts in place (attention processors, forward hooks) goes when the pipeline's
+``__call__`` ends, whichever way it ends. Between calls the models are exactly as diffusers made them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .branches.plan import BranchPlan, install
+from .branches.rows import SHARED, SPLIT, BranchState, change_level, map_tensors
+from .branches.unet import plan_controlnet
+from .config import PatchConfig
+from .families import controlnets, denoiser_name, family_of, uncompiled
+from .guidance import scale_at
+from .layers import resolve
+from .premise import Premise, batched
+from .processors.rows import PerturbedProcessor
+
+UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
+_RESIDUALS = "down_block_additional_residuals"
+_MID_RESIDUAL = "mid_block_additional_residual"
+_ADAPTER = "down_intrablock_additional_residuals"
+
+
+class Patch:
+    """The lasting part of a patch: settings, what calls have run, and what can be reused."""
+
+    def __init__(
+        self, config: PatchConfig, original_class: type, original_layers: Any, own_layers: Any
+    ) -> None:
+        self.config = config
+        self.original_class = original_class
+        self.original_layers = original_layers
+        self.own_layers = own_layers
+        self.session: Session | None = None
+        self.steps: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        # rebuilt only when layers or modules change: a compiled denoiser guards on these objects
+        self._installed: tuple[Any, Installation] | None = None
+
+    def call(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``call``, the pipeline's own ``__call__``, inside a session."""
+        if self.session is not None:
+            raise ValueError(
+                "This pipeline is already running: a patched pipeline cannot be called from its own "
+                "callback or from a second thread."
+            )
+        watched = any(kwargs.get(k) for k in ("callback_on_step_end", "callback"))
+        self.session = session = Session(pipe, self, watched)
+        try:
+            session.open()
+            result = call(*args, **kwargs)
+            if not session.freed:
+                pipe.maybe_free_model_hooks()
+        finally:
+            self.session = None
+            session.end()
+        # pipelines that return latents early forget return_dict
+        early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
+        return result.to_tuple() if early else result
+
+    def fall_back(self, reason: str) -> None:
+        """Count a fallback; warn the first time, raise if strict."""
+        if self.config.strict:
+            raise ValueError(f"{reason} (strict=True)")
+        if reason not in self.fallbacks:
+            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
+        self.fallbacks[reason] += 1
+
+    def installation(self, denoiser: nn.Module, layers: Any) -> Installation:
+        """The plan, processors and hooks for ``denoiser``, made anew only when something changed."""
+        key = (tuple(layers), tuple([id(module) for module in denoiser.modules()]))
+        if self._installed is None or self._installed[0] != key:
+            self._installed = key, Installation(denoiser, layers, self.config)
+        return self._installed[1]
+
+
+class Installation:
+    """Processors and hooks of one denoiser for one choice of layers."""
+
+    def __init__(self, denoiser: nn.Module, layers: Any, config: PatchConfig) -> None:
+        family = family_of(denoiser)
+        self.denoiser = denoiser
+        self.text = family.text
+        self.state = BranchState()
+        self.attentions = resolve(denoiser, layers, exact=config.exact_layers)
+        self.plan: BranchPlan = family.plan(
+            denoiser, set(self.attentions), merge=config.share_branches
+        )
+        self.processors: dict[str, PerturbedProcessor] = {
+            name: family.processor(self.state, self.plan.levels[name], config.backend)
+            for name in self.attentions
+        }
+        self.hooks = self.plan.hooks(self.state) if config.share_branches else []
+        if not config.share_branches:
+            self.plan = BranchPlan(order=self.plan.order, reason="share_branches is off")
+            for processor in self.processors.values():
+                processor.level = SPLIT
+
+
+class Session:
+    """The state of one running call.
+
+    Attributes:
+        ran: what the latest denoiser call returned: its branches in order, and the PAG scale.
+        rescaled: CFG rescale has been applied to the current prediction.
+        freed: the pipeline has offloaded its models at the end of the call.
+    """
+
+    def __init__(self, pipe: Any, patch: Patch, watched: bool) -> None:
+        self.pipe = pipe
+        self.patch = patch
+        self.watched = watched
+        self.ran: tuple[tuple[str, ...], float] | None = None
+        self.rescaled = False
+        self.freed = False
+        self.pag = False
+        self.cfg = False
+        self.unit = 0
+        self._undo: list[Callable[[], None]] = []
+        self._scales: dict[Any, Any] = {}
+        self._names: dict[str, list[str]] = {}
+
+    # ---- installing and removing ----
+
+    def open(self) -> None:
+        """Before the pipeline runs: watch its ControlNets, whether PAG will be on or not."""
+        self._controlnet_state = BranchState()
+        self._controlnet_premise = Premise()
+        controlnet = getattr(self.pipe, "controlnet", None)
+        if controlnet is None:
+            return
+        self._enter_with(controlnet, self.enter_controlnet)
+        self._controlnet_plans = [plan_controlnet(net) for net in controlnets(controlnet)]
+        if self.patch.config.share_branches:
+            for plan in self._controlnet_plans:
+                self._undo += [h.remove for h in install(plan.hooks(self._controlnet_state))]
+
+    def begin(self, layers: Any, cfg: bool) -> None:
+        """The pipeline is about to denoise with PAG: install processors and hooks.
+
+        Raises:
+            ValueError: a layer that does not exist, or a model whose batch is split inside.
+        """
+        denoiser = getattr(self.pipe, denoiser_name(self.pipe))
+        model = uncompiled(denoiser)
+        _refuse_split_inference(model)
+        self.installed = self.patch.installation(model, layers)
+        self._premise = Premise()
+        self.pag, self.cfg = True, cfg
+        if self.installed.plan.reason and self.patch.config.share_branches:
+            self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
+        for name, attention in self.installed.attentions.items():
+            processor = self.installed.processors[name]
+            self._undo.append(_restore_processor(attention, attention.processor, processor))
+            attention.set_processor(processor)
+        self._undo += [handle.remove for handle in install(self.installed.hooks)]
+        self._enter_with(denoiser, self.enter_denoiser)
+
+    def _enter_with(self, module: nn.Module, enter: Callable[..., Any]) -> None:
+        """Have ``enter`` rewrite the arguments of ``module``, outside of any compiled region."""
+        model = uncompiled(module)
+        parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+        self._names[enter.__name__] = list(parameters)[1:]
+        compiled = getattr(module, "_compiled_call_impl", None)
+        if compiled is None:
+            handle = module.register_forward_pre_hook(
+                lambda _, args, kwargs: ((), enter(args, kwargs)), with_kwargs=True, prepend=True
+            )
+            self._undo.append(handle.remove)
+            return
+        # module.compile() compiles the hooks along; the values looked at here need eager mode
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled(**enter(args, kwargs))
+
+        module._compiled_call_impl = call  # type: ignore[assignment]
+        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
+
+    def end(self) -> None:
+        """Take everything off again, in reverse order."""
+        while self._undo:
+            self._undo.pop()()
+        if self.pag:
+            self.installed.state.slabs = None
+
+    # ---- a step ----
+
+    def _bind(self, enter: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._names[enter], args, strict=False)), **kwargs}
+
+    def _layout(self, rows: int) -> tuple[str, ...]:
+        """Which branches a batch of ``rows`` rows holds."""
+        if not self.unit:
+            self.unit = rows // (3 if self.cfg else 2)
+        slabs, rest = divmod(rows, self.unit) if self.unit else (0, 1)
+        cfg = self.cfg and getattr(self.pipe, "do_classifier_free_guidance", True)
+        layouts: dict[int, tuple[str, ...]] = {
+            1: (COND,),
+            2: (UNCOND, COND) if cfg else (COND, PERTURBED),
+            3: (UNCOND, COND, PERTURBED),
+        }
+        if rest or slabs not in layouts:
+            raise ValueError(
+                f"The denoiser was called with {rows} rows, which is no whole number of branches of "
+                f"{self.unit} rows each. A callback that turns classifier-free guidance off should "
+                f"keep the last {self.unit} or {2 * self.unit} rows of every conditioning tensor."
+            )
+        return layouts[slabs]
+
+    def enter_denoiser(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Decide what this denoiser call runs on; returns its arguments by name."""
+        call = self._bind("enter_denoiser", args, kwargs)
+        sample = call["sample"] if "sample" in call else call["hidden_states"]
+        rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
+        layout = self._layout(rows)
+        _mend_rows(call, rows)
+        if layout == (COND,):
+            # a callback left only the cond rows: the perturbed branch starts as their copy
+            call = _change_rows(call, rows, frames, 1, 2)
+            layout, rows = (COND, PERTURBED), 2 * rows
+        scale = scale_at(self.pipe, call["timestep"], self._scales)
+        if layout[-1] == PERTURBED and scale == 0.0:
+            call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
+            layout = layout[:-1]
+            self.patch.steps["perturbed branch dropped"] += 1
+        self.installed.state.slabs = self._slabs(call, layout, frames)
+        self._align_residuals(call, len(layout))
+        self.ran = layout, scale
+        return call
+
+    def _slabs(
+        self, call: dict[str, Any], layout: tuple[str, ...], frames: int
+    ) -> tuple[int, int, int] | None:
+        if layout[-1] != PERTURBED:
+            return None
+        full = len(layout)
+        plan, premise, config = self.installed.plan, self._premise, self.patch.config
+        if plan.reason or not config.share_branches:
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        everything = batched(call, full * self.unit, frames)
+        # a mask concatenated to the latents can be replaced by a callback; the latents cannot
+        recheck = self.watched and self.installed.denoiser.config.in_channels == 9
+        differing = premise.differing(everything, full, -2, -1, key="cond", recheck=recheck)
+        if differing:
+            self.patch.fall_back(
+                f"cond and perturbed rows differ in {', '.join(differing)}: their branches run apart"
+            )
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        self.patch.steps["shared"] += 1
+        merged = full - 1
+        if plan.merged and merged == 2:
+            others = {n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text}
+            if not premise.differing(others, full, 0, 1, key="uncond", recheck=recheck):
+                merged = 1
+        return merged, full - 1, full
+
+    def _align_residuals(self, call: dict[str, Any], full: int) -> None:
+        """ControlNet and adapter residuals: each with the rows of the tensor it is added to."""
+        slabs, plan = self.installed.state.slabs, self.installed.plan
+
+        def align(residual: torch.Tensor, level: int) -> torch.Tensor:
+            want = full if slabs is None else slabs[level]
+            if residual.shape[0] % self.unit:
+                return residual
+            return change_level(residual, residual.shape[0] // self.unit, want)
+
+        for name, levels in ((_RESIDUALS, plan.residual_levels), (_ADAPTER, plan.adapter_levels)):
+            if call.get(name) is not None:
+                levels = levels or (SPLIT,) * len(call[name])
+                call[name] = [align(r, lv) for r, lv in zip(call[name], levels, strict=False)]
+        if call.get(_MID_RESIDUAL) is not None:
+            call[_MID_RESIDUAL] = align(call[_MID_RESIDUAL], plan.mid_level)
+
+    def enter_controlnet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
+        call = self._bind("enter_controlnet", args, kwargs)
+        rows = call["sample"].shape[0]
+        state, config = self._controlnet_state, self.patch.config
+        cfg = self.pipe.do_classifier_free_guidance
+        if self.pag:
+            layout = self._layout(rows)
+        else:
+            layout, self.unit = ((UNCOND, COND), rows // 2) if cfg else ((COND,), rows)
+        state.slabs = None
+        if call.get("guess_mode") and UNCOND in layout:
+            start = layout.index(COND) * self.unit
+            stop = start + self.unit
+            return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
+        if not config.share_branches:
+            return call
+        full = len(layout)
+        if layout[-1] == PERTURBED:
+            everything = batched(call, rows, 1)
+            differing = self._controlnet_premise.differing(everything, full, -2, -1, key="cond")
+            if differing:
+                self.patch.fall_back(
+                    f"cond and perturbed rows of the ControlNet differ in {', '.join(differing)}: "
+                    "it runs on both"
+                )
+                return call
+            call = _change_rows(call, rows, 1, full, full - 1)
+            full -= 1
+        if full == 2:
+            state.slabs = (self._controlnet_merged(call), 2, 2)
+        return call
+
+    def _controlnet_merged(self, call: dict[str, Any]) -> int:
+        everything = batched(call, 2 * self.unit, 1)
+        merged = all(plan.merged for plan in self._controlnet_plans)
+        alike = {
+            name: x
+            for name, x in everything.items()
+            if (name != "encoder_hidden_states" if merged else name.startswith("controlnet_cond"))
+        }
+        return 2 if self._controlnet_premise.differing(alike, 2, 0, 1, key="uncond") else 1
+
+    # ---- the combination ----
+
+    def combine(
+        self, noise_pred: torch.Tensor, guidance_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
+        assert self.ran is not None
+        layout, scale = self.ran
+        channels = noise_pred.shape[1]
+        sigma = self._learned_sigma(channels)
+        useful = noise_pred[:, : channels // 2] if sigma else noise_pred
+        branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
+        rescale = 0.0
+        if UNCOND in branches and hasattr(type(self.pipe), "guidance_rescale"):
+            rescale = float(getattr(self.pipe, "_guidance_rescale", 0.0) or 0.0)
+            self.rescaled = rescale > 0.0
+        combined = ops.combine_guidance(
+            branches.get(UNCOND),
+            branches[COND],
+            branches.get(PERTURBED),
+            guidance_scale=guidance_scale,
+            pag_scale=scale,
+            rescale=rescale,
+            backend=self.patch.config.backend,
+        )
+        if sigma:
+            # the pipeline splits the sigma channels off behind this point: give it some to split off
+            padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
+            padded[:, : channels // 2] = combined
+            combined = padded
+        return combined, branches[COND]
+
+    def _learned_sigma(self, channels: int) -> bool:
+        config = self.installed.denoiser.config
+        return (
+            type(self.installed.denoiser).__name__ == "PixArtTransformer2DModel"
+            and channels == 2 * config.in_channels
+        )
+
+
+def _restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:
+    def restore() -> None:
+        # somebody may have set another processor meanwhile: then it stays
+        if attention.processor is ours:
+            attention.set_processor(original)
+
+    return restore
+
+
+def _change_rows(
+    call: dict[str, Any], rows: int, frames: int, have: int, want: int
+) -> dict[str, Any]:
+    """Every batched argument with ``want`` slabs in place of ``have``; residuals are left alone."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
+
+    kept = (_RESIDUALS, _MID_RESIDUAL, _ADAPTER)
+    changed = map_tensors({n: v for n, v in call.items() if n not in kept}, change)
+    return {**call, **changed}
+
+
+def _mend_rows(call: dict[str, Any], rows: int) -> None:
+    """Arguments that diffusers hands over with too few or too many rows."""
+    cond = call.get("timestep_cond")
+    if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:
+        call["timestep_cond"] = torch.cat([cond] * (rows // cond.shape[0]))
+    for name in ("image_meta_size", "style"):
+        if call.get(name) is not None and call[name].shape[0] > rows:
+            call[name] = call[name][:rows]
+
+
+def _refuse_split_inference(model: nn.Module) -> None:
+    if any(type(module).__name__ == "SplitInferenceModule" for module in model.modules()):
+        raise ValueError(
+            "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
+            "perturbed rows can no longer be told apart (stock diffusers perturbs the wrong rows). "
+            "Use enable_free_noise() without enable_free_noise_split_inference()."
+        )
