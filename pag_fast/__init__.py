@@ -1,11 +1,11 @@
 """Perturbed-Attention Guidance without computing anything twice.
 
-    import pag_fast
+import pag_fast
 
-    pag_fast.patch(pipe, layers=["mid"])   # any PAG pipeline of diffusers
-    image = pipe(prompt, pag_scale=3).images[0]
-    print(pag_fast.explain(pipe))
-    pag_fast.unpatch(pipe)
+pag_fast.patch(pipe, layers=["mid"])   # any PAG pipeline of diffusers
+image = pipe(prompt, pag_scale=3).images[0]
+print(pag_fast.explain(pipe))
+pag_fast.unpatch(pipe)
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ class PatchConfig:
     """How a pipeline is patched.
 
     Attributes:
-        layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts; ``None`` keeps
-            those that the pipeline has.
+        layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
+            ``None`` keeps those that the pipeline has.
         perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
-        share_branches: run rows that are equal once. Off, every branch runs on its own, and only the
-            attention processors and the guidance combination differ from stock diffusers.
+        share_branches: run rows that are equal once. Off, every branch runs on its own, and
+            only the attention processors and the guidance combination differ from stock diffusers.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """

@@ -76,13 +76,13 @@ class Explanation:
         return str(self)
 
     def __str__(self) -> str:
-        state = f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
+        state = (
+            f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
+        )
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
         lines += [f"perturbed layers ({len(self.layers)})", *_shorten(self.layers), ""]
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
-        rows = [
-            (c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls
-        ]
+        rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
         if self.flops:
             height, width = self.size
@@ -107,7 +107,8 @@ def explain(
     Args:
         pipe: a pipeline that :func:`pag_fast.patch` takes.
         height, width: pixels to predict FLOPs for; omitted, the pipeline's default size.
-        flops: predict FLOPs too, by tracing the models' configurations on the meta device (seconds).
+        flops: predict FLOPs too, by tracing the models' configurations on the meta device, which
+            takes seconds.
 
     Raises:
         ValueError: a pipeline that cannot be patched.
@@ -213,7 +214,8 @@ def _meta_twin(model: Any) -> Any:
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
     with torch.device("meta"):
-        return type(model).from_config(config).to(torch.float16)
+        twin = type(model).from_config(config).eval()
+    return torch.nn.Module.to(twin, torch.float16)
 
 
 def _shorten(names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The denoiser families of diffusers' PAG pipelines: what each one's layers and branches look like."""
+"""The denoiser families of diffusers' PAG pipelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Family:
         processor: the attention processor of its perturbed layers.
         plan: builds the branch plan from the model and the names of its perturbed layers.
         text: forward arguments in which uncond and cond differ because their prompts do.
-        stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair, for the layers' stock cost.
+        stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair, for the layers' stock
+        cost.
     """
 
     processor: type[PerturbedProcessor]

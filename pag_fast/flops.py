@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches.plan import install
@@ -54,14 +53,14 @@ class Traced:
     flops: int
 
 
-def count(model: nn.Module, call: dict[str, Any]) -> int:
+def count(model: Any, call: dict[str, Any]) -> int:
     """FLOPs of ``model(**call)``."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**call, return_dict=False)
     return counter.get_total_flops()
 
 
-def trace(model: nn.Module, inputs: Inputs) -> list[Traced]:
+def trace(model: Any, inputs: Inputs) -> list[Traced]:
     """FLOPs of every module for one row, in the order in which the modules first compute."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs(1), return_dict=False)
@@ -86,7 +85,7 @@ def trace(model: nn.Module, inputs: Inputs) -> list[Traced]:
 
 
 @contextmanager
-def processors(model: nn.Module, chosen: dict[str, Any]) -> Iterator[None]:
+def processors(model: Any, chosen: dict[str, Any]) -> Iterator[None]:
     """``model`` with the given processor on each named attention, restored afterwards."""
     modules = dict(model.named_modules())
     before = {name: modules[name].processor for name in chosen}
@@ -99,7 +98,7 @@ def processors(model: nn.Module, chosen: dict[str, Any]) -> Iterator[None]:
             modules[name].set_processor(processor)
 
 
-def stock_flops(model: nn.Module, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
+def stock_flops(model: Any, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
     """FLOPs of a step as diffusers runs it: every branch in full, its own PAG processors."""
     import diffusers.models.attention_processor as stock
 
@@ -111,7 +110,7 @@ def stock_flops(model: nn.Module, layers: Any, inputs: Inputs, *, cfg: bool) -> 
 
 
 def patched_flops(
-    model: nn.Module, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
+    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
 ) -> int:
     """FLOPs of a step as a patched pipeline runs it."""
     installation = Installation(model, layers, config)
@@ -130,7 +129,7 @@ def patched_flops(
 
 
 def denoiser_cost(
-    model: nn.Module, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig | None = None
+    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig | None = None
 ) -> Cost:
     """What one denoiser call costs with PAG on ``layers``."""
     config = config or PatchConfig()
@@ -141,7 +140,7 @@ def denoiser_cost(
     )
 
 
-def controlnet_cost(model: nn.Module, inputs: Inputs, *, cfg: bool) -> Cost:
+def controlnet_cost(model: Any, inputs: Inputs, *, cfg: bool) -> Cost:
     """What one ControlNet call costs in a PAG pipeline: stock runs it on the perturbed rows too."""
     full = 3 if cfg else 2
     plan, state = plan_controlnet(model), BranchState()
@@ -156,9 +155,7 @@ def controlnet_cost(model: nn.Module, inputs: Inputs, *, cfg: bool) -> Cost:
     return Cost(count(model, inputs(full)), patched, bound)
 
 
-def lower_bound(
-    model: nn.Module, traced: list[Traced], layers: Any, inputs: Inputs, *, cfg: bool
-) -> int:
+def lower_bound(model: Any, traced: list[Traced], layers: Any, inputs: Inputs, *, cfg: bool) -> int:
     """The least FLOPs of a step: every module once for every branch in which its input differs.
 
     Derived from the trace alone, not from the plan: the perturbed branch differs from the first
@@ -181,7 +178,7 @@ class _Bound:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         perturbed: tuple[str, ...],
         *,
         cfg: bool,
@@ -272,7 +269,7 @@ class _Bound:
         return "", ""
 
 
-def _joint_tokens(model: nn.Module, call: dict[str, Any]) -> tuple[int, int] | None:
+def _joint_tokens(model: Any, call: dict[str, Any]) -> tuple[int, int] | None:
     """``(image, text)`` tokens of a model with joint attention, else ``None``."""
     if type(model).__name__ != "SD3Transformer2DModel":
         return None
@@ -290,8 +287,8 @@ class LayerCost:
     stock_over_cfg: float
 
 
-def layer_costs(model: nn.Module, inputs: Inputs, *, cfg: bool) -> list[LayerCost]:
-    """For every layer that can be perturbed: the least cost of a PAG step there, × a step without."""
+def layer_costs(model: Any, inputs: Inputs, *, cfg: bool) -> list[LayerCost]:
+    """For every layer that can be perturbed: the least a PAG step there costs, × a step without."""
     traced = trace(model, inputs)
     without = sum(item.flops for item in traced) * (2 if cfg else 1)
     tokens = _joint_tokens(model, inputs(1))

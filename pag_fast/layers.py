@@ -22,12 +22,14 @@ from torch import nn
 
 Layers = str | int | Sequence[str | int]
 
-_SHORT_NAME = re.compile(r"(down|up|mid)\.block(?:_?(\d+))?(?:\.(attentions|motion_modules)_(\d+))?")
+_SHORT_NAME = re.compile(
+    r"(down|up|mid)\.block(?:_?(\d+))?(?:\.(attentions|motion_modules)_(\d+))?"
+)
 _COMFY_ITEM = re.compile(r"([dmu])(\d+)(?:-(\d+))?(?:\.(\d+)(?:-(\d+))?)?")
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that PAG can perturb, by name: diffusers ``Attention`` that is not cross-attention."""
+    """Every module that PAG can perturb, by name: ``Attention`` that is not cross-attention."""
     from diffusers.models.attention_processor import Attention
 
     return {
@@ -73,7 +75,9 @@ def resolve(model: nn.Module, layers: Layers, *, exact: bool = False) -> dict[st
 def _match(item: str | int, names: list[str], exact: bool) -> list[str]:
     if isinstance(item, int):
         return [name for name in names if re.match(rf"(transformer_)?blocks\.{item}\.", name)]
-    return _match_regex(item, names, exact) or _match_short(item, names) or _match_comfy(item, names)
+    return (
+        _match_regex(item, names, exact) or _match_short(item, names) or _match_comfy(item, names)
+    )
 
 
 def _match_regex(item: str, names: list[str], exact: bool) -> list[str]:
@@ -124,7 +128,9 @@ def _match_comfy(item: str, names: list[str]) -> list[str]:
             if index not in blocks:
                 continue
             for name in names:
-                tail = re.fullmatch(rf"{re.escape(transformer)}\.transformer_blocks\.(\d+)\.attn1", name)
+                tail = re.fullmatch(
+                    rf"{re.escape(transformer)}\.transformer_blocks\.(\d+)\.attn1", name
+                )
                 if tail and (inner is None or int(tail[1]) in inner):
                     matched.append(name)
         if not matched:

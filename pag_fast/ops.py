@@ -50,10 +50,11 @@ def perturbed_attention(
     num_forked: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Softmax attention for rows ``< num_attend``, identity attention for the rows behind, one call.
+    """Softmax attention for rows ``< num_attend``, identity attention for those behind, one call.
 
-    Shapes and meaning of every argument: :func:`pag_fast.reference.perturbed_attention`. Any strides
-    are accepted as long as the last one is 1 (a projection's own layout); fp16, bf16, fp32, fp64.
+    Shapes and meaning of every argument: :func:`pag_fast.reference.perturbed_attention`. Any
+    strides are accepted as long as the last one is 1 (a projection's own layout); fp16, bf16, fp32,
+    fp64.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
@@ -113,13 +114,11 @@ def _check_attention(
     expected = (rows if num_context else num_attend, *v.shape[1:])
     if tuple(q.shape) != expected or tuple(k.shape) != expected:
         raise ValueError(
-            f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} and "
-            f"num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
+            f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} "
+            f"and num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
         )
     if q.dtype != v.dtype or k.dtype != v.dtype:
-        raise ValueError(
-            f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}."
-        )
+        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
     if attn_mask is not None and num_context:
         raise ValueError("attn_mask is for image-only attention; joint attention takes none.")
 
@@ -131,9 +130,7 @@ def _check_attention(
     "Tensor? attn_mask, float? scale, SymInt num_forked) -> Tensor",
 )
 def _perturbed_attention(q, k, v, num_attend, num_context, attn_mask, scale, num_forked):  # type: ignore[no-untyped-def]
-    return torch_perturbed_attention(
-        q, k, v, num_attend, num_context, attn_mask, scale, num_forked
-    )
+    return torch_perturbed_attention(q, k, v, num_attend, num_context, attn_mask, scale, num_forked)
 
 
 @_perturbed_attention.register_fake
@@ -168,9 +165,7 @@ def torch_perturbed_attention(
 ) -> torch.Tensor:
     """The PyTorch backend of :func:`perturbed_attention`: SDPA on the attending rows."""
     out = v.new_empty((v.shape[0] + num_forked, *v.shape[1:]))
-    out[:num_attend].copy_(
-        _sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale)
-    )
+    out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale))
     if out.shape[0] == num_attend:
         return out
     source = slice(num_attend - num_forked, num_attend) if num_forked else slice(num_attend, None)
@@ -329,7 +324,9 @@ def torch_linear_attention(
     attended = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
     out = v.new_empty((v.shape[0] + num_forked, *v.shape[1:]))
     out[:num_attend].copy_(attended.permute(0, 3, 1, 2))
-    out[num_attend:].copy_(v[num_attend - num_forked : num_attend] if num_forked else v[num_attend:])
+    out[num_attend:].copy_(
+        v[num_attend - num_forked : num_attend] if num_forked else v[num_attend:]
+    )
     return out
 
 
@@ -364,7 +361,8 @@ def combine_guidance(
     for name, branch in (("uncond", uncond), ("perturbed", perturbed)):
         if branch is not None and branch.shape != cond.shape:
             raise ValueError(
-                f"{name} must have the shape of cond, {tuple(cond.shape)}; got {tuple(branch.shape)}."
+                f"{name} must have the shape of cond, {tuple(cond.shape)}; "
+                f"got {tuple(branch.shape)}."
             )
     resolve_backend(backend)
     combine = (
@@ -382,9 +380,7 @@ def combine_guidance(
     "float pag_scale, float rescale) -> Tensor",
 )
 def _combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale):  # type: ignore[no-untyped-def]
-    out = reference.combine_guidance(
-        uncond, cond, perturbed, guidance_scale, pag_scale, rescale
-    )
+    out = reference.combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
     # an op may not return its input: CFG off without a perturbed branch leaves cond as it is
     return out.clone() if out is cond else out
 

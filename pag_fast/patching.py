@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
 from .families import SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
@@ -26,7 +26,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     """Make a diffusers PAG pipeline fast; the picture stays the same.
 
     Args:
-        pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes. Patching
+        pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
+        Patching
             it again replaces the earlier settings.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
@@ -50,7 +51,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     unpatch(pipe)
     own = None if config.layers is None else wanted
     pipe._pag_fast = Patch(config, type(pipe), original, own)  # type: ignore[attr-defined]
-    pipe.__class__ = _subclass(type(pipe))  # type: ignore[assignment]
+    pipe.__class__ = _subclass(cast(Any, type(pipe)))
     if own is not None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
@@ -59,8 +60,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 def unpatch(pipe: P) -> P:
     """Undo :func:`patch`: the pipeline has its class, layers and processors back.
 
-    Layers that were set after patching, with ``set_pag_applied_layers``, are kept. A pipeline that is
-    not patched is returned as it is.
+    Layers that were set after patching, with ``set_pag_applied_layers``, are kept. A pipeline that
+    is not patched is returned as it is.
     """
     found = getattr(pipe, "_pag_fast", None)
     if found is None:
@@ -82,13 +83,13 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
     finally:
         unpatch(pipe)
         if before is not None:
-            pipe.__class__ = _subclass(before.original_class)  # type: ignore[assignment]
+            pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
             pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 
 
 def supported_pipelines() -> tuple[str, ...]:
-    """Class names of the diffusers pipelines that :func:`patch` takes, as far as they are installed."""
+    """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
     import diffusers
 
     return tuple(name for name in SUPPORTED_PIPELINES if hasattr(diffusers, name))
@@ -128,10 +129,10 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 @functools.cache
-def _subclass(cls: type) -> type:
-    @functools.wraps(cls.__call__)  # type: ignore[operator]
+def _subclass(cls: Any) -> Any:
+    @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)  # type: ignore[operator]
+        return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)
 
     body = {
         "__call__": call,

@@ -51,7 +51,9 @@ class PatchedPipeline:
         combined, cond = session.combine(noise_pred, float(guidance_scale))
         return (combined, cond) if return_pred_text else combined
 
-    def set_pag_applied_layers(self, pag_applied_layers: Layers, pag_attn_processors: Any = None) -> None:
+    def set_pag_applied_layers(
+        self, pag_applied_layers: Layers, pag_attn_processors: Any = None
+    ) -> None:
         """Choose the perturbed layers; takes every form :func:`pag_fast.patch` takes.
 
         The processors follow from the model: a pair given here has to be one of diffusers' own.

@@ -41,8 +41,8 @@ def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Ten
 class Premise:
     """Compares slabs of conditioning tensors once, and again when a tensor has been replaced.
 
-    A comparison waits for the device, so it is made on the first step of a call, and afterwards only
-    if a callback has put other tensors in place (or, with ``recheck``, on every step).
+    A comparison waits for the device, so it is made on the first step of a call, and afterwards
+    only if a callback has put other tensors in place (or, with ``recheck``, on every step).
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Premise:
         key: str,
         recheck: bool = False,
     ) -> list[str]:
-        """Names of the tensors whose slabs ``first`` and ``second`` (of ``slabs``) are not equal."""
+        """Names of the tensors whose slabs ``first`` and ``second`` of ``slabs`` are not equal."""
         lasting = {name: x for name, x in tensors.items() if name not in _SAMPLE}
         signature = [(name, *_identity(x)) for name, x in lasting.items()]
         if not recheck and key in self._seen and self._seen[key][0] == signature:

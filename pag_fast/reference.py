@@ -1,7 +1,7 @@
 """Every op of :mod:`pag_fast.ops` in plain PyTorch: any dtype, any device, no fused kernel.
 
-These functions are the truth the tests compare against. They favour being obviously right over being
-fast, and they are themselves checked against diffusers' own processors in fp64.
+These functions are the truth the tests compare against. They favour being obviously right over
+being fast, and they are themselves checked against diffusers' own processors in fp64.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def perturbed_attention(
         attn_mask: additive or boolean mask for the attending rows, broadcastable to
             ``[num_attend, H, N, N]``.
         scale: score scale, ``D ** -0.5`` when omitted.
-        num_forked: how many perturbed rows to append that share q, k and v with the *last* attending
-            rows (the layer where the perturbed branch begins). Requires ``rows == num_attend``.
+        num_forked: how many perturbed rows to append that share q, k and v with the *last*
+            attending rows (the layer where the perturbed branch begins). Requires
+            ``rows == num_attend``.
 
     Returns:
         ``[rows + num_forked, N, H, D]``.
@@ -102,8 +103,9 @@ def linear_attention(
 ) -> torch.Tensor:
     """ReLU linear attention (Sana, arXiv 2410.10629) for the first rows, identity for the others.
 
-    ``out_i = relu(q_i) Σ_j relu(k_j) v_jᵀ / (relu(q_i) · Σ_j relu(k_j) + eps)``, accumulated in fp32 or
-    wider. Shapes, ``num_attend`` and ``num_forked`` are those of :func:`perturbed_attention`.
+    ``out_i = relu(q_i) Σ_j relu(k_j) v_jᵀ / (relu(q_i) · Σ_j relu(k_j) + eps)``, accumulated in
+    fp32 or wider. Shapes, ``num_attend`` and ``num_forked`` are those of
+    :func:`perturbed_attention`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     q = torch.relu(query[:num_attend]).to(wide)
@@ -127,12 +129,13 @@ def combine_guidance(
 ) -> torch.Tensor:
     """``uncond + g·(cond − uncond) + s·(cond − perturbed)``, optionally with CFG rescale.
 
-    Without ``uncond`` (CFG off) the base is ``cond``; without ``perturbed`` (the perturbed branch was
-    not run) that term is absent. ``rescale`` is φ of arXiv 2305.08891 section 3.4: the result is mixed
-    with itself scaled to the standard deviation of ``cond``, per sample.
+    Without ``uncond`` (CFG off) the base is ``cond``; without ``perturbed`` (the perturbed branch
+    was not run) that term is absent. ``rescale`` is φ of arXiv 2305.08891 section 3.4: the result
+    is mixed with itself scaled to the standard deviation of ``cond``, per sample.
 
-    All tensors are ``[B, ...]`` of one dtype; the arithmetic is done in fp32 (fp64 stays fp64) and the
-    result has the dtype of ``cond``. Written as one chain of pointwise steps so that Inductor fuses it.
+    All tensors are ``[B, ...]`` of one dtype; the arithmetic is done in fp32 (fp64 stays fp64) and
+    the result has the dtype of ``cond``. Written as one chain of pointwise steps so that Inductor
+    fuses it.
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(wide)

@@ -1,7 +1,8 @@
 """One call of a patched pipeline: what is installed for it, what each model call runs on.
 
 Everything a session puts in place (attention processors, forward hooks) goes when the pipeline's
-``__call__`` ends, whichever way it ends. Between calls the models are exactly as diffusers made them.
+``__call__`` ends, whichever way it ends. Between calls the models are exactly as diffusers made
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 
 from . import ops
 from .branches.plan import BranchPlan, install
-from .branches.rows import SHARED, SPLIT, BranchState, change_level, map_tensors
+from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, family_of, uncompiled
@@ -54,8 +55,8 @@ class Patch:
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
         if self.session is not None:
             raise ValueError(
-                "This pipeline is already running: a patched pipeline cannot be called from its own "
-                "callback or from a second thread."
+                "This pipeline is already running: a patched pipeline cannot be called from its "
+                "own callback or from a second thread."
             )
         watched = any(kwargs.get(k) for k in ("callback_on_step_end", "callback"))
         self.session = session = Session(pipe, self, watched)
@@ -79,8 +80,8 @@ class Patch:
             warnings.warn(f"pag_fast: {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
 
-    def installation(self, denoiser: nn.Module, layers: Any) -> Installation:
-        """The plan, processors and hooks for ``denoiser``, made anew only when something changed."""
+    def installation(self, denoiser: Any, layers: Any) -> Installation:
+        """The plan, processors and hooks for ``denoiser``, made anew when something changed."""
         key = (tuple(layers), tuple([id(module) for module in denoiser.modules()]))
         if self._installed is None or self._installed[0] != key:
             self._installed = key, Installation(denoiser, layers, self.config)
@@ -90,12 +91,12 @@ class Patch:
 class Installation:
     """Processors and hooks of one denoiser for one choice of layers."""
 
-    def __init__(self, denoiser: nn.Module, layers: Any, config: PatchConfig) -> None:
+    def __init__(self, denoiser: Any, layers: Any, config: PatchConfig) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
         self.text = family.text
         self.state = BranchState()
-        self.attentions = resolve(denoiser, layers, exact=config.exact_layers)
+        self.attentions: dict[str, Any] = resolve(denoiser, layers, exact=config.exact_layers)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches
         )
@@ -169,7 +170,7 @@ class Session:
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._enter_with(denoiser, self.enter_denoiser)
 
-    def _enter_with(self, module: nn.Module, enter: Callable[..., Any]) -> None:
+    def _enter_with(self, module: Any, enter: Callable[..., Any]) -> None:
         """Have ``enter`` rewrite the arguments of ``module``, outside of any compiled region."""
         model = uncompiled(module)
         parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
@@ -186,7 +187,7 @@ class Session:
         def call(*args: Any, **kwargs: Any) -> Any:
             return compiled(**enter(args, kwargs))
 
-        module._compiled_call_impl = call  # type: ignore[assignment]
+        module._compiled_call_impl = call
         self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
 
     def end(self) -> None:
@@ -214,9 +215,9 @@ class Session:
         }
         if rest or slabs not in layouts:
             raise ValueError(
-                f"The denoiser was called with {rows} rows, which is no whole number of branches of "
-                f"{self.unit} rows each. A callback that turns classifier-free guidance off should "
-                f"keep the last {self.unit} or {2 * self.unit} rows of every conditioning tensor."
+                f"The denoiser was called with {rows} rows, which is no whole number of branches "
+                f"of {self.unit} rows each. A callback that turns classifier-free guidance off "
+                f"should keep the last {self.unit} or {2 * self.unit} rows of every embedding."
             )
         return layouts[slabs]
 
@@ -257,14 +258,16 @@ class Session:
         differing = premise.differing(everything, full, -2, -1, key="cond", recheck=recheck)
         if differing:
             self.patch.fall_back(
-                f"cond and perturbed rows differ in {', '.join(differing)}: their branches run apart"
+                f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
             )
             self.patch.steps["not shared"] += 1
             return full, full, full
         self.patch.steps["shared"] += 1
         merged = full - 1
         if plan.merged and merged == 2:
-            others = {n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text}
+            others = {
+                n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
+            }
             if not premise.differing(others, full, 0, 1, key="uncond", recheck=recheck):
                 merged = 1
         return merged, full - 1, full
@@ -355,7 +358,8 @@ class Session:
             backend=self.patch.config.backend,
         )
         if sigma:
-            # the pipeline splits the sigma channels off behind this point: give it some to split off
+            # the pipeline splits the sigma channels off behind this point: give it some to split
+            # off
             padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
             padded[:, : channels // 2] = combined
             combined = padded

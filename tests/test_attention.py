@@ -89,7 +89,9 @@ def test_error_against_fp64(problem, dtype, layout, poisoned):
     assert_close_as_torch(out, same, truth)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if not p.context and not p.forked], ids=str)
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if not p.context and not p.forked], ids=str
+)
 def test_in_place_equals_functional(problem):
     q, k, v = problem.tensors(torch.float32)
     expected = ops.perturbed_attention(q, k, v, num_attend=problem.attend)
@@ -162,7 +164,10 @@ def test_reference_equals_diffusers_identity(cfg):
 
 @pytest.mark.parametrize("cfg", [True, False])
 def test_reference_equals_diffusers_joint(cfg):
-    attn, slabs = _attention(added_kv_proj_dim=64, out_dim=64, context_pre_only=False), 3 if cfg else 2
+    attn, slabs = (
+        _attention(added_kv_proj_dim=64, out_dim=64, context_pre_only=False),
+        3 if cfg else 2,
+    )
     x = torch.randn(2 * slabs, 36, 64, dtype=torch.float64)
     text = torch.randn(2 * slabs, 11, 64, dtype=torch.float64)
     name = "PAGCFGJointAttnProcessor2_0" if cfg else "PAGJointAttnProcessor2_0"

@@ -1,4 +1,4 @@
-"""``linear_attention`` (Sana): the op against fp64, the reference against diffusers, FLOPs, fakes."""
+"""``linear_attention`` (Sana): the op against fp64, the reference against diffusers, FLOPs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_opcheck():
 
 def test_bad_arguments():
     q, k, v = _tensors(SHAPES[1], torch.float32)
-    with pytest.raises(ValueError, match="num_attend must be in 1..3"):
+    with pytest.raises(ValueError, match="num_attend must be in"):
         ops.linear_attention(q, k, v, num_attend=5)
     with pytest.raises(ValueError, match="q and k must have shape"):
         ops.linear_attention(q[:1], k, v, num_attend=2)

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-
-from .plan import BranchPlan, Site, block_sites, unshared
+from .plan import (
+    BranchPlan,
+    Site,
+    block_sites,
+    text_key_sites,
+    text_projection_sites,
+    unshared,
+)
 from .rows import MERGED, SHARED, SPLIT
 
 
@@ -33,7 +39,7 @@ _LAYOUTS = {
 }
 
 
-def execution_order(model: nn.Module, names: set[str]) -> tuple[str, ...] | None:
+def execution_order(model: Any, names: set[str]) -> tuple[str, ...] | None:
     """``names`` of attention modules sorted as the model runs them; ``None`` if that is unknown."""
     layout = _LAYOUTS[type(model).__name__]
     ordered = [
@@ -45,7 +51,7 @@ def execution_order(model: nn.Module, names: set[str]) -> tuple[str, ...] | None
     return tuple(ordered) if len(ordered) == len(names) else None
 
 
-def plan_dit(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPlan:
+def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
     """The plan of a diffusion transformer whose attentions named in ``perturbed`` are perturbed."""
     order = execution_order(model, perturbed)
     if order is None:
@@ -58,8 +64,11 @@ def plan_dit(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPla
     merge = merge and layout.merge
 
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
+    plan.sites += text_projection_sites(model)
     for index, block in enumerate(getattr(model, layout.blocks)):
         name = f"{layout.blocks}.{index}"
+        if index >= fork_index:
+            plan.sites += text_key_sites(block, name)
         arrives = SPLIT if index == 0 or index > fork_index else SHARED
         attentions = [
             (attn, getattr(block, attn))

@@ -93,6 +93,32 @@ def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:
     return BranchPlan(levels=dict.fromkeys(order, SPLIT), order=order, reason=reason)
 
 
+# projections of the text: it is the same for cond and perturbed, wherever the branches are
+_TEXT_PROJECTIONS = ("caption_projection", "context_embedder", "text_embedder", "encoder_hid_proj")
+
+
+def text_projection_sites(model: Any) -> list[Site]:
+    """Sites for projections of the text that the model applies to all rows at its entry."""
+    return [
+        Site(name, module, SPLIT, SHARED, leaves=SPLIT)
+        for name, module in model.named_children()
+        if name in _TEXT_PROJECTIONS
+        # with an IP-Adapter this slot holds its image projection, which takes other arguments
+        and type(module).__name__ != "MultiIPAdapterImageProjection"
+    ]
+
+
+def text_key_sites(block: Any, name: str) -> list[Site]:
+    """Sites for the text keys and values of a block behind the fork, equal for two branches."""
+    attn = getattr(block, "attn2", None)
+    if attn is None or not attn.is_cross_attention:
+        return []
+    return [
+        Site(f"{name}.attn2.{part}", getattr(attn, part), SPLIT, SHARED, leaves=SPLIT)
+        for part in ("to_k", "to_v")
+    ]
+
+
 def block_sites(
     prefix: str,
     attentions: list[tuple[str, nn.Module]],
@@ -101,8 +127,8 @@ def block_sites(
 ) -> list[Site]:
     """Sites inside the block that holds the fork, itself entered at SPLIT.
 
-    ``attentions`` are the block's self-attentions in execution order. Those before the fork still see
-    equal rows; the fork itself takes rows of ``level`` and its processor returns SPLIT.
+    ``attentions`` are the block's self-attentions in execution order. Those before the fork still
+    see equal rows; the fork itself takes rows of ``level`` and its processor returns SPLIT.
     """
     sites = []
     for name, module in attentions:

@@ -1,14 +1,15 @@
 """Row levels of a guided batch, and the forward hooks that move tensors between them.
 
-A PAG batch is ``[uncond | cond | perturbed]`` (CFG off: ``[cond | perturbed]``), each branch a slab of
-B rows. Until something sets two branches apart their rows are equal, and one slab can stand for both:
+A PAG batch is ``[uncond | cond | perturbed]`` (CFG off: ``[cond | perturbed]``), each branch a slab
+of B rows. Until something sets two branches apart their rows are equal, and one slab can stand for
+both:
 
     MERGED   uncond = cond = perturbed    1 slab
     SHARED   cond = perturbed             2 slabs (CFG off: 1)
     SPLIT    all apart                    3 slabs (CFG off: 2)
 
-Slabs part in a fixed order and always at the end of the batch, so going up a level appends copies of
-the last slab and going down drops slabs from the end.
+Slabs part in a fixed order and always at the end of the batch, so going up a level appends copies
+of the last slab and going down drops slabs from the end.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
 
 
 def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with ``fn`` applied to every batched tensor in it, through tuples, lists and dicts."""
+    """``value`` with ``fn`` applied to every batched tensor in it, however deep."""
     if isinstance(value, torch.Tensor):
         return fn(value) if value.ndim else value
     if type(value) is tuple:
@@ -69,9 +70,9 @@ _PRIMARY = ("hidden_states", "input_tensor", "sample", "conditioning")
 class Align:
     """Forward pre-hook: run a module on the rows of level ``runs``.
 
-    The module's first input arrives with the slabs of level ``arrives``; it, and the arguments named
-    in ``streams`` (tensors that have come through the model with it), go to ``runs``. All other
-    batched arguments are per-call conditioning and arrive at SPLIT: they are cut to ``runs``.
+    The module's first input arrives with the slabs of level ``arrives``; it, and the arguments
+    named in ``streams`` (tensors that have come through the model with it), go to ``runs``. All
+    other batched arguments are per-call conditioning and arrive at SPLIT: they are cut to ``runs``.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Leave:
 
 
 class AlignSkips:
-    """Forward pre-hook of a UNet up block: its skip tensors, each to the level that will consume it.
+    """Forward pre-hook of a UNet up block: each skip tensor to the level that will consume it.
 
     Skips are ``res_hidden_states_tuple``; entry i was stored at level ``stored[i]`` and meets the
     stream at level ``consumed[i]``.

@@ -1,18 +1,25 @@
 """Where UNets (``UNet2DConditionModel``, ``UNetMotionModel``) and ControlNets can change rows.
 
 Safe places are the modules that take their residual themselves: ``ResnetBlock2D``,
-``Transformer2DModel``, ``AnimateDiffTransformer3D``. Inside the transformer that holds the fork, the
-residual and the batch size are taken at entry, so it is entered with all branches and its blocks
-before the fork are cut back to the shared rows.
+``Transformer2DModel``, ``AnimateDiffTransformer3D``. Inside the transformer that holds the fork,
+the residual and the batch size are taken at entry, so it is entered with all branches and its
+blocks before the fork are cut back to the shared rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-
-from .plan import BranchPlan, Site, SkipSite, block_sites, unshared
+from .plan import (
+    BranchPlan,
+    Site,
+    SkipSite,
+    block_sites,
+    text_key_sites,
+    text_projection_sites,
+    unshared,
+)
 from .rows import MERGED, SHARED, SPLIT
 
 # blocks whose forward runs resnets[i], attentions[i], motion_modules[i] in turn
@@ -24,12 +31,12 @@ _MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion")
 @dataclass(frozen=True)
 class _Unit:
     name: str
-    module: nn.Module
+    module: Any
     block: tuple[str, int]  # ("down" | "mid" | "up", index)
     step: int  # position of the resnet/attention/motion group within its block
 
 
-def _groups(block: nn.Module, prefix: str, kind: str, index: int) -> list[_Unit]:
+def _groups(block: Any, prefix: str, kind: str, index: int) -> list[_Unit]:
     resnets = list(block.resnets)
     lists = [(n, list(getattr(block, n, None) or [])) for n in ("attentions", "motion_modules")]
     units = []
@@ -47,7 +54,7 @@ def _groups(block: nn.Module, prefix: str, kind: str, index: int) -> list[_Unit]
     return units
 
 
-def _walk(model: nn.Module) -> tuple[list[_Unit], str]:
+def _walk(model: Any) -> tuple[list[_Unit], str]:
     """The units of a UNet or ControlNet in execution order, or a reason why they are unknown."""
     units: list[_Unit] = []
     for index, block in enumerate(model.down_blocks):
@@ -66,11 +73,11 @@ def _walk(model: nn.Module) -> tuple[list[_Unit], str]:
     return units, ""
 
 
-def _blocks(unit: _Unit) -> list[nn.Module]:
+def _blocks(unit: _Unit) -> list[Any]:
     return list(getattr(unit.module, "transformer_blocks", []))
 
 
-def execution_order(model: nn.Module, names: set[str]) -> tuple[str, ...] | None:
+def execution_order(model: Any, names: set[str]) -> tuple[str, ...] | None:
     """``names`` of attention modules sorted as the model runs them; ``None`` if that is unknown."""
     units, _ = _walk(model)
     ordered = []
@@ -83,7 +90,7 @@ def execution_order(model: nn.Module, names: set[str]) -> tuple[str, ...] | None
     return tuple(ordered) if len(ordered) == len(names) else None
 
 
-def _text_first(units: list[_Unit], model: nn.Module) -> bool:
+def _text_first(units: list[_Unit], model: Any) -> bool:
     """Whether nothing but the text, in the second unit's cross-attention, sets uncond apart."""
     config = model.config
     if config.get("addition_embed_type") is not None or len(units) < 2:
@@ -99,17 +106,19 @@ def _text_first(units: list[_Unit], model: nn.Module) -> bool:
     )
 
 
-def plan_unet(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPlan:
+def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
     """The plan of a UNet whose attention modules named in ``perturbed`` are perturbed.
 
-    ``merge`` asks for uncond and cond to run as one until the first cross-attention, where the model
-    allows it.
+    ``merge`` asks for uncond and cond to run as one until the first cross-attention, where the
+    model allows it.
     """
     order = execution_order(model, perturbed)
     units, reason = _walk(model)
     if order is None:
         # outside any known unit (attention in an unknown block): run everything apart
-        return unshared(tuple(sorted(perturbed)), reason or "a perturbed layer is in no known block")
+        return unshared(
+            tuple(sorted(perturbed)), reason or "a perturbed layer is in no known block"
+        )
     fork = order[0]
     unit_name, _, rest = fork.partition(".transformer_blocks.")
     fork_unit = next(i for i, unit in enumerate(units) if unit.name == unit_name)
@@ -118,6 +127,10 @@ def plan_unet(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPl
 
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
     plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+    # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
+    long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
+    if long_text:
+        plan.sites += text_projection_sites(model)
     stream = SHARED
     levels: dict[tuple[tuple[str, int], int], tuple[int, int]] = {}
     for index, unit in enumerate(units):
@@ -128,6 +141,9 @@ def plan_unet(model: nn.Module, perturbed: set[str], *, merge: bool) -> BranchPl
         levels[key] = (levels.get(key, (stream, 0))[0], runs)
         if runs != SPLIT or stream != SPLIT:
             plan.sites.append(Site(unit.name, unit.module, stream, runs))
+        for i, block in enumerate(_blocks(unit) if long_text else []):
+            if index > fork_unit or (index == fork_unit and i >= fork_block):
+                plan.sites += text_key_sites(block, f"{unit.name}.transformer_blocks.{i}")
         first_attention = merge and index == 1
         if index == fork_unit:
             level = MERGED if first_attention and fork_block == 0 else SHARED
@@ -166,7 +182,7 @@ def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Sit
 
 
 def _plan_skips(
-    model: nn.Module,
+    model: Any,
     plan: BranchPlan,
     levels: dict[tuple[tuple[str, int], int], tuple[int, int]],
 ) -> None:
@@ -191,7 +207,7 @@ def _plan_skips(
             plan.skip_sites.append(SkipSite(f"up_blocks.{index}", block, own, consumed))
 
 
-def plan_controlnet(model: nn.Module) -> BranchPlan:
+def plan_controlnet(model: Any) -> BranchPlan:
     """The plan of a ControlNet, which is never perturbed: only uncond and cond can run as one.
 
     Its input holds no perturbed rows any more, so its SHARED and SPLIT are the same.

@@ -14,8 +14,8 @@ from .self_attention import PerturbedSelfAttention
 class PerturbedJointAttention(PerturbedSelfAttention):
     """Replaces ``PAG(CFG)JointAttnProcessor2_0`` of diffusers, without its dense mask.
 
-    QK-norm is applied (SD3.5), and a layer that is called without text, SD3.5's second attention, is
-    perturbed as image-only self-attention.
+    QK-norm is applied (SD3.5), and a layer that is called without text, SD3.5's second attention,
+    is perturbed as image-only self-attention.
     """
 
     def __call__(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""HunyuanDiT's self-attention: per-head QK-norm and 2-D rotary embedding, on attending rows only."""
+"""HunyuanDiT's self-attention: per-head QK-norm and 2-D rotary embedding."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OLDEST_STAMP := $(OLDEST)/.installed
+PIP_FLAGS := --quiet --disable-pip-version-check
+# tiny models are fastest on one thread each, two at a time
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+venv: $(STAMP) ## Make .venv with everything that development needs
+
+$(STAMP): setup.py pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints/dev.txt -e '.[test,dev]'
+	@touch $@
+
+test: test-fast test-wallclock ## Run every test
+
+test-fast: $(STAMP) ## Run the tests that do not measure time, two at a time
+	$(PYTEST) -q -n 2 -m 'not wallclock'
+
+test-wallclock: $(STAMP) ## Run the tests that measure time, alone
+	$(BIN)/python -m pytest -q -m wallclock
+
+$(OLDEST_STAMP): setup.py pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) -c constraints/oldest.txt -e '.[test]'
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffusers and transformers
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 -m 'not wallclock'
+
+check: $(STAMP) ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP) ## Stock against patched on a small SDXL; pictures and numbers go to demo/
+	$(BIN)/pag-fast demo --out demo
+
+ledger: $(STAMP) ## FLOPs of every pipeline at full size
+	$(BIN)/pag-fast ledger
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) $(OLDEST) demo build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
