@@ -86,6 +86,7 @@ class RescalesOnce:
     """
 
     _pag_fast: Patch
+    _guidance_rescale: float
 
     @property
     def guidance_rescale(self) -> float:
@@ -94,7 +95,7 @@ class RescalesOnce:
             # read by the pipeline right behind the combination; anybody else sees the real value
             session.rescaled = False
             return 0.0
-        return self._guidance_rescale  # type: ignore[attr-defined]
+        return self._guidance_rescale
 
 
 class GuessModeImages:

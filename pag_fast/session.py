@@ -24,6 +24,7 @@ from .config import PatchConfig
 from .families import controlnets, denoiser_name, family_of, uncompiled
 from .guidance import scale_at
 from .layers import resolve
+from .pipeline import RescalesOnce
 from .premise import Premise, batched
 from .processors.rows import PerturbedProcessor
 
@@ -345,8 +346,8 @@ class Session:
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
         branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
         rescale = 0.0
-        if UNCOND in branches and hasattr(type(self.pipe), "guidance_rescale"):
-            rescale = float(getattr(self.pipe, "_guidance_rescale", 0.0) or 0.0)
+        if UNCOND in branches and isinstance(self.pipe, RescalesOnce):
+            rescale = float(self.pipe._guidance_rescale)
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
             branches.get(UNCOND),

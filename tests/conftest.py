@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
 import pytest
 import torch
+
+diffusers.logging.set_verbosity_error()
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +21,32 @@ def _seed() -> None:
 def _one_thread() -> None:
     # tiny models are slower on several threads, and sums stay in one order
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Any], dict[Any, Any]]:
+    """A function that lists everything about a pipeline that a patch could leave behind."""
+
+    def take(pipe: Any) -> dict[Any, Any]:
+        # a call sets attributes such as _guidance_scale itself; they are not ours to undo
+        seen: dict[Any, Any] = {"class": type(pipe), "layers": pipe.pag_applied_layers}
+        seen["attributes"] = {k for k in vars(pipe) if "pag_fast" in k or callable(vars(pipe)[k])}
+        seen["pair"] = pipe._pag_attn_processors
+        for part, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                for name, module in component.named_modules():
+                    seen[part, name] = (
+                        type(module),
+                        set(vars(module)),
+                        vars(module).get("forward"),
+                        getattr(module, "processor", None),
+                        tuple(module._forward_pre_hooks.values()),
+                        tuple(module._forward_hooks.values()),
+                        module._compiled_call_impl,
+                    )
+        return seen
+
+    return take
 
 
 @pytest.fixture

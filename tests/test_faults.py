@@ -1,0 +1,156 @@
+"""Calls that fail: the pipeline afterwards is what it was before, patched or unpatched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import PIPELINES, build, call_kwargs, latents
+
+import pag_fast
+
+# one pipeline per denoiser family, and the ControlNet that can sit in front
+FAMILIES = [
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "AnimateDiffPAGPipeline",
+    "StableDiffusion3PAGPipeline",
+    "HunyuanDiTPAGPipeline",
+    "PixArtSigmaPAGPipeline",
+    "SanaPAGPipeline",
+    "StableDiffusionControlNetPAGPipeline",
+]
+
+
+class Injected(Exception):
+    pass
+
+
+def _reached(pipe, name):
+    """Names of all modules a call runs through, in every model component."""
+    ran, handles = [], []
+    for part, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for path, module in component.named_modules():
+                handles.append(
+                    module.register_forward_hook(lambda *_, key=(part, path): ran.append(key))
+                )
+    pipe(**call_kwargs(name, pipe, steps=1, output_type="pt"))
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(ran))
+
+
+@pytest.mark.parametrize(("error", "when"), [(Injected, "before"), (KeyboardInterrupt, "after")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_error_at_every_module(name, error, when, snapshot):
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    modules = _reached(pipe, name)
+    assert len(modules) > 50
+    before = snapshot(pipe)
+
+    def fail(*_):
+        raise error("injected")
+
+    for part, path in modules:
+        module = getattr(pipe, part).get_submodule(path)
+        register = (
+            module.register_forward_pre_hook if when == "before" else module.register_forward_hook
+        )
+        handle = register(fail)
+        with pytest.raises(error):
+            pipe(**call_kwargs(name, pipe, steps=1, output_type="pt"))
+        handle.remove()
+        assert snapshot(pipe) == before, f"{part}.{path}"
+    patched = latents(pipe, call_kwargs(name, pipe))
+    assert torch.allclose(patched, stock, rtol=1e-4, atol=1e-5)
+    pag_fast.unpatch(pipe)
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "PixArtSigmaPAGPipeline"])
+def test_raising_callback(name, step, snapshot):
+    pipe = pag_fast.patch(build(name))
+    before = snapshot(pipe)
+
+    def callback(pipe, i, t, tensors):
+        if i == step:
+            raise Injected
+        return tensors
+
+    with pytest.raises(Injected):
+        pipe(**call_kwargs(name, pipe, callback_on_step_end=callback))
+    assert snapshot(pipe) == before
+
+
+def test_interrupt_flag():
+    """``pipe._interrupt = True`` from a callback: the remaining steps are skipped."""
+    name = "StableDiffusionXLPAGPipeline"
+    pipe = build(name)
+
+    def callback(pipe, i, t, tensors):
+        pipe._interrupt = True
+        return tensors
+
+    stock = latents(pipe, call_kwargs(name, pipe, steps=4, callback_on_step_end=callback))
+    pag_fast.patch(pipe)
+    patched = latents(pipe, call_kwargs(name, pipe, steps=4, callback_on_step_end=callback))
+    assert torch.allclose(patched, stock, rtol=1e-4, atol=1e-5)
+    assert sum(pipe._pag_fast.steps.values()) == 1
+
+
+def test_failing_scheduler(snapshot, monkeypatch):
+    name = "StableDiffusionPAGPipeline"
+    pipe = pag_fast.patch(build(name))
+    before = snapshot(pipe)
+
+    def fail(*args, **kwargs):
+        raise Injected
+
+    with monkeypatch.context() as patch, pytest.raises(Injected):
+        patch.setattr(pipe.scheduler, "step", fail)
+        pipe(**call_kwargs(name, pipe))
+    assert snapshot(pipe) == before
+
+
+def test_call_inside_a_callback_is_refused(snapshot):
+    name = "StableDiffusionPAGPipeline"
+    pipe = pag_fast.patch(build(name))
+    before = snapshot(pipe)
+
+    def callback(pipe, i, t, tensors):
+        pipe(**call_kwargs(name, pipe))
+        return tensors
+
+    with pytest.raises(ValueError, match="already running"):
+        pipe(**call_kwargs(name, pipe, callback_on_step_end=callback))
+    assert snapshot(pipe) == before
+
+
+def test_a_shared_unet_is_untouched_after_a_failure():
+    """Siblings share modules: what one leaves behind, the other would run."""
+    from diffusers import StableDiffusionPipeline
+
+    name = "StableDiffusionPAGPipeline"
+    pipe = pag_fast.patch(build(name))
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    sibling = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    kwargs = call_kwargs(name, pipe, batch=3)
+    kwargs.pop("pag_scale")
+
+    def picture():
+        kwargs["generator"].manual_seed(0)
+        return latents(sibling, kwargs)
+
+    before = picture()
+
+    def fail(pipe, i, t, tensors):
+        raise Injected
+
+    with pytest.raises(Injected):
+        pipe(**call_kwargs(name, pipe, callback_on_step_end=fail))
+    # six rows: a leaked processor would take them for two samples of three branches
+    assert torch.equal(picture(), before)
