@@ -133,7 +133,6 @@ class Session:
         self.unit = 0
         self._undo: list[Callable[[], None]] = []
         self._scales: dict[Any, Any] = {}
-        self._names: dict[str, list[str]] = {}
 
     # ---- installing and removing ----
 
@@ -171,22 +170,25 @@ class Session:
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._enter_with(denoiser, self.enter_denoiser)
 
-    def _enter_with(self, module: Any, enter: Callable[..., Any]) -> None:
+    def _enter_with(self, module: Any, enter: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Have ``enter`` rewrite the arguments of ``module``, outside of any compiled region."""
-        model = uncompiled(module)
-        parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-        self._names[enter.__name__] = list(parameters)[1:]
+        forward = inspect.unwrap(type(uncompiled(module)).forward)
+        names = list(inspect.signature(forward).parameters)[1:]
+
+        def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            return enter({**dict(zip(names, args, strict=False)), **kwargs})
+
         compiled = getattr(module, "_compiled_call_impl", None)
         if compiled is None:
             handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: ((), enter(args, kwargs)), with_kwargs=True, prepend=True
+                lambda _, args, kwargs: ((), entered(args, kwargs)), with_kwargs=True, prepend=True
             )
             self._undo.append(handle.remove)
             return
         # module.compile() compiles the hooks along; the values looked at here need eager mode
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return compiled(**enter(args, kwargs))
+            return compiled(**entered(args, kwargs))
 
         module._compiled_call_impl = call
         self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
@@ -199,9 +201,6 @@ class Session:
             self.installed.state.slabs = None
 
     # ---- a step ----
-
-    def _bind(self, enter: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._names[enter], args, strict=False)), **kwargs}
 
     def _layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
@@ -222,9 +221,8 @@ class Session:
             )
         return layouts[slabs]
 
-    def enter_denoiser(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Decide what this denoiser call runs on; returns its arguments by name."""
-        call = self._bind("enter_denoiser", args, kwargs)
+    def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Decide what this denoiser call runs on, and give its arguments those rows."""
         sample = call["sample"] if "sample" in call else call["hidden_states"]
         rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
         layout = self._layout(rows)
@@ -290,9 +288,8 @@ class Session:
         if call.get(_MID_RESIDUAL) is not None:
             call[_MID_RESIDUAL] = align(call[_MID_RESIDUAL], plan.mid_level)
 
-    def enter_controlnet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def enter_controlnet(self, call: dict[str, Any]) -> dict[str, Any]:
         """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
-        call = self._bind("enter_controlnet", args, kwargs)
         rows = call["sample"].shape[0]
         state, config = self._controlnet_state, self.patch.config
         cfg = self.pipe.do_classifier_free_guidance
@@ -305,7 +302,7 @@ class Session:
             start = layout.index(COND) * self.unit
             stop = start + self.unit
             return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
-        if not config.share_branches:
+        if not (self.pag and config.share_branches):
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:
