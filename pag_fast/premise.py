@@ -49,6 +49,21 @@ class Premise:
         # the tensors are kept alive: a new tensor can then never have the address of an old one
         self._seen: dict[str, tuple[Any, list[torch.Tensor], list[str]]] = {}
 
+        self._last: tuple[Any, list[Any]] | None = None
+
+    def remember(self, call: dict[str, Any], layout: Any) -> None:
+        """Note the conditioning of a call whose rows have been compared."""
+        self._last = layout, _conditioning(call)
+
+    def same_objects(self, call: dict[str, Any], layout: Any) -> bool:
+        """Whether a call has the very conditioning tensors that were compared, unchanged."""
+        if self._last is None or self._last[0] != layout:
+            return False
+        before, now = self._last[1], _conditioning(call)
+        return len(before) == len(now) and all(
+            a[0] is b[0] and a[1] == b[1] for a, b in zip(before, now, strict=True)
+        )
+
     def differing(
         self,
         tensors: dict[str, torch.Tensor],
@@ -71,6 +86,26 @@ class Premise:
         ]
         self._seen[key] = signature, list(lasting.values()), names
         return names
+
+
+def _conditioning(call: dict[str, Any]) -> list[tuple[Any, int]]:
+    """The tensors among a model's arguments that last from step to step, and their versions."""
+    found: list[tuple[Any, int]] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append((value, 0 if value.is_inference() else value._version))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                collect(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+
+    for name, value in call.items():
+        if value is not None and name not in _UNCHECKED and name not in _SAMPLE:
+            collect(value)
+    return found
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:

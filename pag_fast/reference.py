@@ -141,10 +141,9 @@ def combine_guidance(
     c = cond.to(wide)
     out = c
     if uncond is not None:
-        u = uncond.to(wide)
-        out = u + guidance_scale * (c - u)
+        out = torch.lerp(uncond.to(wide), c, guidance_scale)
     if perturbed is not None:
-        out = out + pag_scale * (c - perturbed.to(wide))
+        out = torch.add(out, c - perturbed.to(wide), alpha=pag_scale)
     if rescale:
         dims = list(range(1, out.ndim))
         ratio = c.std(dims, keepdim=True) / out.std(dims, keepdim=True)

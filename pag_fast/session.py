@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections import Counter
@@ -126,6 +127,7 @@ class Session:
         self.patch = patch
         self.watched = watched
         self.ran: tuple[tuple[str, ...], float] | None = None
+        self._decided: tuple[int, int, int] = (0, 0, 0)
         self.rescaled = False
         self.freed = False
         self.pag = False
@@ -172,8 +174,8 @@ class Session:
 
     def _enter_with(self, module: Any, enter: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Have ``enter`` rewrite the arguments of ``module``, outside of any compiled region."""
-        forward = inspect.unwrap(type(uncompiled(module)).forward)
-        names = list(inspect.signature(forward).parameters)[1:]
+        cls: Any = type(uncompiled(module))
+        names = _parameters(cls)
 
         def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
             return enter({**dict(zip(names, args, strict=False)), **kwargs})
@@ -247,10 +249,19 @@ class Session:
         if layout[-1] != PERTURBED:
             return None
         full = len(layout)
-        plan, premise, config = self.installed.plan, self._premise, self.patch.config
-        if plan.reason or not config.share_branches:
+        if self.installed.plan.reason:
             self.patch.steps["not shared"] += 1
             return full, full, full
+        if not self.watched and self._premise.same_objects(call, layout):
+            self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
+            return self._decided
+        self._decided = self._decide(call, full, frames)
+        self._premise.remember(call, layout)
+        return self._decided
+
+    def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
+        """Compare the rows of the branches."""
+        plan, premise = self.installed.plan, self._premise
         everything = batched(call, full * self.unit, frames)
         # a mask concatenated to the latents can be replaced by a callback; the latents cannot
         recheck = self.watched and self.installed.denoiser.config.in_channels == 9
@@ -369,6 +380,12 @@ class Session:
             type(self.installed.denoiser).__name__ == "PixArtTransformer2DModel"
             and channels == 2 * config.in_channels
         )
+
+
+@functools.cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    """Names of the arguments of a model class's forward."""
+    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 def _restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:

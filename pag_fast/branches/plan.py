@@ -94,7 +94,7 @@ def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:
 
 
 # projections of the text: it is the same for cond and perturbed, wherever the branches are
-_TEXT_PROJECTIONS = ("caption_projection", "context_embedder", "text_embedder", "encoder_hid_proj")
+_TEXT_PROJECTIONS = ("caption_projection", "text_embedder", "encoder_hid_proj")
 
 
 def text_projection_sites(model: Any) -> list[Site]:

@@ -64,15 +64,13 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-_PRIMARY = ("hidden_states", "input_tensor", "sample", "conditioning")
-
-
 class Align:
     """Forward pre-hook: run a module on the rows of level ``runs``.
 
     The module's first input arrives with the slabs of level ``arrives``; it, and the arguments
     named in ``streams`` (tensors that have come through the model with it), go to ``runs``. All
-    other batched arguments are per-call conditioning and arrive at SPLIT: they are cut to ``runs``.
+    other batched arguments are conditioning, which arrives at a level as high or higher, and is
+    cut to ``runs``.
     """
 
     def __init__(
@@ -92,27 +90,38 @@ class Align:
         have, want, full = slabs[self.arrives], slabs[self.runs], slabs[SPLIT]
         if have == want == full and not self.streams:
             return None
-        primary = args[0] if args else next(kwargs[name] for name in _PRIMARY if name in kwargs)
-        unit = primary.shape[0] // have
-
-        def cut(x: torch.Tensor) -> torch.Tensor:
-            return x[: want * unit] if x.shape[0] == full * unit else x
-
-        def raise_(x: torch.Tensor) -> torch.Tensor:
-            return change_level(x, x.shape[0] // unit, want)
-
-        new_args = tuple([map_tensors(value, cut) for value in args[1:]])
-        new_kwargs = {}
-        for name, value in kwargs.items():
-            if value is primary:
-                new_kwargs[name] = change_level(value, have, want)
-            elif name in self.streams:
-                new_kwargs[name] = map_tensors(value, raise_)
-            else:
-                new_kwargs[name] = value if name in UNBATCHED else map_tensors(value, cut)
+        # kwargs is this call's own dict, and hooks run in every step: it is changed in place
         if args:
-            new_args = (change_level(primary, have, want), *new_args)
-        return new_args, new_kwargs
+            primary = args[0]
+        else:
+            primary = kwargs["hidden_states" if "hidden_states" in kwargs else "input_tensor"]
+        unit = primary.shape[0] // have
+        rows = want * unit
+        for name, value in kwargs.items():
+            if value is None or value is False:
+                continue
+            if isinstance(value, torch.Tensor):
+                if value is primary or name in self.streams:
+                    kwargs[name] = change_level(value, value.shape[0] // unit, want)
+                elif _is_higher(value, rows, unit, slabs) and name not in UNBATCHED:
+                    kwargs[name] = value[:rows]
+            elif name not in UNBATCHED:
+                kwargs[name] = _cut(value, rows, unit, slabs)
+        if args:
+            rest = [_cut(value, rows, unit, slabs) for value in args[1:]]
+            args = (change_level(primary, have, want), *rest)
+        return args, kwargs
+
+
+def _is_higher(x: torch.Tensor, rows: int, unit: int, slabs: tuple[int, int, int]) -> bool:
+    """Whether ``x`` has the rows of a level above ``rows``."""
+    have = x.shape[0] if x.ndim else 0
+    return have > rows and have % unit == 0 and have // unit in slabs
+
+
+def _cut(value: Any, rows: int, unit: int, slabs: tuple[int, int, int]) -> Any:
+    """``value`` with every tensor in it that has the rows of a higher level cut to ``rows``."""
+    return map_tensors(value, lambda x: x[:rows] if _is_higher(x, rows, unit, slabs) else x)
 
 
 class Leave:
@@ -150,11 +159,11 @@ class AlignSkips:
         slabs = self.state.slabs
         if slabs is None or slabs[SHARED] == slabs[SPLIT]:
             return None
-        skips = kwargs["res_hidden_states_tuple"]
-        aligned = tuple(
+        levels = zip(kwargs["res_hidden_states_tuple"], self.stored, self.consumed, strict=True)
+        kwargs["res_hidden_states_tuple"] = tuple(
             [
                 change_level(skip, slabs[stored], slabs[consumed])
-                for skip, stored, consumed in zip(skips, self.stored, self.consumed, strict=True)
+                for skip, stored, consumed in levels
             ]
         )
-        return args, {**kwargs, "res_hidden_states_tuple": aligned}
+        return args, kwargs

@@ -23,53 +23,51 @@ from .plan import (
 from .rows import MERGED, SHARED, SPLIT
 
 # blocks whose forward runs resnets[i], attentions[i], motion_modules[i] in turn
-_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlockMotion", "CrossAttnDownBlockMotion")
-_UP = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockMotion", "CrossAttnUpBlockMotion")
-_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion")
+_KNOWN = (
+    ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlockMotion", "CrossAttnDownBlockMotion"),
+    ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion"),
+    ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockMotion", "CrossAttnUpBlockMotion"),
+)
+_DOWN, _MID, _UP = range(3)
 
 
 @dataclass(frozen=True)
 class _Unit:
     name: str
     module: Any
-    block: tuple[str, int]  # ("down" | "mid" | "up", index)
+    block: tuple[int, int]  # (_DOWN, _MID or _UP; index): sorts in execution order
     step: int  # position of the resnet/attention/motion group within its block
 
 
-def _groups(block: Any, prefix: str, kind: str, index: int) -> list[_Unit]:
-    resnets = list(block.resnets)
+def _groups(block: Any, name: str, own: tuple[int, int]) -> list[_Unit]:
     lists = [(n, list(getattr(block, n, None) or [])) for n in ("attentions", "motion_modules")]
     units = []
-    for step, resnet in enumerate(resnets):
+    for step, resnet in enumerate(block.resnets):
         # a mid block runs resnets[0] first, then attention i before resnet i + 1
-        before = step - 1 if kind == "mid" else None
-        own = (kind, index)
-        for name, modules in lists:
-            if before is not None and 0 <= before < len(modules):
-                units.append(_Unit(f"{prefix}.{name}.{before}", modules[before], own, step))
-        units.append(_Unit(f"{prefix}.resnets.{step}", resnet, own, step))
-        for name, modules in lists:
-            if before is None and step < len(modules):
-                units.append(_Unit(f"{prefix}.{name}.{step}", modules[step], own, step))
+        others = [
+            _Unit(f"{name}.{kind}.{i}", modules[i], own, step)
+            for kind, modules in lists
+            for i in [step - 1 if own[0] == _MID else step]
+            if 0 <= i < len(modules)
+        ]
+        unit = _Unit(f"{name}.resnets.{step}", resnet, own, step)
+        units += [*others, unit] if own[0] == _MID else [unit, *others]
     return units
 
 
 def _walk(model: Any) -> tuple[list[_Unit], str]:
     """The units of a UNet or ControlNet in execution order, or a reason why they are unknown."""
+    blocks = [(f"down_blocks.{i}", b, (_DOWN, i)) for i, b in enumerate(model.down_blocks)]
+    if model.mid_block is not None:
+        blocks.append(("mid_block", model.mid_block, (_MID, 0)))
+    blocks += [
+        (f"up_blocks.{i}", b, (_UP, i)) for i, b in enumerate(getattr(model, "up_blocks", ()))
+    ]
     units: list[_Unit] = []
-    for index, block in enumerate(model.down_blocks):
-        if type(block).__name__ not in _DOWN:
-            return [], f"down block of unknown structure {type(block).__name__}"
-        units += _groups(block, f"down_blocks.{index}", "down", index)
-    mid = model.mid_block
-    if mid is not None:
-        if type(mid).__name__ not in _MID:
-            return [], f"mid block of unknown structure {type(mid).__name__}"
-        units += _groups(mid, "mid_block", "mid", 0)
-    for index, block in enumerate(getattr(model, "up_blocks", ())):
-        if type(block).__name__ not in _UP:
-            return [], f"up block of unknown structure {type(block).__name__}"
-        units += _groups(block, f"up_blocks.{index}", "up", index)
+    for name, block, own in blocks:
+        if type(block).__name__ not in _KNOWN[own[0]]:
+            return [], f"{name} has the unknown structure {type(block).__name__}"
+        units += _groups(block, name, own)
     return units, ""
 
 
@@ -126,40 +124,55 @@ def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
     merge = merge and _text_first(units, model)
 
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
-    plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
     # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
     long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
     if long_text:
         plan.sites += text_projection_sites(model)
-    stream = SHARED
-    levels: dict[tuple[tuple[str, int], int], tuple[int, int]] = {}
+    # conv_in is 0.05 % of a row: running it on all rows saves a hook and a copy of its skip
+    stream = SPLIT
+    entered = None
+    levels: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
     for index, unit in enumerate(units):
         runs = SHARED if index < fork_unit else SPLIT
         if merge and index == 0:
             runs = MERGED
+        before_fork = unit.block < units[fork_unit].block
+        if before_fork and unit.block != entered:
+            # a block that lies before the fork as a whole is entered with the shared rows
+            plan.sites.append(_block_site(model, unit.block, stream))
+            stream, entered = SHARED, unit.block
         key = (unit.block, unit.step)
         levels[key] = (levels.get(key, (stream, 0))[0], runs)
-        if runs != SPLIT or stream != SPLIT:
+        if stream != runs or (runs != SPLIT and not before_fork):
             plan.sites.append(Site(unit.name, unit.module, stream, runs))
-        for i, block in enumerate(_blocks(unit) if long_text else []):
-            if index > fork_unit or (index == fork_unit and i >= fork_block):
-                plan.sites += text_key_sites(block, f"{unit.name}.transformer_blocks.{i}")
-        first_attention = merge and index == 1
         if index == fork_unit:
-            level = MERGED if first_attention and fork_block == 0 else SHARED
-            plan.levels[fork] = level
-            plan.sites += _fork_sites(unit, fork_block, fork, level)
-        if first_attention and not (index == fork_unit and fork_block == 0):
-            attn1 = _blocks(unit)[0].attn1
-            plan.sites.append(
-                Site(f"{unit.name}.transformer_blocks.0.attn1", attn1, SHARED, MERGED, SHARED)
-            )
-            plan.merged_until = f"{unit.name}.transformer_blocks.0.attn2"
-        elif first_attention:
-            plan.merged_until = fork
+            plan.levels[fork] = MERGED if merge and index == 1 and fork_block == 0 else SHARED
+            plan.sites += _fork_sites(unit, fork_block, fork, plan.levels[fork])
+        if merge and index == 1:
+            plan.merged_until = _merged_attention(plan, unit)
+        if long_text and index >= fork_unit:
+            first = fork_block if index == fork_unit else 0
+            for i, block in enumerate(_blocks(unit)[first:], first):
+                plan.sites += text_key_sites(block, f"{unit.name}.transformer_blocks.{i}")
         stream = runs
     _plan_skips(model, plan, levels)
     return plan
+
+
+def _block_site(model: Any, block: tuple[int, int], stream: int) -> Site:
+    name = ("down_blocks", "mid_block", "up_blocks")[block[0]]
+    if block[0] != _MID:
+        name += f".{block[1]}"
+    return Site(name, model.get_submodule(name), stream, SHARED)
+
+
+def _merged_attention(plan: BranchPlan, unit: _Unit) -> str:
+    """Let the first transformer's self-attention run on one slab; returns where uncond parts."""
+    name = f"{unit.name}.transformer_blocks.0"
+    if plan.fork == f"{name}.attn1":
+        return plan.fork
+    plan.sites.append(Site(f"{name}.attn1", _blocks(unit)[0].attn1, SHARED, MERGED, SHARED))
+    return f"{name}.attn2"
 
 
 def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Site]:
@@ -184,24 +197,24 @@ def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Sit
 def _plan_skips(
     model: Any,
     plan: BranchPlan,
-    levels: dict[tuple[tuple[str, int], int], tuple[int, int]],
+    levels: dict[tuple[tuple[int, int], int], tuple[int, int]],
 ) -> None:
     """Levels of the skip tensors: stored along the way down, consumed along the way up."""
-    stored = [SHARED]  # conv_in
+    stored = [SPLIT]  # conv_in
     ends = []
     for index, block in enumerate(model.down_blocks):
         for step in range(len(block.resnets)):
-            stored.append(levels[(("down", index), step)][1])
+            stored.append(levels[((_DOWN, index), step)][1])
         ends.append(stored[-1])
         if getattr(block, "downsamplers", None) is not None:
             stored.append(stored[-1])
     plan.residual_levels, plan.adapter_levels = tuple(stored), tuple(ends)
     mid = model.mid_block
-    plan.mid_level = stored[-1] if mid is None else levels[(("mid", 0), len(mid.resnets) - 1)][1]
+    plan.mid_level = stored[-1] if mid is None else levels[((_MID, 0), len(mid.resnets) - 1)][1]
     for index, block in enumerate(getattr(model, "up_blocks", ())):
         count = len(block.resnets)
         # a block pops its skips from the end: resnet j takes entry count - 1 - j
-        consumed = tuple(levels[(("up", index), step)][0] for step in reversed(range(count)))
+        consumed = tuple(levels[((_UP, index), step)][0] for step in reversed(range(count)))
         own, stored = tuple(stored[-count:]), stored[:-count]
         if own != consumed:
             plan.skip_sites.append(SkipSite(f"up_blocks.{index}", block, own, consumed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ class PerturbedProcessor:
         level: level at which the input arrives: SPLIT, or a lower one at the fork.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # diffusers asks for the signature in every call: keep it from being derived every time
+        cls.__call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
 
     def __init__(
         self, state: BranchState | None = None, level: int = SPLIT, backend: str = "auto"

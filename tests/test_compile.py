@@ -1,0 +1,157 @@
+"""``torch.compile``: every patched denoiser in one graph, and no second one without a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import relative
+from tiny import PIPELINES, build, call_kwargs, latents
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import pag_fast
+
+FAMILIES = [
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "AnimateDiffPAGPipeline",
+    "StableDiffusion3PAGPipeline",
+    "HunyuanDiTPAGPipeline",
+    "PixArtSigmaPAGPipeline",
+    "SanaPAGPipeline",
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _compile(pipe, name, how="wrap", backend="eager", part=None):
+    counter = CompileCounterWithBackend(backend)
+    part = part or PIPELINES[name].denoiser
+    module = getattr(pipe, part)
+    if how == "wrap":
+        setattr(pipe, part, torch.compile(module, fullgraph=True, backend=counter))
+    else:
+        module.compile(fullgraph=True, backend=counter)
+    return counter
+
+
+@pytest.mark.parametrize("layers", ["default", "middle", "last"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers):
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    counter = _compile(pipe, name)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    for change in ({"seed": 1}, {"pag_scale": 1.5}, {"guidance_scale": 3.0}, {"steps": 5}):
+        latents(pipe, call_kwargs(name, pipe, **change))
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name):
+    pipe = pag_fast.patch(build(name))
+    counter = _compile(pipe, name)
+    expected = {}
+    for _ in range(2):
+        for cfg in (True, False):
+            for adaptive in (0.0, 0.5):
+                if name == "PixArtSigmaPAGPipeline" and adaptive:
+                    continue  # stock has nothing to compare with
+                kwargs = {"cfg": cfg, "pag_adaptive_scale": adaptive, "steps": 3}
+                out = latents(pipe, call_kwargs(name, pipe, **kwargs))
+                expected.setdefault((cfg, adaptive), []).append(out)
+        if len(next(iter(expected.values()))) == 1:
+            first = counter.frame_count
+    assert counter.frame_count == first <= 4
+    pag_fast.unpatch(pipe)
+    setattr(pipe, PIPELINES[name].denoiser, getattr(pipe, PIPELINES[name].denoiser)._orig_mod)
+    for (cfg, adaptive), outs in expected.items():
+        kwargs = {"cfg": cfg, "pag_adaptive_scale": adaptive, "steps": 3}
+        stock = latents(pipe, call_kwargs(name, pipe, **kwargs))
+        assert all(relative(out, stock) < 1e-5 for out in outs)
+
+
+@pytest.mark.parametrize("how", ["wrap", "in place"])
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
+def test_compiled_before_patching(name, how):
+    """A denoiser that has already run compiled, stock: its graphs must not be used for ours."""
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    counter = _compile(pipe, name, how)
+    stock = latents(pipe, call_kwargs(name, pipe))
+    assert counter.frame_count == 1
+    pag_fast.patch(pipe)
+    patched = latents(pipe, call_kwargs(name, pipe))
+    assert relative(patched, stock) < 1e-5
+    assert dict(pipe._pag_fast.steps) == {"shared": 2}
+    assert counter.frame_count == 2
+    pag_fast.unpatch(pipe)
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
+    # the same rows, without PAG and with it: neither takes the other's graph
+    pag_fast.patch(pipe)
+    plain = latents(pipe, call_kwargs(name, pipe, batch=3, cfg=False, pag_scale=0.0))
+    pag_fast.unpatch(pipe)
+    again = latents(pipe, call_kwargs(name, pipe, batch=3, cfg=False, pag_scale=0.0))
+    assert torch.equal(plain, again)
+
+
+def test_other_settings_are_other_graphs():
+    """Layers and sharing are baked into a graph; changing them must not run an old one."""
+    name = "StableDiffusionPAGPipeline"
+    pipe = build(name)
+    pictures = {}
+    for layers in ("mid", "up_blocks.1"):
+        pipe.pag_applied_layers = [layers]
+        pictures[layers] = latents(pipe, call_kwargs(name, pipe))
+    _compile(pipe, name)
+    for options in ({}, {"share_branches": False}, {}):
+        for layers, stock in pictures.items():
+            pag_fast.patch(pipe, layers, **options)
+            assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+
+
+def test_compiled_controlnet():
+    name = "StableDiffusionControlNetPAGPipeline"
+    pipe = build(name)
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    unet, net = _compile(pipe, name), _compile(pipe, name, part="controlnet")
+    for _ in range(3):
+        assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    assert (unet.frame_count, net.frame_count) == (1, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_aot_autograd(name):
+    """Functionalisation has to cope with the op that writes in place."""
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    _compile(pipe, name, backend="aot_eager")
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
+def test_inductor(name):
+    pipe = build(name)
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    _compile(pipe, name, backend="inductor")
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+
+
+def test_anchored_names_match_a_compiled_denoiser():
+    """Under torch.compile stock sees names with a prefix, and ``^mid_block`` matches nothing."""
+    name = "StableDiffusionPAGPipeline"
+    pipe = build(name, pag_applied_layers=["^mid_block"])
+    stock = latents(pipe, call_kwargs(name, pipe))
+    _compile(pipe, name)
+    with pytest.raises(ValueError, match="Cannot find PAG layer"):
+        latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
