@@ -4,19 +4,22 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST_STAMP := $(OLDEST)/.installed
-PIP_FLAGS := --quiet --disable-pip-version-check
+# what an installation copies; everything else is read from the checkout
+PACKAGE := setup.py pyproject.toml pag_fast/version.py
+# errors only
+PIP_FLAGS := -qq --disable-pip-version-check
 # tiny models are fastest on one thread each, two at a time
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger clean
+.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 venv: $(STAMP) ## Make .venv with everything that development needs
 
-$(STAMP): setup.py pyproject.toml constraints/dev.txt
+$(STAMP): $(PACKAGE) constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints/dev.txt -e '.[test,dev]'
 	@touch $@
@@ -29,7 +32,7 @@ test-fast: $(STAMP) ## Run the tests that do not measure time, two at a time
 test-wallclock: $(STAMP) ## Run the tests that measure time, alone
 	$(BIN)/python -m pytest -q -m wallclock
 
-$(OLDEST_STAMP): setup.py pyproject.toml constraints/oldest.txt
+$(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) -c constraints/oldest.txt -e '.[test]'
 	@touch $@
@@ -51,6 +54,9 @@ demo: $(STAMP) ## Stock against patched on a small SDXL; pictures and numbers go
 
 ledger: $(STAMP) ## FLOPs of every pipeline at full size
 	$(BIN)/pag-fast ledger
+
+bench: $(STAMP) ## Measure: the wall-clock tests and every suite in benchmarks/, alone
+	$(BIN)/python -m pytest -q --benchmark-only tests/test_wallclock.py $(wildcard benchmarks/bench_*.py)
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(OLDEST) demo build *.egg-info .benchmarks .mypy_cache .ruff_cache

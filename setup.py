@@ -4,4 +4,11 @@ from __future__ import annotations
 
 from setuptools import setup
 
-setup(packages=["pag_fast", "pag_fast.branches", "pag_fast.processors"])
+# import name: folder
+PACKAGES = {
+    "pag_fast": "pag_fast",
+    "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.processors": "pag_fast/processors",
+}
+
+setup(packages=list(PACKAGES), package_dir=PACKAGES)

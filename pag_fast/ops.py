@@ -83,18 +83,19 @@ def perturbed_attention_(
     v: torch.Tensor,
     *,
     num_attend: int,
+    num_context: int = 0,
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """:func:`perturbed_attention` in place: ``v`` becomes the output and is returned.
 
-    The identity rows of ``v`` already are the result, so projecting V *is* writing them; only the
-    attending rows are overwritten. For image-only attention (no text tokens, no fork).
+    Without text tokens the identity rows of ``v`` already are the result: projecting V *is* writing
+    them, and only the attending rows are overwritten. Not for the fork, which has more rows.
     """
-    _check_attention(q, k, v, num_attend, 0, attn_mask, 0)
+    _check_attention(q, k, v, num_attend, num_context, attn_mask, 0)
     resolve_backend(backend)
-    torch.ops.pag_fast.perturbed_attention_(q, k, v, num_attend, attn_mask, scale)
+    torch.ops.pag_fast.perturbed_attention_(q, k, v, num_attend, num_context, attn_mask, scale)
     return v
 
 
@@ -172,10 +173,20 @@ def _torch_perturbed_attention_(
     k: torch.Tensor,
     v: torch.Tensor,
     num_attend: int,
+    num_context: int,
     attn_mask: torch.Tensor | None,
     scale: float | None,
 ) -> None:
-    v[:num_attend].copy_(_sdpa(q, k, v[:num_attend], attn_mask, scale))
+    v[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale))
+    if num_context == 0 or num_attend == v.shape[0]:
+        return
+    num_image = v.shape[1] - num_context
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q[num_attend:], k[num_attend:], v[num_attend:]
+    # both read the values that they then replace
+    text = _sdpa(q[:, num_image:], k, v, None, scale)
+    v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale))
+    v[:, num_image:].copy_(text)
 
 
 def _sdpa(
@@ -268,9 +279,9 @@ _define(
 )
 _define(
     "perturbed_attention_(Tensor q, Tensor k, Tensor(a!) v, SymInt num_attend, "
-    "Tensor? attn_mask, float? scale) -> ()",
+    "SymInt num_context, Tensor? attn_mask, float? scale) -> ()",
     _torch_perturbed_attention_,
-    lambda q, k, v, num_attend, attn_mask, scale: None,
+    lambda q, k, v, num_attend, num_context, attn_mask, scale: None,
 )
 
 
@@ -280,8 +291,8 @@ def _(q, k, v, num_attend, num_context, attn_mask, scale, num_forked, *, out_sha
 
 
 @register_flop_formula(torch.ops.pag_fast.perturbed_attention_)
-def _(q, k, v, num_attend, attn_mask, scale, *, out_shape=None, **_):  # type: ignore[no-untyped-def]
-    return attention_flops(v, num_attend, 0, 0)
+def _(q, k, v, num_attend, num_context, attn_mask, scale, *, out_shape=None, **_):  # type: ignore[no-untyped-def]
+    return attention_flops(v, num_attend, num_context, 0)
 
 
 # ---- linear_attention ----

@@ -128,6 +128,7 @@ class Session:
         self.watched = watched
         self.ran: tuple[tuple[str, ...], float] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
+        self._residual_slabs: tuple[int, int] | None = None
         self.rescaled = False
         self.freed = False
         self.pag = False
@@ -145,7 +146,7 @@ class Session:
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is None:
             return
-        self._enter_with(controlnet, self.enter_controlnet)
+        self._enter_with(controlnet, self.enter_controlnet, self.leave_controlnet)
         self._controlnet_plans = [plan_controlnet(net) for net in controlnets(controlnet)]
         if self.patch.config.share_branches:
             for plan in self._controlnet_plans:
@@ -172,8 +173,13 @@ class Session:
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._enter_with(denoiser, self.enter_denoiser)
 
-    def _enter_with(self, module: Any, enter: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Have ``enter`` rewrite the arguments of ``module``, outside of any compiled region."""
+    def _enter_with(
+        self,
+        module: Any,
+        enter: Callable[[dict[str, Any]], dict[str, Any]],
+        leave: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Have ``enter`` rewrite a module's arguments, and ``leave`` its output, in eager mode."""
         cls: Any = type(uncompiled(module))
         names = _parameters(cls)
 
@@ -182,15 +188,22 @@ class Session:
 
         compiled = getattr(module, "_compiled_call_impl", None)
         if compiled is None:
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: ((), entered(args, kwargs)), with_kwargs=True, prepend=True
-            )
-            self._undo.append(handle.remove)
+            handles = [
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: ((), entered(args, kwargs)),
+                    with_kwargs=True,
+                    prepend=True,
+                )
+            ]
+            if leave is not None:
+                handles.append(module.register_forward_hook(lambda _, args, out: leave(out)))
+            self._undo += [handle.remove for handle in handles]
             return
         # module.compile() compiles the hooks along; the values looked at here need eager mode
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return compiled(**entered(args, kwargs))
+            out = compiled(**entered(args, kwargs))
+            return out if leave is None else leave(out)
 
         module._compiled_call_impl = call
         self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
@@ -252,6 +265,11 @@ class Session:
         if self.installed.plan.reason:
             self.patch.steps["not shared"] += 1
             return full, full, full
+        if call.get(_ADAPTER) is not None:
+            # some are added in place, to a tensor of which a skip may already be a copy
+            self.patch.fall_back("T2I-Adapter residuals: the branches run apart")
+            self.patch.steps["not shared"] += 1
+            return full, full, full
         if not self.watched and self._premise.same_objects(call, layout):
             self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
             return self._decided
@@ -283,7 +301,7 @@ class Session:
         return merged, full - 1, full
 
     def _align_residuals(self, call: dict[str, Any], full: int) -> None:
-        """ControlNet and adapter residuals: each with the rows of the tensor it is added to."""
+        """ControlNet residuals: each with the rows of the tensor it is added to."""
         slabs, plan = self.installed.state.slabs, self.installed.plan
 
         def align(residual: torch.Tensor, level: int) -> torch.Tensor:
@@ -292,10 +310,10 @@ class Session:
                 return residual
             return change_level(residual, residual.shape[0] // self.unit, want)
 
-        for name, levels in ((_RESIDUALS, plan.residual_levels), (_ADAPTER, plan.adapter_levels)):
-            if call.get(name) is not None:
-                levels = levels or (SPLIT,) * len(call[name])
-                call[name] = [align(r, lv) for r, lv in zip(call[name], levels, strict=False)]
+        if call.get(_RESIDUALS) is not None:
+            levels = plan.residual_levels or (SPLIT,) * len(call[_RESIDUALS])
+            pairs = zip(call[_RESIDUALS], levels, strict=False)
+            call[_RESIDUALS] = [align(residual, level) for residual, level in pairs]
         if call.get(_MID_RESIDUAL) is not None:
             call[_MID_RESIDUAL] = align(call[_MID_RESIDUAL], plan.mid_level)
 
@@ -308,7 +326,7 @@ class Session:
             layout = self._layout(rows)
         else:
             layout, self.unit = ((UNCOND, COND), rows // 2) if cfg else ((COND,), rows)
-        state.slabs = None
+        state.slabs = self._residual_slabs = None
         if call.get("guess_mode") and UNCOND in layout:
             start = layout.index(COND) * self.unit
             stop = start + self.unit
@@ -326,10 +344,18 @@ class Session:
                 )
                 return call
             call = _change_rows(call, rows, 1, full, full - 1)
+            self._residual_slabs = full - 1, full
             full -= 1
         if full == 2:
             state.slabs = (self._controlnet_merged(call), 2, 2)
         return call
+
+    def leave_controlnet(self, out: Any) -> Any:
+        """Residuals for every branch, as the pipeline expects them: it keeps them for the step."""
+        if self._residual_slabs is None:
+            return out
+        have, want = self._residual_slabs
+        return map_tensors(out, lambda x: change_level(x, have, want))
 
     def _controlnet_merged(self, call: dict[str, Any]) -> int:
         everything = batched(call, 2 * self.unit, 1)

@@ -235,7 +235,7 @@ def meta_model(
 
 
 def forward_kwargs(
-    model: nn.Module,
+    model: Any,
     *,
     rows: int,
     height: int,
@@ -268,6 +268,7 @@ def forward_kwargs(
     new = _Maker(parameter.device, parameter.dtype)
     latent = (height // vae_scale_factor, width // vae_scale_factor)
     if name == "UNetMotionModel":
+        frames = min(frames, model.config["motion_max_seq_length"])
         return makers[name](model, new, rows, latent, frames)
     kwargs = makers[name](model, new, rows, latent, 0)
     if name == "ControlNetModel":

@@ -94,8 +94,9 @@ def test_error_against_fp64(problem, dtype, layout, poisoned):
 )
 def test_in_place_equals_functional(problem):
     q, k, v = problem.tensors(torch.float32)
-    expected = ops.perturbed_attention(q, k, v, num_attend=problem.attend)
-    out = ops.perturbed_attention_(q, k, v, num_attend=problem.attend)
+    rows = {"num_attend": problem.attend, "num_context": problem.context}
+    expected = ops.perturbed_attention(q, k, v, **rows)
+    out = ops.perturbed_attention_(q, k, v, **rows)
     assert out is v
     assert torch.equal(out, expected)
 
@@ -256,8 +257,12 @@ def test_opcheck(problem):
 
 
 def test_opcheck_in_place():
-    q, k, v = PROBLEMS[1].tensors(torch.float32)
-    torch.library.opcheck(torch.ops.pag_fast.perturbed_attention_.default, (q, k, v, 2, None, None))
+    for problem in (PROBLEMS[1], PROBLEMS[9]):
+        q, k, v = problem.tensors(torch.float32)
+        rows = (problem.attend, problem.context)
+        torch.library.opcheck(
+            torch.ops.pag_fast.perturbed_attention_.default, (q, k, v, *rows, None, None)
+        )
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[:3] + PROBLEMS[9:12], ids=str)

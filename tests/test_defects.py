@@ -206,7 +206,7 @@ def test_b9_interleaved_time_ids(name):
         patched = latents(pipe, call_kwargs(name, pipe, batch=2, **_SIZES))
     assert relative(patched, stock) < 1e-5
     assert pipe._pag_fast.steps["not shared"] == 2
-    assert sum(pag_fast.explain(pipe, flops=False).fallbacks.values()) >= 2
+    assert len(pag_fast.explain(pipe, flops=False).fallbacks) >= 1
     # the same sizes with one image are in order
     latents(pipe, call_kwargs(name, pipe, **_SIZES))
     assert pipe._pag_fast.steps["shared"] == 2

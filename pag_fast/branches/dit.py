@@ -25,15 +25,12 @@ from .rows import MERGED, SHARED, SPLIT
 class _Layout:
     blocks: str  # attribute that holds the blocks
     attentions: tuple[str, ...]  # self-attentions of a block in execution order
-    streams: tuple[str, ...] = ()  # arguments of a block that evolve with the hidden states
     merge: bool = False  # whether only the text, behind block 0's self-attention, sets uncond apart
 
 
 _LAYOUTS = {
-    "SD3Transformer2DModel": _Layout(
-        "transformer_blocks", ("attn", "attn2"), ("encoder_hidden_states",)
-    ),
-    "HunyuanDiT2DModel": _Layout("blocks", ("attn1",), ("skip",)),
+    "SD3Transformer2DModel": _Layout("transformer_blocks", ("attn", "attn2")),
+    "HunyuanDiT2DModel": _Layout("blocks", ("attn1",)),
     "PixArtTransformer2DModel": _Layout("transformer_blocks", ("attn1",), merge=True),
     "SanaTransformer2DModel": _Layout("transformer_blocks", ("attn1",), merge=True),
 }
@@ -69,14 +66,15 @@ def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
         name = f"{layout.blocks}.{index}"
         if index >= fork_index:
             plan.sites += text_key_sites(block, name)
-        arrives = SPLIT if index == 0 or index > fork_index else SHARED
+        arrives = SPLIT if index == 0 else SHARED
         attentions = [
             (attn, getattr(block, attn))
             for attn in layout.attentions
             if getattr(block, attn, None) is not None
         ]
         if index < fork_index:
-            plan.sites.append(Site(name, block, arrives, SHARED))
+            leaves = SPLIT if index == fork_index - 1 else None
+            plan.sites.append(Site(name, block, arrives, SHARED, leaves))
             if merge and index == 0:
                 attn_name, attn = attentions[0]
                 plan.sites.append(Site(f"{name}.{attn_name}", attn, SHARED, MERGED, SHARED))
@@ -84,12 +82,10 @@ def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
         elif index == fork_index:
             level = MERGED if merge and index == 0 else SHARED
             plan.levels[fork] = level
-            if arrives != SPLIT:
-                plan.sites.append(Site(name, block, arrives, SPLIT, streams=layout.streams))
             plan.sites += block_sites(name, attentions, fork, level)
             if level == MERGED:
                 plan.merged_until = fork
-        elif getattr(block, "skip_linear", None) is not None:
+        if index >= fork_index and getattr(block, "skip_linear", None) is not None:
             # long skips stored before the fork meet the stream behind it
-            plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=layout.streams))
+            plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=("skip",)))
     return plan

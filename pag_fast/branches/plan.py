@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .rows import LEVEL_NAMES, SHARED, SPLIT, Align, AlignSkips, BranchState, Leave
+from .rows import LEVEL_NAMES, SHARED, SPLIT, Align, BranchState, Leave, LeaveSkips
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Site:
 
 @dataclass(frozen=True)
 class SkipSite:
-    """A UNet up block and the levels of its skip tensors, stored and consumed, in tuple order."""
+    """A UNet down block and the levels of its skip tensors, as made and as stored, in order."""
 
     name: str
     module: nn.Module
+    made: tuple[int, ...]
     stored: tuple[int, ...]
-    consumed: tuple[int, ...]
 
 
 @dataclass
@@ -47,7 +47,6 @@ class BranchPlan:
         levels: level each perturbed attention's input arrives at (SPLIT except at the fork).
         sites, skip_sites: modules to hook.
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
-        adapter_levels: levels at the end of each down block, where T2I-Adapter residuals are added.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
         order: the perturbed attentions in execution order.
@@ -59,7 +58,6 @@ class BranchPlan:
     sites: list[Site] = field(default_factory=list)
     skip_sites: list[SkipSite] = field(default_factory=list)
     residual_levels: tuple[int, ...] = ()
-    adapter_levels: tuple[int, ...] = ()
     mid_level: int = SPLIT
     merged: bool = False
     merged_until: str = ""
@@ -69,7 +67,7 @@ class BranchPlan:
     def hooks(self, state: BranchState) -> list[tuple[nn.Module, Any, Any]]:
         """``(module, pre-hook or None, post-hook or None)`` for every site, built once."""
         hooks: list[tuple[nn.Module, Any, Any]] = [
-            (s.module, AlignSkips(state, s.stored, s.consumed), None) for s in self.skip_sites
+            (s.module, None, LeaveSkips(state, s.made, s.stored)) for s in self.skip_sites
         ]
         for site in self.sites:
             leave = None if site.leaves is None else Leave(state, site.runs, site.leaves)
@@ -82,7 +80,8 @@ def install(hooks: Iterable[tuple[nn.Module, Any, Any]]) -> list[RemovableHandle
     """Register hooks made by :meth:`BranchPlan.hooks`; the handles remove them again."""
     handles = []
     for module, before, after in hooks:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             handles.append(module.register_forward_hook(after))
     return handles

@@ -125,45 +125,43 @@ def _cut(value: Any, rows: int, unit: int, slabs: tuple[int, int, int]) -> Any:
 
 
 class Leave:
-    """Forward hook: hand a module's output on with the slabs of level ``leaves``."""
+    """Forward hook: hand a module's output on with the slabs of level ``leaves``.
+
+    Going up happens here, behind the last module that needs less, rather than in front of the next:
+    the caller then never holds both versions.
+    """
 
     def __init__(self, state: BranchState, runs: int, leaves: int) -> None:
         self.state = state
         self.runs = runs
         self.leaves = leaves
 
-    def __call__(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         slabs = self.state.slabs
         if slabs is None or slabs[self.runs] == slabs[self.leaves]:
             return None
-        return change_level(output, slabs[self.runs], slabs[self.leaves])
+        have, want = slabs[self.runs], slabs[self.leaves]
+        if isinstance(output, torch.Tensor):
+            return change_level(output, have, want)
+        return map_tensors(output, lambda x: change_level(x, have, want))
 
 
-class AlignSkips:
-    """Forward pre-hook of a UNet up block: each skip tensor to the level that will consume it.
+class LeaveSkips:
+    """Forward hook of a UNet down block: its skip tensors, each at the level that will consume it.
 
-    Skips are ``res_hidden_states_tuple``; entry i was stored at level ``stored[i]`` and meets the
-    stream at level ``consumed[i]``.
+    A down block returns ``(stream, skips)``; skip i comes at level ``made[i]`` and is stored at
+    level ``stored[i]``.
     """
 
-    def __init__(
-        self, state: BranchState, stored: tuple[int, ...], consumed: tuple[int, ...]
-    ) -> None:
+    def __init__(self, state: BranchState, made: tuple[int, ...], stored: tuple[int, ...]) -> None:
         self.state = state
+        self.made = made
         self.stored = stored
-        self.consumed = consumed
 
-    def __call__(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         slabs = self.state.slabs
         if slabs is None or slabs[SHARED] == slabs[SPLIT]:
             return None
-        levels = zip(kwargs["res_hidden_states_tuple"], self.stored, self.consumed, strict=True)
-        kwargs["res_hidden_states_tuple"] = tuple(
-            [
-                change_level(skip, slabs[stored], slabs[consumed])
-                for skip, stored, consumed in levels
-            ]
-        )
-        return args, kwargs
+        stream, skips = output
+        levels = zip(skips, self.made, self.stored, strict=True)
+        return stream, tuple([change_level(x, slabs[made], slabs[to]) for x, made, to in levels])

@@ -128,8 +128,11 @@ def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
     long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
     if long_text:
         plan.sites += text_projection_sites(model)
-    # conv_in is 0.05 % of a row: running it on all rows saves a hook and a copy of its skip
+    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
     stream = SPLIT
+    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) < fork_unit:
+        plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+        stream = SHARED
     entered = None
     levels: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
     for index, unit in enumerate(units):
@@ -143,8 +146,11 @@ def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
             stream, entered = SHARED, unit.block
         key = (unit.block, unit.step)
         levels[key] = (levels.get(key, (stream, 0))[0], runs)
-        if stream != runs or (runs != SPLIT and not before_fork):
-            plan.sites.append(Site(unit.name, unit.module, stream, runs))
+        # attention and motion modules directly follow the unit before them, so that what they need
+        # more can be added behind it
+        climbs = SPLIT if index + 1 == fork_unit else SHARED if runs == MERGED else None
+        if stream != runs or climbs is not None or (runs != SPLIT and not before_fork):
+            plan.sites.append(Site(unit.name, unit.module, stream, runs, climbs))
         if index == fork_unit:
             plan.levels[fork] = MERGED if merge and index == 1 and fork_block == 0 else SHARED
             plan.sites += _fork_sites(unit, fork_block, fork, plan.levels[fork])
@@ -154,7 +160,7 @@ def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
             first = fork_block if index == fork_unit else 0
             for i, block in enumerate(_blocks(unit)[first:], first):
                 plan.sites += text_key_sites(block, f"{unit.name}.transformer_blocks.{i}")
-        stream = runs
+        stream = runs if climbs is None else climbs
     _plan_skips(model, plan, levels)
     return plan
 
@@ -179,12 +185,11 @@ def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Sit
     sites = []
     for index, block in enumerate(_blocks(unit)[: fork_block + 1]):
         name = f"{unit.name}.transformer_blocks.{index}"
-        arrives = SPLIT if index == 0 else SHARED
         if index < fork_block:
-            sites.append(Site(name, block, arrives, SHARED))
+            arrives = SPLIT if index == 0 else SHARED
+            leaves = SPLIT if index == fork_block - 1 else None
+            sites.append(Site(name, block, arrives, SHARED, leaves))
             continue
-        if arrives != SPLIT:
-            sites.append(Site(name, block, arrives, SPLIT))
         attentions = [
             (attn, getattr(block, attn))
             for attn in ("attn1", "attn2")
@@ -199,25 +204,27 @@ def _plan_skips(
     plan: BranchPlan,
     levels: dict[tuple[tuple[int, int], int], tuple[int, int]],
 ) -> None:
-    """Levels of the skip tensors: stored along the way down, consumed along the way up."""
-    stored = [SPLIT]  # conv_in
-    ends = []
+    """Levels of the skip tensors: made along the way down, consumed along the way up."""
+    made: list[list[int]] = []
     for index, block in enumerate(model.down_blocks):
-        for step in range(len(block.resnets)):
-            stored.append(levels[((_DOWN, index), step)][1])
-        ends.append(stored[-1])
-        if getattr(block, "downsamplers", None) is not None:
-            stored.append(stored[-1])
-    plan.residual_levels, plan.adapter_levels = tuple(stored), tuple(ends)
+        own = [levels[((_DOWN, index), step)][1] for step in range(len(block.resnets))]
+        made.append(own + own[-1:] * (getattr(block, "downsamplers", None) is not None))
     mid = model.mid_block
-    plan.mid_level = stored[-1] if mid is None else levels[((_MID, 0), len(mid.resnets) - 1)][1]
-    for index, block in enumerate(getattr(model, "up_blocks", ())):
-        count = len(block.resnets)
-        # a block pops its skips from the end: resnet j takes entry count - 1 - j
-        consumed = tuple(levels[((_UP, index), step)][0] for step in reversed(range(count)))
-        own, stored = tuple(stored[-count:]), stored[:-count]
-        if own != consumed:
-            plan.skip_sites.append(SkipSite(f"up_blocks.{index}", block, own, consumed))
+    plan.mid_level = made[-1][-1] if mid is None else levels[((_MID, 0), len(mid.resnets) - 1)][1]
+    # the up path takes the skips in reverse, resnet by resnet
+    consumed = [
+        levels[((_UP, index), step)][0]
+        for index, block in enumerate(model.up_blocks)
+        for step in range(len(block.resnets))
+    ][::-1]
+    plan.residual_levels = tuple(consumed)
+    start = 1  # behind conv_in's, which is made at the level it is consumed at
+    for index, own in enumerate(made):
+        stored = tuple(consumed[start : start + len(own)])
+        start += len(own)
+        if stored != tuple(own):
+            site = SkipSite(f"down_blocks.{index}", model.down_blocks[index], tuple(own), stored)
+            plan.skip_sites.append(site)
 
 
 def plan_controlnet(model: Any) -> BranchPlan:

@@ -32,15 +32,15 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         query = self._joint(attn, "q", hidden_states, encoder_hidden_states)
         key = self._joint(attn, "k", hidden_states, encoder_hidden_states)
         value = self._joint(attn, "v", hidden_states, encoder_hidden_states)
-        out = ops.perturbed_attention(
-            query,
-            key,
-            value,
-            num_attend=num_attend,
-            num_context=encoder_hidden_states.shape[1],
-            num_forked=num_forked,
-            backend=self.backend,
-        )
+        num_context = encoder_hidden_states.shape[1]
+        rows: dict[str, Any] = {"num_attend": num_attend, "num_context": num_context}
+        if num_forked:
+            out = ops.perturbed_attention(
+                query, key, value, **rows, num_forked=num_forked, backend=self.backend
+            )
+        else:
+            out = ops.perturbed_attention_(query, key, value, **rows, backend=self.backend)
+        del query, key, value
         image = project_out(attn, out[:, :num_image])
         # a fork leaves the text of cond and perturbed equal: project it before it is spread
         text = out[:num_attend, num_image:] if num_forked else out[:, num_image:]

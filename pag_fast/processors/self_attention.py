@@ -68,6 +68,7 @@ class PerturbedSelfAttention(PerturbedProcessor):
             out = ops.perturbed_attention_(
                 query, key, value, num_attend=num_attend, attn_mask=mask, backend=self.backend
             )
+        del query, key, value  # the output projection needs their room
         out = self.spread(project_out(attn, out), num_forked)
         if image_shape is not None:
             out = out.transpose(1, 2).unflatten(2, image_shape[2:])
