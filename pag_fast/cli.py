@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
@@ -117,6 +118,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         out=arguments.out,
         config=config,
+        stretch=True,
     )
     rows = [
         (

@@ -64,12 +64,12 @@ def small_sdxl(seed: int = 0) -> Any:
     )
     unet = UNet2DConditionModel(
         sample_size=48,
-        block_out_channels=(96, 192, 384),
+        block_out_channels=(64, 128, 256),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 6),
-        attention_head_dim=(3, 6, 12),
+        attention_head_dim=(2, 4, 8),
         use_linear_projection=True,
         cross_attention_dim=128,
         addition_embed_type="text_time",
@@ -123,12 +123,14 @@ def run_demo(
     seed: int = 0,
     out: Path | None = None,
     config: Any = None,
+    stretch: bool = False,
     progress: bool = True,
 ) -> list[Shot]:
     """Run every prompt stock and patched with the same seed; write pictures and numbers to ``out``.
 
     Writes ``demo.png`` (a row per prompt: stock, patched, their difference amplified) and
-    ``demo.json``. The pipeline is left unpatched.
+    ``demo.json``. ``stretch`` spreads each picture's contrast, for untrained weights. The pipeline
+    is left unpatched.
     """
     from tqdm.auto import tqdm
 
@@ -167,7 +169,7 @@ def run_demo(
         with patched(pipe, config=config):
             ours, our_seconds = run(prompt, "patched")
         difference = (stock.float() - ours.float()).abs().max() / stock.float().abs().max()
-        images = [decode(pipe, latents) for latents in (stock, ours)]
+        images = [decode(pipe, latents, stretch=stretch) for latents in (stock, ours)]
         pixels = (images[0].short() - images[1].short()).abs()
         shots.append(Shot(prompt, stock_seconds, our_seconds, difference.item(), int(pixels.max())))
         pictures.append((*images, pixels))
@@ -192,16 +194,13 @@ def median_speedup(shots: Sequence[Shot]) -> float:
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The picture of one latent ``[1, C, h, w]`` as ``[H, W, 3]`` bytes, contrast stretched."""
+def decode(pipe: Any, latents: torch.Tensor, *, stretch: bool = False) -> torch.Tensor:
+    """The picture of one latent ``[1, C, h, w]`` as ``[H, W, 3]`` bytes."""
     image = pipe.vae.decode(
         latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
     )[0][0].float()
-    if getattr(pipe, "_pag_fast_untrained", False):
-        low, high = image.aminmax()
-        image = (image - low) / (high - low)
-    else:
-        image = image / 2 + 0.5
+    low, high = image.aminmax() if stretch else (-1.0, 1.0)
+    image = (image - low) / (high - low)
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
 
 
