@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="stock against patched on a small SDXL, no download")
     demo.add_argument("--prompt", action="append", help="may be given several times")
-    demo.add_argument("--steps", type=int, default=10)
+    demo.add_argument("--steps", type=int, default=6)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--layers", nargs="+", default=["mid"])
     demo.add_argument("--guidance-scale", type=float, default=6.0)

@@ -398,7 +398,15 @@ def _torch_combine_guidance(
     pag_scale: float,
     rescale: float,
 ) -> torch.Tensor:
-    out = reference.combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    c = cond.to(wide)
+    # lerp and the scaled add: three launches where the formula as it is written takes six
+    out = c if uncond is None else torch.lerp(uncond.to(wide), c, guidance_scale)
+    if perturbed is not None:
+        out = torch.add(out, c - perturbed.to(wide), alpha=pag_scale)
+    if rescale:
+        out = reference.rescale_to(out, c, rescale)
+    out = out.to(cond.dtype)
     # an op may not return its input: CFG off without a perturbed branch leaves cond as it is
     return out.clone() if out is cond else out
 

@@ -141,11 +141,17 @@ def combine_guidance(
     c = cond.to(wide)
     out = c
     if uncond is not None:
-        out = torch.lerp(uncond.to(wide), c, guidance_scale)
+        u = uncond.to(wide)
+        out = u + guidance_scale * (c - u)
     if perturbed is not None:
-        out = torch.add(out, c - perturbed.to(wide), alpha=pag_scale)
+        out = out + pag_scale * (c - perturbed.to(wide))
     if rescale:
-        dims = list(range(1, out.ndim))
-        ratio = c.std(dims, keepdim=True) / out.std(dims, keepdim=True)
-        out = out * (rescale * ratio + (1.0 - rescale))
+        out = rescale_to(out, c, rescale)
     return out.to(cond.dtype)
+
+
+def rescale_to(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
+    """``guided`` mixed with itself at the per-sample standard deviation of ``cond``."""
+    dims = list(range(1, guided.ndim))
+    ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (rescale * ratio + (1.0 - rescale))

@@ -252,11 +252,13 @@ def test_group_offload():
     name = "StableDiffusionXLPAGPipeline"
     pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
     stock = latents(pipe, call_kwargs(name, pipe))
-    pipe.unet.enable_group_offload(
-        onload_device=torch.device("cpu"),
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-    )
+    cpu = torch.device("cpu")
+    try:
+        pipe.unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    except AttributeError:
+        if torch.accelerator.is_available():
+            raise
+        pytest.skip("this diffusers asks for the type of an accelerator that is not there")
     with pag_fast.patched(pipe):
         assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
 
