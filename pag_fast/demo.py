@@ -213,7 +213,7 @@ def _grid(prompts: Sequence[str], pictures: Sequence[tuple[torch.Tensor, ...]]) 
         "RGB", (3 * width + 4 * gap, (height + 20 + gap) * len(pictures) + head), "white"
     )
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("stock diffusers", "pag_fast", "difference × 50")):
+    for column, title in enumerate(("stock diffusers", "pag_fast", "difference x 50")):
         draw.text((gap + column * (width + gap), 5), title, fill="black")
     for row, (prompt, (stock, ours, difference)) in enumerate(zip(prompts, pictures, strict=True)):
         top = head + row * (height + 20 + gap)

@@ -72,7 +72,7 @@ def perturbed_attention(
     """
     _check_attention(q, k, v, num_attend, num_context, attn_mask, num_forked)
     resolve_backend(backend)
-    return torch.ops.pag_fast.perturbed_attention(
+    return torch.ops.pag_fast.perturbed_attention.default(
         q, k, v, num_attend, num_context, attn_mask, scale, num_forked
     )
 
@@ -95,7 +95,9 @@ def perturbed_attention_(
     """
     _check_attention(q, k, v, num_attend, num_context, attn_mask, 0)
     resolve_backend(backend)
-    torch.ops.pag_fast.perturbed_attention_(q, k, v, num_attend, num_context, attn_mask, scale)
+    torch.ops.pag_fast.perturbed_attention_.default(
+        q, k, v, num_attend, num_context, attn_mask, scale
+    )
     return v
 
 
@@ -317,7 +319,7 @@ def linear_attention(
     """
     _check_attention(q, k, v, num_attend, 0, None, num_forked)
     resolve_backend(backend)
-    return torch.ops.pag_fast.linear_attention(q, k, v, num_attend, num_forked)
+    return torch.ops.pag_fast.linear_attention.default(q, k, v, num_attend, num_forked)
 
 
 def torch_linear_attention(
@@ -385,7 +387,7 @@ def combine_guidance(
     combine = (
         reference.combine_guidance
         if torch.compiler.is_compiling()
-        else torch.ops.pag_fast.combine_guidance
+        else torch.ops.pag_fast.combine_guidance.default
     )
     return combine(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
 

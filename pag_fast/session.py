@@ -222,19 +222,18 @@ class Session:
         if not self.unit:
             self.unit = rows // (3 if self.cfg else 2)
         slabs, rest = divmod(rows, self.unit) if self.unit else (0, 1)
-        cfg = self.cfg and getattr(self.pipe, "do_classifier_free_guidance", True)
-        layouts: dict[int, tuple[str, ...]] = {
-            1: (COND,),
-            2: (UNCOND, COND) if cfg else (COND, PERTURBED),
-            3: (UNCOND, COND, PERTURBED),
-        }
-        if rest or slabs not in layouts:
+        if not rest and slabs == 3:
+            return UNCOND, COND, PERTURBED
+        if not rest and slabs == 2:
+            cfg = self.cfg and getattr(self.pipe, "do_classifier_free_guidance", True)
+            return (UNCOND, COND) if cfg else (COND, PERTURBED)
+        if rest or slabs != 1:
             raise ValueError(
                 f"The denoiser was called with {rows} rows, which is no whole number of branches "
                 f"of {self.unit} rows each. A callback that turns classifier-free guidance off "
                 f"should keep the last {self.unit} or {2 * self.unit} rows of every embedding."
             )
-        return layouts[slabs]
+        return (COND,)
 
     def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
         """Decide what this denoiser call runs on, and give its arguments those rows."""
