@@ -14,7 +14,7 @@ from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
-from .session import Installation
+from .installation import Installation
 
 
 @dataclass(frozen=True)

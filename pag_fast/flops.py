@@ -20,8 +20,8 @@ from .branches.rows import BranchState
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import family_of
+from .installation import Installation
 from .layers import self_attentions
-from .session import Installation
 
 Inputs = Callable[[int], dict[str, Any]]
 """Forward arguments of a model for a number of rows."""

@@ -18,16 +18,15 @@ import torch
 from torch import nn
 
 from . import ops
-from .branches.plan import BranchPlan, install
+from .branches.plan import install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
-from .families import controlnets, denoiser_name, family_of, uncompiled
+from .families import controlnets, denoiser_name, uncompiled
 from .guidance import scale_at
-from .layers import resolve
+from .installation import Installation
 from .pipeline import RescalesOnce
 from .premise import Premise, batched
-from .processors.rows import PerturbedProcessor
 
 UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
 _RESIDUALS = "down_block_additional_residuals"
@@ -88,29 +87,6 @@ class Patch:
         if self._installed is None or self._installed[0] != key:
             self._installed = key, Installation(denoiser, layers, self.config)
         return self._installed[1]
-
-
-class Installation:
-    """Processors and hooks of one denoiser for one choice of layers."""
-
-    def __init__(self, denoiser: Any, layers: Any, config: PatchConfig) -> None:
-        family = family_of(denoiser)
-        self.denoiser = denoiser
-        self.text = family.text
-        self.state = BranchState()
-        self.attentions: dict[str, Any] = resolve(denoiser, layers, exact=config.exact_layers)
-        self.plan: BranchPlan = family.plan(
-            denoiser, set(self.attentions), merge=config.share_branches
-        )
-        self.processors: dict[str, PerturbedProcessor] = {
-            name: family.processor(self.state, self.plan.levels[name], config.backend)
-            for name in self.attentions
-        }
-        self.hooks = self.plan.hooks(self.state) if config.share_branches else []
-        if not config.share_branches:
-            self.plan = BranchPlan(order=self.plan.order, reason="share_branches is off")
-            for processor in self.processors.values():
-                processor.level = SPLIT
 
 
 class Session:
