@@ -148,11 +148,11 @@ def torch_perturbed_attention(
     num_forked: int,
 ) -> torch.Tensor:
     """The PyTorch backend of :func:`perturbed_attention`: SDPA on the attending rows."""
-    out = v.new_empty((v.shape[0] + num_forked, *v.shape[1:]))
+    out = _forked_rows_like(v, num_forked)
     out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale))
     if out.shape[0] == num_attend:
         return out
-    source = slice(num_attend - num_forked, num_attend) if num_forked else slice(num_attend, None)
+    source = reference.identity_rows(num_attend, num_forked)
     if num_context == 0:
         out[num_attend:].copy_(v[source])
         return out
@@ -333,11 +333,9 @@ def torch_linear_attention(
     value = F.pad(v[:num_attend].to(wide).permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
     sums = (value @ key) @ query
     attended = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
-    out = v.new_empty((v.shape[0] + num_forked, *v.shape[1:]))
+    out = _forked_rows_like(v, num_forked)
     out[:num_attend].copy_(attended.permute(0, 3, 1, 2))
-    out[num_attend:].copy_(
-        v[num_attend - num_forked : num_attend] if num_forked else v[num_attend:]
-    )
+    out[num_attend:].copy_(v[reference.identity_rows(num_attend, num_forked)])
     return out
 
 

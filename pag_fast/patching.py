@@ -27,8 +27,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
-        Patching
-            it again replaces the earlier settings.
+            Patching it again replaces the earlier settings.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.

@@ -44,13 +44,20 @@ def perturbed_attention(
     attending = _softmax_attention(
         query[:num_attend], key[:num_attend], value[:num_attend], scale, attn_mask
     )
-    source = slice(num_attend - num_forked, num_attend) if num_forked else slice(num_attend, None)
+    source = identity_rows(num_attend, num_forked)
     if num_context == 0:
         return torch.cat([attending, value[source]])
     perturbed = joint_identity_attention(
         query[source], key[source], value[source], num_context=num_context, scale=scale
     )
     return torch.cat([attending, perturbed])
+
+
+def identity_rows(num_attend: int, num_forked: int) -> slice:
+    """The rows that the perturbed rows are made of: the last attending ones at a fork."""
+    if num_forked:
+        return slice(num_attend - num_forked, num_attend)
+    return slice(num_attend, None)
 
 
 def joint_identity_attention(
@@ -115,7 +122,7 @@ def linear_attention(
     numerator = torch.einsum("bnhk,bhkv->bnhv", q, state)
     denominator = torch.einsum("bnhk,bhk->bnh", q, k.sum(1))
     attending = (numerator / (denominator.unsqueeze(-1) + eps)).to(value.dtype)
-    source = slice(num_attend - num_forked, num_attend) if num_forked else slice(num_attend, None)
+    source = identity_rows(num_attend, num_forked)
     return torch.cat([attending, value[source]])
 
 

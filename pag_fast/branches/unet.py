@@ -243,8 +243,7 @@ def plan_controlnet(model: Any) -> BranchPlan:
         plan.merged = True
         plan.merged_until = f"{units[1].name}.transformer_blocks.0.attn2"
         plan.sites += [
-            Site(units[0].name, units[0].module, SPLIT, MERGED),
-            Site(units[1].name, units[1].module, MERGED, SPLIT),
+            Site(units[0].name, units[0].module, SPLIT, MERGED, SPLIT),
             Site(f"{units[1].name}.transformer_blocks.0.attn1", attn1, SPLIT, MERGED, SPLIT),
         ]
     return plan
