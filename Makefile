@@ -12,7 +12,8 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench clean
+.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench emoji \
+	accuracy clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,7 +50,7 @@ format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP) ## Stock against patched on a small SDXL; pictures and numbers go to demo/
+demo: $(STAMP) ## Without PAG, stock PAG, patched PAG: pictures and numbers go to demo/
 	$(BIN)/pag-fast demo --out demo
 
 ledger: $(STAMP) ## FLOPs of every pipeline at full size
@@ -58,6 +59,12 @@ ledger: $(STAMP) ## FLOPs of every pipeline at full size
 bench: $(STAMP) ## Measure: the wall-clock tests and every suite in benchmarks/, alone
 	$(BIN)/python -m pytest -q --benchmark-only tests/test_wallclock.py $(wildcard benchmarks/bench_*.py)
 
+emoji: $(STAMP) ## Train the model that ships with the package anew, into emoji-model/
+	$(BIN)/python -m examples.emoji.train --out emoji-model
+
+accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale, into accuracy/
+	$(BIN)/python -m examples.emoji.evaluate --out accuracy
+
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) demo build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo accuracy build *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
