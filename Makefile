@@ -62,9 +62,9 @@ bench: $(STAMP) ## Measure: the wall-clock tests and every suite in benchmarks/,
 emoji: $(STAMP) ## Train the model that ships with the package anew, into emoji-model/
 	$(BIN)/python -m examples.emoji.train --out emoji-model
 
-accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale, into accuracy/
-	$(BIN)/python -m examples.emoji.evaluate --out accuracy
+accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
+	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) demo accuracy build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo build *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from torch import nn
 
 DROPOUT = 0.12  # of captions, for classifier-free guidance
 DECAY = 0.999  # of the weights' moving average
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training; each starts from the average of the one before."""
+
+    samples: int
+    batch: int
+    lr: float
+    cool: float
+
+
+# large batches find the coarse shapes, small ones make more steps of the same samples
+STAGES = (
+    Stage(samples=32_000, batch=64, lr=1.5e-3, cool=0.0),
+    Stage(samples=120_000, batch=32, lr=1.2e-3, cool=0.4),
+)
 
 
 def make_text_encoder(tokenizer: Any) -> Any:
@@ -95,23 +113,27 @@ def train_denoiser(
     empty: torch.Tensor,
     *,
     samples: int,
-    batch: int = 64,
-    lr: float = 1.5e-3,
+    batch: int,
+    lr: float,
+    cool: float,
     progress: Callable[[int, float, Denoiser], None],
 ) -> Denoiser:
     """Train on ``latents`` (n, 4, 16, 16) and their captions' ``ids`` (n, 16).
 
-    Returns the moving average of the weights. The learning rate rises over the first 2 %, stays,
-    and falls to zero over the last 40 %.
+    Returns the moving average of the weights. The learning rate rises over 50 steps, stays, and
+    falls to zero over the last part ``cool`` of the steps.
     """
     average = copy.deepcopy(model).requires_grad_(False).eval()
     model.to(memory_format=torch.channels_last).train()
+    model.unet.compile()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.99))
     steps = samples // batch
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps)),
-    )
+
+    def factor(step: int) -> float:
+        down = (steps - step) / (cool * steps) if cool else 1.0
+        return min(1.0, (step + 1) / 50, down)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         picked = torch.randint(len(latents), (batch,), generator=generator)

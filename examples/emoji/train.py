@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .pictures import save_pictures
 from .tokens import train_tokenizer
 
 
-def train(out: Path, *, autoencoder_steps: int, samples: int, checkpoint: int = 500) -> None:
+def train(out: Path, *, autoencoder_steps: int, first_stage: int, checkpoint: int = 500) -> None:
     """Render the data, train both stages, save a ``StableDiffusionPAGPipeline`` to ``out``."""
     torch.manual_seed(0)
     emoji = data.load()
@@ -44,25 +45,36 @@ def train(out: Path, *, autoencoder_steps: int, samples: int, checkpoint: int = 
     scheduler = denoiser.make_scheduler()
     for name, part in (("vae", vae), ("text", model.text_encoder), ("unet", model.unet)):
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
-    steps = samples // 64
-    with tqdm(total=steps, desc="denoiser", mininterval=10) as bar:
-        report = _reporter(bar)
+    ids = denoiser.token_ids(tokenizer, emoji.captions)
+    empty = denoiser.token_ids(tokenizer, [""])
+    for number, stage in enumerate(denoiser.STAGES, 1):
+        if number < first_stage:
+            continue
+        if number == first_stage and number > 1:
+            model = _load(out, model)
+        with tqdm(
+            total=stage.samples // stage.batch, desc=f"stage {number}", mininterval=10
+        ) as bar:
+            report = _reporter(bar)
 
-        def progress(step: int, loss: float, average: Any) -> None:
-            report(step, loss)
-            if (step + 1) % checkpoint == 0:
-                save(out, vae, tokenizer, average.text_encoder, average.unet, scheduler)
+            def progress(step: int, loss: float, average: Any, report: Any = report) -> None:
+                report(step, loss)
+                if (step + 1) % checkpoint == 0:
+                    save(out, vae, tokenizer, average.text_encoder, average.unet, scheduler)
 
-        average = denoiser.train_denoiser(
-            model,
-            scheduler,
-            latents,
-            denoiser.token_ids(tokenizer, emoji.captions),
-            denoiser.token_ids(tokenizer, [""]),
-            samples=samples,
-            progress=progress,
-        )
-    save(out, vae, tokenizer, average.text_encoder, average.unet, scheduler)
+            model = denoiser.train_denoiser(
+                model, scheduler, latents, ids, empty, **asdict(stage), progress=progress
+            ).requires_grad_(True)
+        save(out, vae, tokenizer, model.text_encoder, model.unet, scheduler)
+
+
+def _load(folder: Path, model: Any) -> Any:
+    """``model`` with the weights that were saved to ``folder``."""
+    for part in ("text_encoder", "unet"):
+        old = getattr(model, part)
+        new = type(old).from_pretrained(folder / part, torch_dtype=torch.float32)
+        old.load_state_dict(new.state_dict())
+    return model
 
 
 def _reporter(bar: Any) -> Any:
@@ -81,11 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("emoji-model"))
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
-    parser.add_argument("--samples", type=int, default=200_000, help="latents seen by the denoiser")
+    parser.add_argument("--first-stage", type=int, default=1, help="2: go on from what OUT holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, autoencoder_steps=args.autoencoder_steps, samples=args.samples)
+    train(args.out, autoencoder_steps=args.autoencoder_steps, first_stage=args.first_stage)
 
 
 if __name__ == "__main__":
