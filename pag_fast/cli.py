@@ -46,12 +46,24 @@ def _parser() -> argparse.ArgumentParser:
     ledger.add_argument("--json", type=Path, help="write the rows to this file too")
     ledger.set_defaults(run=_ledger)
 
-    demo = commands.add_parser("demo", help="stock against patched on a small SDXL, no download")
+    demo = commands.add_parser(
+        "demo", help="without PAG, stock PAG and patched PAG: time and pictures, no download"
+    )
+    demo.add_argument(
+        "--pipeline",
+        default="emoji",
+        metavar="PATH_OR_HUB_ID",
+        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
+    )
     demo.add_argument("--prompt", action="append", help="may be given several times")
-    demo.add_argument("--steps", type=int, default=6)
+    demo.add_argument("--steps", type=int, default=20)
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--layers", nargs="+", default=["mid"])
-    demo.add_argument("--guidance-scale", type=float, default=6.0)
+    demo.add_argument("--batch", type=int, help="prompts per call: 8, with a model of your own 1")
+    demo.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
+    demo.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    demo.add_argument(
+        "--guidance-scale", type=float, help="1 is off: omitted, 1, with a model of your own 5"
+    )
     demo.add_argument("--pag-scale", type=float, default=3.0)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for picture and JSON")
     demo.set_defaults(run=_demo)
@@ -98,43 +110,39 @@ def _ledger(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from . import explain, patched
+    from . import explain, models, patched
     from .config import PatchConfig
-    from .demo import PROMPTS, median_speedup, run_demo, small_sdxl
+    from .demo import PROMPTS, run_demo, write_demo
     from .explain import table
+    from .fidelity import NearestPicture
 
     config = PatchConfig(layers=arguments.layers)
-    if arguments.steps < 1:
-        raise ValueError(f"--steps must be at least 1; got {arguments.steps}.")
-    pipe = small_sdxl(seed=0)
-    with patched(pipe, config=config):
-        print(explain(pipe), "\n", flush=True)
-    shots = run_demo(
+    pipe, known = models.load(arguments.pipeline), None
+    if arguments.pipeline == "emoji":
+        pictures = models.emoji_pictures()
+        known = NearestPicture(pictures.captions, pictures.images)
+    guidance_scale = arguments.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = 1.0 if known else 5.0
+    demo = run_demo(
         pipe,
         arguments.prompt or PROMPTS,
         steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
+        guidance_scale=guidance_scale,
         pag_scale=arguments.pag_scale,
         seed=arguments.seed,
-        out=arguments.out,
+        batch=arguments.batch if arguments.batch is not None else (8 if known else 1),
+        rounds=arguments.rounds,
         config=config,
-        stretch=True,
+        known=known,
     )
-    rows = [
-        (
-            s.prompt,
-            f"{s.stock:.3f}",
-            f"{s.patched:.3f}",
-            f"{s.speedup:.2f}×",
-            f"{s.largest_difference:.1e}",
-            str(s.largest_pixel_difference),
-        )
-        for s in shots
-    ]
-    header = ("prompt", "s/step stock", "s/step patched", "speed-up", "latents differ", "pixels")
-    print()
-    print("\n".join(table(header, rows)))
-    print(f"\nmedian speed-up {median_speedup(shots):.2f}×")
+    with patched(pipe, config=config):
+        explanation = explain(pipe)
+    write_demo(demo, arguments.out, explanation.as_dict())
+    print(explanation, "\n")
+    print("\n".join(table(*demo.prompt_table())), "\n")
+    print("\n".join(table(*demo.time_table())))
+    print(f"\npag_fast is {demo.speedup:.2f}× as fast as stock PAG")
     print(f"pictures side by side: {arguments.out / 'demo.png'}")
 
 

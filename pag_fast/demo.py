@@ -1,225 +1,282 @@
-"""A pipeline that needs no download, and the demonstration that runs on it."""
+"""The demonstration: the same prompts and seeds with CFG only, stock PAG and patched PAG."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PROMPTS = ("a red apple", "a lighthouse in a storm", "two dogs on a sofa")
+from .families import denoiser_name, uncompiled
+from .fidelity import NearestPicture, generate, psnr
+from .layers import as_list, resolve
+
+PROMPTS = (
+    "red apple",
+    "dog face",
+    "sunflower",
+    "rocket",
+    "penguin",
+    "butterfly",
+    "hamburger",
+    "crown",
+)
+WITHOUT, STOCK, PATCHED = "without PAG", "PAG, stock diffusers", "PAG, pag_fast"
+METHODS = (WITHOUT, STOCK, PATCHED)
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One prompt, stock and patched: seconds per step, and how far the pictures are apart.
+@dataclass
+class Method:
+    """One way to run the pipeline: its ``pictures`` (n, 3, H, W) in [0, 1], and each step's time.
 
-    ``largest_difference`` is between final latents, relative to the largest stock latent;
-    ``largest_pixel_difference`` is in steps of an 8-bit channel.
+    ``steps`` holds seconds between the ends of consecutive steps, of all calls. ``shows`` names the
+    known picture nearest to each one, where the model has known pictures.
     """
 
-    prompt: str
-    stock: float
-    patched: float
-    largest_difference: float
-    largest_pixel_difference: int
+    pictures: torch.Tensor
+    steps: list[float]
+    shows: list[str] | None = None
+
+    @property
+    def seconds_per_step(self) -> float:
+        return statistics.median(self.steps)
+
+
+@dataclass
+class Demo:
+    """What a demonstration has shown: the methods by name, and PSNR (dB) patched against stock."""
+
+    prompts: list[str]
+    settings: dict[str, Any]
+    methods: dict[str, Method]
+    psnr: list[float] = field(default_factory=list)
 
     @property
     def speedup(self) -> float:
-        return self.stock / self.patched
+        """Stock PAG's seconds per step over patched PAG's."""
+        return self.methods[STOCK].seconds_per_step / self.methods[PATCHED].seconds_per_step
 
+    def time_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: seconds per step of each method, and ratios to no PAG and stock PAG."""
+        seconds = {name: method.seconds_per_step for name, method in self.methods.items()}
+        rows = [
+            [
+                name,
+                f"{value * 1e3:.1f}",
+                f"{value / seconds[WITHOUT]:.2f}×",
+                "" if name == WITHOUT else f"{seconds[STOCK] / value:.2f}×",
+            ]
+            for name, value in seconds.items()
+        ]
+        return ["method", "ms per step", "of no PAG", "speed-up"], rows
 
-def small_sdxl(seed: int = 0) -> Any:
-    """A real ``StableDiffusionXLPAGPipeline`` of a small configuration with seeded random weights.
+    def prompt_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: what each method's picture shows, and PSNR patched against stock."""
+        shown = [(name, method.shows) for name, method in self.methods.items() if method.shows]
+        rows = [
+            [prompt, *(shows[i] for _, shows in shown), f"{self.psnr[i]:.1f}"]
+            for i, prompt in enumerate(self.prompts)
+        ]
+        return ["prompt", *(name for name, _ in shown), "PSNR, dB"], rows
 
-    The architecture is SDXL's (two text encoders, pooled text and size conditioning, attention in
-    the lower two resolutions, a deep middle); the weights are untrained, so pictures show textures.
-    """
-    from diffusers import (
-        AutoencoderKL,
-        EulerDiscreteScheduler,
-        StableDiffusionXLPAGPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=48,
-        block_out_channels=(64, 128, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 6),
-        attention_head_dim=(2, 4, 8),
-        use_linear_projection=True,
-        cross_attention_dim=128,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=6 * 32 + 64,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    pipe = StableDiffusionXLPAGPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(text).eval(),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-        pag_applied_layers="mid",
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def byte_tokenizer() -> Any:
-    """A ``CLIPTokenizer`` with one token per byte, made on the spot."""
-    from transformers import CLIPTokenizer
-
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = [256 + i for i in range(256 - len(printable))]
-    letters = [chr(code) for code in [*printable, *shifted]]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = {word: index for index, word in enumerate(words)}
-        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the PSNR of equal pictures, which is infinite, becomes ``None``."""
+        return {
+            "settings": self.settings,
+            "speedup": self.speedup,
+            "seconds_per_step": {k: m.seconds_per_step for k, m in self.methods.items()},
+            "prompts": [
+                {
+                    "prompt": prompt,
+                    "psnr": None if math.isinf(self.psnr[i]) else self.psnr[i],
+                    "shows": {k: m.shows[i] for k, m in self.methods.items() if m.shows},
+                }
+                for i, prompt in enumerate(self.prompts)
+            ],
+        }
 
 
 def run_demo(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] = PROMPTS,
     *,
-    steps: int = 6,
-    guidance_scale: float = 6.0,
+    steps: int = 20,
+    guidance_scale: float = 1.0,
     pag_scale: float = 3.0,
     seed: int = 0,
-    out: Path | None = None,
+    batch: int = 8,
+    rounds: int = 1,
     config: Any = None,
-    stretch: bool = False,
+    known: NearestPicture | None = None,
     progress: bool = True,
-) -> list[Shot]:
-    """Run every prompt stock and patched with the same seed; write pictures and numbers to ``out``.
+    **call: Any,
+) -> Demo:
+    """Run every prompt without PAG, with stock PAG and with patched PAG, from the same noise.
 
-    Writes ``demo.png`` (a row per prompt: stock, patched, their difference amplified) and
-    ``demo.json``. ``stretch`` spreads each picture's contrast, for untrained weights. The pipeline
-    is left unpatched.
+    Prompt i starts from seed ``seed + i``. ``call`` takes further arguments of the pipeline's call.
+    The methods take turns, ``rounds`` times, after a warm-up of each. The pipeline is left
+    unpatched, with the PAG layers it had.
+
+    Raises:
+        ValueError: fewer than two steps, no prompts, or what the pipeline or a layer does not know.
     """
     from tqdm.auto import tqdm
 
-    from . import PatchConfig, explain, patched
+    from . import PatchConfig, patched
 
+    if hasattr(pipe, "_pag_fast"):
+        raise ValueError(
+            "The demonstration compares with the unpatched pipeline: call unpatch(pipe) first."
+        )
+    if steps < 2:
+        raise ValueError(f"The demonstration needs at least 2 steps to time one; got {steps}.")
+    if not prompts or batch < 1 or rounds < 1:
+        raise ValueError(
+            "The demonstration needs at least one prompt, a batch of at least 1 and one round; got "
+            f"{len(prompts)} prompts, batch {batch}, {rounds} rounds."
+        )
     config = config or PatchConfig()
-    shots, pictures = [], []
-    bar = tqdm(total=2 * steps * (len(prompts) + 1), disable=not progress, unit="step")
+    layers = _perturbed(pipe, config)
+    jobs = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    batches = [jobs[start : start + batch] for start in range(0, len(jobs), batch)]
+    settings = {
+        "guidance_scale": guidance_scale,
+        "pag_scale": pag_scale,
+        "steps": steps,
+        "seed": seed,
+        "batch": min(batch, len(jobs)),
+        "layers": layers,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        **call,
+    }
+    calls = len(METHODS) * (1 + rounds * len(batches))
+    bar = tqdm(total=calls * steps, disable=not progress, unit="step")
 
-    def tick(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        bar.update()
-        return tensors
+    def run(method: str, part: Sequence[tuple[str, int]]) -> tuple[torch.Tensor, list[float]]:
+        bar.set_description(method)
+        scale = 0.0 if method == WITHOUT else pag_scale
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **call}
+        with (
+            patched(pipe, config=config) if method == PATCHED else _stock(pipe, layers),
+            _timed(pipe, bar.update) as laps,
+        ):
+            pictures = generate(pipe, part, pag_scale=scale, **options)
+        return pictures.cpu(), laps
 
-    def run(prompt: str, label: str) -> tuple[torch.Tensor, float]:
-        bar.set_description(label)
-        start = time.perf_counter()
-        latents = pipe(
-            prompt,
-            guidance_scale=guidance_scale,
-            pag_scale=pag_scale,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-            callback_on_step_end=tick,
-        ).images
-        if latents.device.type == "cuda":
-            torch.cuda.synchronize()
-        return latents, (time.perf_counter() - start) / steps
-
-    # the first run of each pays for memory and caches
-    run(prompts[0], "warm-up, stock")
-    with patched(pipe, config=config):
-        run(prompts[0], "warm-up, patched")
-    for prompt in prompts:
-        stock, stock_seconds = run(prompt, "stock  ")
-        with patched(pipe, config=config):
-            ours, our_seconds = run(prompt, "patched")
-        difference = (stock.float() - ours.float()).abs().max() / stock.float().abs().max()
-        images = [decode(pipe, latents, stretch=stretch) for latents in (stock, ours)]
-        pixels = (images[0].short() - images[1].short()).abs()
-        shots.append(Shot(prompt, stock_seconds, our_seconds, difference.item(), int(pixels.max())))
-        pictures.append((*images, pixels))
-    bar.close()
-    if out is not None:
-        with patched(pipe, config=config):
-            explanation = explain(pipe)
-        out.mkdir(parents=True, exist_ok=True)
-        _grid(prompts, pictures).save(out / "demo.png")
-        report = {
-            "shots": [asdict(shot) for shot in shots],
-            "speedup": median_speedup(shots),
-            "explanation": explanation.as_dict(),
-        }
-        (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return shots
+    try:
+        for method in METHODS:
+            run(method, batches[0])
+        results: dict[str, list[Any]] = {method: [] for method in METHODS}
+        for part in batches * rounds:
+            for method in METHODS:
+                results[method].append(run(method, part))
+    finally:
+        bar.close()
+    methods = {}
+    for method, found in results.items():
+        pictures = torch.cat([images for images, _ in found[: len(batches)]])
+        laps = [lap for _, times in found for lap in times]
+        methods[method] = Method(pictures, laps, known.nearest(pictures) if known else None)
+    pairs = zip(methods[PATCHED].pictures, methods[STOCK].pictures, strict=True)
+    return Demo(list(prompts), settings, methods, [psnr(ours, stock) for ours, stock in pairs])
 
 
-def median_speedup(shots: Sequence[Shot]) -> float:
-    """Median over the prompts of stock seconds per step over patched."""
-    return statistics.median(shot.speedup for shot in shots)
+@contextmanager
+def _timed(pipe: Any, tick: Callable[[], Any]) -> Iterator[list[float]]:
+    """Move our progress bar in place of the pipeline's; collects the seconds between steps.
+
+    Every pipeline has a progress bar, and updates it once a step. Not all have callbacks, and some
+    samplers call their scheduler twice.
+    """
+    laps: list[float] = []
+    last: list[float] = []
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, steps: int = 1) -> None:
+            if pipe.device.type != "cpu":
+                torch.accelerator.synchronize(pipe.device)
+            now = time.perf_counter()
+            if last:
+                laps.append(now - last.pop())
+            last.append(now)
+            tick()
+
+    pipe.progress_bar = lambda *args, **kwargs: Bar()
+    try:
+        yield laps
+    finally:
+        del pipe.progress_bar
 
 
-@torch.no_grad()
-def decode(pipe: Any, latents: torch.Tensor, *, stretch: bool = False) -> torch.Tensor:
-    """The picture of one latent ``[1, C, h, w]`` as ``[H, W, 3]`` bytes."""
-    image = pipe.vae.decode(
-        latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
-    )[0][0].float()
-    low, high = image.aminmax() if stretch else (-1.0, 1.0)
-    image = (image - low) / (high - low)
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+def _perturbed(pipe: Any, config: Any) -> list[str]:
+    """Full names of the perturbed layers: stock diffusers does not know every short form."""
+    denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
+    wanted = pipe.pag_applied_layers if config.layers is None else config.layers
+    return list(resolve(denoiser, as_list(wanted), exact=config.exact_layers))
 
 
-def _grid(prompts: Sequence[str], pictures: Sequence[tuple[torch.Tensor, ...]]) -> Any:
-    from PIL import Image, ImageDraw
+@contextmanager
+def _stock(pipe: Any, layers: list[str]) -> Iterator[None]:
+    """The pipeline unpatched, with ``layers`` perturbed."""
+    before = pipe.pag_applied_layers
+    # not set_pag_applied_layers: it also resets the processors, to those of another model family
+    pipe.pag_applied_layers = layers
+    try:
+        yield
+    finally:
+        pipe.pag_applied_layers = before
 
-    height, width = pictures[0][0].shape[:2]
-    head, gap = 22, 6
-    sheet = Image.new(
-        "RGB", (3 * width + 4 * gap, (height + 20 + gap) * len(pictures) + head), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("stock diffusers", "pag_fast", "difference x 50")):
-        draw.text((gap + column * (width + gap), 5), title, fill="black")
-    for row, (prompt, (stock, ours, difference)) in enumerate(zip(prompts, pictures, strict=True)):
-        top = head + row * (height + 20 + gap)
-        amplified = (difference.int() * 50).clamp(max=255).byte()
-        for column, pixels in enumerate((stock, ours, amplified)):
-            tile = Image.fromarray(pixels.numpy())
-            sheet.paste(tile, (gap + column * (width + gap), top))
-        draw.text((gap, top + height + 3), prompt, fill="black")
-    return sheet
+
+def write_demo(demo: Demo, out: Path, explanation: dict[str, Any]) -> None:
+    """Write ``demo.png`` and ``demo.json`` to the folder ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    grid(demo).save(out / "demo.png")
+    report = {**demo.as_dict(), "explanation": explanation}
+    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def grid(demo: Demo, *, tile: int = 128) -> Any:
+    """A labelled sheet: a column per prompt, a row per method, and the amplified difference."""
+    amplify = 1000 if demo.settings["dtype"] == "float32" else 20
+    pictures = [method.pictures for method in demo.methods.values()]
+    difference = (pictures[-1] - pictures[-2]).abs() * amplify
+    rows = [*zip(demo.methods, pictures, strict=True), (f"difference × {amplify}", difference)]
+    return sheet([name for name, _ in rows], demo.prompts, [row for _, row in rows], tile=tile)
+
+
+def sheet(
+    rows: Sequence[str], columns: Sequence[str], pictures: Sequence[torch.Tensor], *, tile: int
+) -> Any:
+    """Pictures with row and column titles; ``pictures`` holds (columns, 3, H, W) for every row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=14)
+    left, head, gap = 12 + max(int(font.getlength(name)) for name in rows), 28, 4
+    width, height = left + len(columns) * (tile + gap), head + len(rows) * (tile + gap)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    for i, title in enumerate(columns):
+        while font.getlength(title) > tile and len(title) > 4:
+            title = title[:-2].rstrip(" …") + "…"
+        draw.text((left + i * (tile + gap), 6), title, fill="black", font=font)
+    for j, (name, row) in enumerate(zip(rows, pictures, strict=True)):
+        top = head + j * (tile + gap)
+        draw.text((4, top + tile // 2 - 8), name, fill="black", font=font)
+        for i, picture in enumerate(row):
+            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            resized = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.LANCZOS)
+            image.paste(resized, (left + i * (tile + gap), top))
+    return image

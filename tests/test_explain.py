@@ -10,7 +10,6 @@ from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
 from pag_fast.cli import main
-from pag_fast.demo import run_demo, small_sdxl
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'
 SIZE = {"height": 16, "width": 16}
@@ -119,26 +118,12 @@ def test_env(capsys):
     [
         (["layers", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
         (["ledger", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
-        (["demo", "--steps", "0"], "--steps must be at least 1"),
+        (["demo", "--steps", "1"], "at least 2 steps"),
+        (["demo", "--batch", "0"], "a batch of at least 1"),
+        (["demo", "--layers", "nowhere"], "'nowhere'"),
+        (["demo", "--pipeline", "no/such/folder"], "could not be loaded"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_demo(tmp_path):
-    from PIL import Image
-
-    pipe = small_sdxl()
-    shots = run_demo(pipe, ["a red apple", "a dog"], steps=1, out=tmp_path, progress=False)
-    assert not hasattr(pipe, "_pag_fast")
-    assert [shot.prompt for shot in shots] == ["a red apple", "a dog"]
-    assert all(shot.largest_difference < 1e-4 for shot in shots)
-    assert all(shot.largest_pixel_difference <= 1 for shot in shots)
-    report = json.loads((tmp_path / "demo.json").read_text())
-    assert len(report["shots"]) == 2
-    assert report["explanation"]["fork"].startswith("mid_block")
-    picture = Image.open(tmp_path / "demo.png").convert("RGB")
-    # the pictures show something, and the two prompts show different things
-    assert len(set(picture.crop((20, 40, 120, 140)).getdata())) > 100
