@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,21 @@ def test_console_script(installed):
     (script,) = installed.entry_points.select(group="console_scripts")
     assert (script.name, script.value) == ("pag-fast", "pag_fast.cli:main")
     assert callable(script.load())
+
+
+def test_the_wheel_holds_the_shipped_model(tmp_path):
+    """``pag-fast demo`` has to find it after a plain ``pip install .``, without the checkout."""
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    wheels.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "pag_fast", source / "pag_fast", ignore=ignore)
+    if (ROOT / "kernels").exists():
+        shutil.copytree(ROOT / "kernels", source / "kernels", ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        held = set(wheel.namelist())
+    files = [f for f in (ROOT / "pag_fast").rglob("*") if f.is_file() and f.suffix != ".pyc"]
+    assert {str(file.relative_to(ROOT)) for file in files} <= held
