@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
     demo.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
     demo.add_argument(
-        "--guidance-scale", type=float, help="1 is off: omitted, 1, with a model of your own 5"
+        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
     )
     demo.add_argument("--pag-scale", type=float, default=3.0)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for picture and JSON")
@@ -123,7 +123,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         known = NearestPicture(pictures.captions, pictures.images)
     guidance_scale = arguments.guidance_scale
     if guidance_scale is None:
-        guidance_scale = 1.0 if known else 5.0
+        guidance_scale = 2.0 if known else 5.0
     demo = run_demo(
         pipe,
         arguments.prompt or PROMPTS,

@@ -1,4 +1,4 @@
-"""The demonstration: the same prompts and seeds with CFG only, stock PAG and patched PAG."""
+"""The demonstration: the same prompts and seeds without PAG, with stock PAG and patched PAG."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def run_demo(
     prompts: Sequence[str] = PROMPTS,
     *,
     steps: int = 20,
-    guidance_scale: float = 1.0,
+    guidance_scale: float = 2.0,
     pag_scale: float = 3.0,
     seed: int = 0,
     batch: int = 8,
@@ -253,7 +253,7 @@ def grid(demo: Demo, *, tile: int = 128) -> Any:
     amplify = 1000 if demo.settings["dtype"] == "float32" else 20
     pictures = [method.pictures for method in demo.methods.values()]
     difference = (pictures[-1] - pictures[-2]).abs() * amplify
-    rows = [*zip(demo.methods, pictures, strict=True), (f"difference × {amplify}", difference)]
+    rows = [*zip(demo.methods, pictures, strict=True), (f"difference x {amplify}", difference)]
     return sheet([name for name, _ in rows], demo.prompts, [row for _, row in rows], tile=tile)
 
 

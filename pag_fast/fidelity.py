@@ -110,6 +110,7 @@ def prompt_accuracy(
     *,
     seeds: Sequence[int] = (0, 1),
     batch: int = 32,
+    prompt_weight: float = 1.0,
     progress: Any = None,
     **call: Any,
 ) -> Accuracy:
@@ -120,6 +121,7 @@ def prompt_accuracy(
         known: pictures to tell apart, see :func:`pag_fast.models.emoji_pictures`.
         batch: prompts per call. Each image has a generator of its own, so that its noise does not
             depend on it.
+        prompt_weight: see :func:`generate`.
         progress: called with the number of images after every batch.
         call: further arguments of the pipeline's call.
     """
@@ -130,7 +132,7 @@ def prompt_accuracy(
     ranks: list[int] = []
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
-        images = generate(pipe, part, **call)
+        images = generate(pipe, part, prompt_weight=prompt_weight, **call)
         ranks += known.ranks(images, [caption for caption, _ in part])
         if progress is not None:
             progress(len(part))
@@ -138,8 +140,25 @@ def prompt_accuracy(
     return Accuracy(sum(r < 1 for r in ranks) / count, sum(r < 5 for r in ranks) / count, count)
 
 
-def generate(pipe: Any, jobs: Sequence[tuple[str, int]], **call: Any) -> torch.Tensor:
-    """Pictures (n, 3, H, W) in [0, 1], fp32, for pairs of prompt and seed, in one batch."""
+def generate(
+    pipe: Any, jobs: Sequence[tuple[str, int]], *, prompt_weight: float = 1.0, **call: Any
+) -> torch.Tensor:
+    """Pictures (n, 3, H, W) in [0, 1], fp32, for pairs of prompt and seed, in one batch.
+
+    Args:
+        prompt_weight: below 1 the prompt is asked for faintly: its embedding is that far from the
+            empty prompt's. What guidance does shows where a full prompt would leave nothing to
+            improve. For pipelines of Stable Diffusion 1.5's kind, with one embedding.
+    """
     generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
     prompts = [prompt for prompt, _ in jobs]
-    return pipe(prompts, generator=generators, output_type="pt", **call).images.float()
+    if prompt_weight == 1.0:
+        text: dict[str, Any] = {"prompt": prompts}
+    else:
+        with torch.no_grad():
+            full, empty = pipe.encode_prompt(prompts, pipe.device, 1, True)
+        text = {
+            "prompt_embeds": torch.lerp(empty, full, prompt_weight),
+            "negative_prompt_embeds": empty,
+        }
+    return pipe(**text, generator=generators, output_type="pt", **call).images.float()

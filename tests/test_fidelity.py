@@ -71,11 +71,11 @@ class _Painter:
     def __init__(self, known, wrong):
         self.known, self.wrong, self.calls = known, wrong, []
 
-    def __call__(self, prompts, *, generator, output_type, **call):
+    def __call__(self, prompt, *, generator, output_type, **call):
         assert output_type == "pt"
-        assert len({g.initial_seed() for g in generator}) == len(prompts)
-        self.calls.append((list(prompts), [g.initial_seed() for g in generator], call))
-        names = [("b" if p == self.wrong else p) for p in prompts]
+        assert len({g.initial_seed() for g in generator}) == len(prompt)
+        self.calls.append((list(prompt), [g.initial_seed() for g in generator], call))
+        names = [("b" if p == self.wrong else p) for p in prompt]
         images = torch.stack([self.known["abcd".index(name)] for name in names])
         return type("Output", (), {"images": images})
 
