@@ -8,7 +8,10 @@ from setuptools import setup
 PACKAGES = {
     "pag_fast": "pag_fast",
     "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.ops": "pag_fast/ops",
     "pag_fast.processors": "pag_fast/processors",
+    # never as "kernels": that is the name of a package that diffusers and transformers look for
+    "pag_fast_kernels": "kernels/torch-ext/pag_fast_kernels",
 }
 
 setup(packages=list(PACKAGES), package_dir=PACKAGES)

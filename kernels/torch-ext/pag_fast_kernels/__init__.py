@@ -1,0 +1,10 @@
+"""Triton kernels of pag_fast. They need torch and triton, and nothing else."""
+
+from __future__ import annotations
+
+from .combine_guidance import combine_guidance
+from .linear_attention import linear_attention
+from .perturbed_attention import perturbed_attention
+from .qk_norm_rope import qk_norm_rope
+
+__all__ = ["combine_guidance", "linear_attention", "perturbed_attention", "qk_norm_rope"]
