@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .layers import Layers, as_list
-from .ops import resolve_backend
+from .ops import check_backend
 
 PERTURBATIONS = ("identity",)
 
@@ -40,7 +40,7 @@ class PatchConfig:
                 f"Unknown perturbation {self.perturbation!r}: "
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
-        resolve_backend(self.backend)
+        check_backend(self.backend)
         for name in ("share_branches", "exact_layers", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")

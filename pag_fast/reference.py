@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+PERTURBATIONS = ("identity", "soft", "blur")
+
 
 def perturbed_attention(
     query: torch.Tensor,
@@ -19,38 +21,64 @@ def perturbed_attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
     num_forked: int = 0,
+    perturbation: str = "identity",
+    strength: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention for the first rows of a batch, identity attention for the rows behind them.
+    """Softmax attention for the first rows of a batch, perturbed attention for the rows behind.
 
     Args:
-        query, key: ``[num_attend, N, H, D]``, or ``[rows, N, H, D]`` when ``num_context > 0``.
+        query, key: ``[rows, N, H, D]``; ``[num_attend, N, H, D]`` for the identity without text
+            tokens, whose perturbed rows need none.
         value: ``[rows, N, H, D]``.
-        num_attend: rows ``< num_attend`` attend normally; the others are perturbed (PAG,
-            arXiv 2403.17377: the attention map of image tokens is replaced by the identity).
-        num_context: how many of the N tokens, the last ones, are text. A perturbed image query then
-            sees itself and the text keys, a text query sees every key (diffusers'
-            ``PAGJointAttnProcessor2_0`` without its dense mask).
-        attn_mask: additive or boolean mask for the attending rows, broadcastable to
-            ``[num_attend, H, N, N]``.
+        num_attend: rows ``< num_attend`` attend normally; the others are perturbed.
+        num_context: how many of the N tokens, the last ones, are text. Text queries are never
+            perturbed.
+        attn_mask: additive or boolean mask, broadcastable to ``[rows of query, H, N, N]``; for
+            ``"blur"`` it says the same for every query.
         scale: score scale, ``D ** -0.5`` when omitted.
         num_forked: how many perturbed rows to append that share q, k and v with the *last*
             attending rows (the layer where the perturbed branch begins). Requires
             ``rows == num_attend``.
+        perturbation: ``"identity"``: the map of image tokens is the identity (PAG, arXiv
+            2403.17377); an image query sees itself and the text keys (diffusers'
+            ``PAGJointAttnProcessor2_0``). ``"soft"``: ``(1 − λ)·attention + λ·value`` (SoftPAG,
+            arXiv 2506.10978). ``"blur"``: every image query is their mean (SEG with σ → ∞, arXiv
+            2408.00760).
+        strength: λ of ``"soft"``, ``[H]``.
 
     Returns:
         ``[rows + num_forked, N, H, D]``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = slice(0, num_attend)
     attending = _softmax_attention(
-        query[:num_attend], key[:num_attend], value[:num_attend], scale, attn_mask
+        query[rows], key[rows], value[rows], scale, _rows_of(attn_mask, rows)
     )
     source = identity_rows(num_attend, num_forked)
-    if num_context == 0:
+    if perturbation == "identity" and num_context == 0:
         return torch.cat([attending, value[source]])
-    perturbed = joint_identity_attention(
-        query[source], key[source], value[source], num_context=num_context, scale=scale
-    )
+    q, k, v, mask = query[source], key[source], value[source], _rows_of(attn_mask, source)
+    num_image = value.shape[1] - num_context
+    if perturbation == "blur":
+        mean = q[:, :num_image].mean(1, keepdim=True).expand_as(q[:, :num_image])
+        q = torch.cat([mean, q[:, num_image:]], dim=1)
+    elif perturbation == "identity":
+        image = torch.arange(value.shape[1], device=value.device) < num_image
+        hidden = image[:, None] & image & ~torch.eye(len(image), dtype=torch.bool).to(image.device)
+        hidden = torch.where(hidden, float("-inf"), 0.0).to(q.dtype)
+        mask = hidden if mask is None else mask + hidden
+    perturbed = _softmax_attention(q, k, v, scale, mask)
+    if perturbation == "soft":
+        assert strength is not None
+        weight = strength.to(v.dtype)[:, None]
+        image = torch.lerp(perturbed[:, :num_image], v[:, :num_image], weight)
+        perturbed = torch.cat([image, perturbed[:, num_image:]], dim=1)
     return torch.cat([attending, perturbed])
+
+
+def _rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The rows of a mask ``[rows or 1, …]`` that broadcasts over the batch or does not."""
+    return mask if mask is None or mask.ndim < 4 or mask.shape[0] == 1 else mask[rows]
 
 
 def identity_rows(num_attend: int, num_forked: int) -> slice:
@@ -58,30 +86,6 @@ def identity_rows(num_attend: int, num_forked: int) -> slice:
     if num_forked:
         return slice(num_attend - num_forked, num_attend)
     return slice(num_attend, None)
-
-
-def joint_identity_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    num_context: int,
-    scale: float,
-) -> torch.Tensor:
-    """The perturbed rows of joint attention: ``[B, N, H, D]`` in, ``[B, N, H, D]`` out.
-
-    An image query sees itself and the ``num_context`` text keys; a text query sees all N keys.
-    """
-    num_image = query.shape[1] - num_context
-    image_query, text_query = query.split([num_image, num_context], dim=1)
-    image_key, text_key = key.split([num_image, num_context], dim=1)
-    image_value, text_value = value.split([num_image, num_context], dim=1)
-    own = (image_query * image_key).sum(-1).transpose(1, 2).unsqueeze(-1)
-    cross = torch.einsum("bqhd,bkhd->bhqk", image_query, text_key)
-    weights = torch.softmax(torch.cat([own, cross], dim=-1) * scale, dim=-1)
-    image = weights[..., :1].transpose(1, 2) * image_value
-    image = image + torch.einsum("bhqk,bkhd->bqhd", weights[..., 1:], text_value)
-    return torch.cat([image, _softmax_attention(text_query, key, value, scale)], dim=1)
 
 
 def _softmax_attention(
@@ -162,3 +166,37 @@ def rescale_to(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torc
     dims = list(range(1, guided.ndim))
     ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
     return guided * (rescale * ratio + (1.0 - rescale))
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    q_affine: tuple[torch.Tensor, torch.Tensor] | None,
+    k_affine: tuple[torch.Tensor, torch.Tensor] | None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    norm: bool = True,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm over each head's channels, then rotary embedding (HunyuanDiT, arXiv 2405.08748).
+
+    Args:
+        q, k: ``[rows, N, H, D]``.
+        q_affine, k_affine: weight and bias ``[D]`` of the norms.
+        rotary: cos and sin ``[N, D]``, or ``[1, D]`` for all tokens; channels 2i and 2i + 1 make a
+            pair.
+        norm: leave the norm out where False.
+    """
+    out = []
+    for x, affine in ((q, q_affine), (k, k_affine)):
+        if norm:
+            weight, bias = affine or (None, None)
+            x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        if rotary is not None:
+            cos, sin = (table[:, None].to(x.device) for table in rotary)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            even, odd = wide[..., ::2], wide[..., 1::2]
+            turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+            x = (wide * cos + turned * sin).to(x.dtype)
+        out.append(x)
+    return out[0], out[1]

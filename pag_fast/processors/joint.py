@@ -44,7 +44,7 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         image = project_out(attn, out[:, :num_image])
         # a fork leaves the text of cond and perturbed equal: project it before it is spread
         text = out[:num_attend, num_image:] if num_forked else out[:, num_image:]
-        text = text.flatten(2)
+        text = text.flatten(2).contiguous()
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         if num_forked:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from .self_attention import PerturbedSelfAttention
 
 
@@ -22,3 +23,26 @@ class PerturbedRotaryAttention(PerturbedSelfAttention):
         image_rotary_emb: Any = None,
     ) -> torch.Tensor:
         return self.attend(attn, hidden_states, attention_mask, temb, image_rotary_emb)
+
+    def normalise(
+        self, attn: Any, query: torch.Tensor, key: torch.Tensor, rotary: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norms = (attn.norm_q, attn.norm_k)
+        plain = all(type(norm) is torch.nn.LayerNorm for norm in norms)
+        alike = plain and norms[0].eps == norms[1].eps
+        if not alike or query.shape[-1] % 2:
+            return super().normalise(attn, query, key, rotary)
+        if ops.resolve_backend(self.backend, query, fits=True, default="triton") == "torch":
+            return super().normalise(attn, query, key, rotary)
+        query_affine, key_affine = ((n.weight, n.bias) if n.weight is not None else None
+                                    for n in norms)  # fmt: skip
+        ops.qk_norm_rope_(
+            query,
+            key,
+            q_affine=query_affine,
+            k_affine=key_affine,
+            rotary=rotary,
+            eps=norms[0].eps,
+            backend="triton",
+        )
+        return query, key

@@ -57,4 +57,5 @@ def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """``[rows, N, H, D]`` through the output projection and its dropout."""
-    return attn.to_out[1](attn.to_out[0](x.flatten(2)))
+    # a slice would be copied by the product in any case, and its bias added by a launch of its own
+    return attn.to_out[1](attn.to_out[0](x.flatten(2).contiguous()))

@@ -46,12 +46,7 @@ class PerturbedSelfAttention(PerturbedProcessor):
         query = heads_last(attn.to_q(attending), attn.heads)
         key = heads_last(attn.to_k(attending), attn.heads)
         value = heads_last(attn.to_v(hidden_states), attn.heads)
-        if getattr(attn, "norm_q", None) is not None:
-            query = attn.norm_q(query)
-        if getattr(attn, "norm_k", None) is not None:
-            key = attn.norm_k(key)
-        if rotary is not None:
-            query, key = _rotate(query, rotary), _rotate(key, rotary)
+        query, key = self.normalise(attn, query, key, rotary)
         mask = _mask(attn, attention_mask, num_attend, hidden_states.shape[1])
 
         if num_forked:
@@ -75,6 +70,18 @@ class PerturbedSelfAttention(PerturbedProcessor):
         if attn.residual_connection:
             out = out + self.spread_input(residual, num_forked)
         return out if attn.rescale_output_factor == 1.0 else out / attn.rescale_output_factor
+
+    def normalise(
+        self, attn: Any, query: torch.Tensor, key: torch.Tensor, rotary: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """QK-norm and rotary embedding, where the layer has them; [rows, N, H, D]."""
+        if getattr(attn, "norm_q", None) is not None:
+            query = attn.norm_q(query)
+        if getattr(attn, "norm_k", None) is not None:
+            key = attn.norm_k(key)
+        if rotary is not None:
+            query, key = _rotate(query, rotary), _rotate(key, rotary)
+        return query, key
 
     def spread_input(self, x: torch.Tensor, num_forked: int) -> torch.Tensor:
         """The module's input with the rows of its output."""

@@ -1,0 +1,26 @@
+"""The ops of pag_fast as ``torch.library`` custom ops: check, choose a backend, run.
+
+Each op is opaque to ``torch.compile`` (a Python float handed to a traced kernel launch would become
+fp64) and carries a fake implementation for shape inference and a FLOP formula, so that
+``torch.utils.flop_counter`` sees the work that is done inside. One file per op: its public
+function, its PyTorch backend, its registration. The Triton backends are in ``pag_fast_kernels``.
+"""
+
+from __future__ import annotations
+
+from .backend import BACKENDS, check_backend, resolve_backend
+from .combine_guidance import combine_guidance
+from .linear_attention import linear_attention
+from .perturbed_attention import perturbed_attention, perturbed_attention_
+from .qk_norm_rope import qk_norm_rope_
+
+__all__ = [
+    "BACKENDS",
+    "check_backend",
+    "combine_guidance",
+    "linear_attention",
+    "perturbed_attention",
+    "perturbed_attention_",
+    "qk_norm_rope_",
+    "resolve_backend",
+]

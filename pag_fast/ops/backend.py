@@ -1,0 +1,122 @@
+"""Which backend runs an op: PyTorch, or the Triton kernels of ``pag_fast_kernels``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+OLDEST_TRITON = (3, 6)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_LIBRARY = torch.library.Library("pag_fast", "DEF")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the op ``pag_fast::<schema>`` for every device, and its shape inference.
+
+    On a ``Library`` rather than by the ``custom_op`` decorator, whose Python layers cost 10 to
+    25 µs in every call.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pag_fast::{name}", fake, lib=_LIBRARY)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for an unknown name, or ``"triton"`` without the kernels installed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if backend == "triton" and not _installed():
+        raise ValueError(
+            "backend='triton' needs triton 3.6 or newer and the package pag_fast_kernels, and one "
+            "of them is not installed; backend='auto' or 'torch' works without them."
+        )
+
+
+def resolve_backend(
+    backend: str, tensor: torch.Tensor, *, fits: bool, default: str | Callable[[], str]
+) -> str:
+    """``"torch"`` or ``"triton"`` for one call of an op.
+
+    Args:
+        tensor: its device and dtype have to be among those the kernels run on.
+        fits: the kernel can do what this call asks for.
+        default: what ``"auto"`` means on a chip that the kernels were measured on. On others it
+            means PyTorch.
+
+    Raises:
+        ValueError: ``"triton"`` asked for where the kernels do not run.
+    """
+    if backend == "torch":
+        return "torch"
+    check_backend(backend)
+    device = tensor.device
+    runs = fits and tensor.dtype in DTYPES and runs_kernels(device.type, device.index)
+    if device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        runs = False  # Triton's interpreter computes bf16 products wrongly, and does not say so
+    if backend == "auto":
+        # Triton's interpreter is for tests, and a chip that nobody has run the kernels on may have
+        # surprises: both only on demand
+        if not runs or not is_measured(device.type, device.index):
+            return "torch"
+        return default if isinstance(default, str) else default()
+    if not runs:
+        raise ValueError(
+            f"backend='triton' cannot run this call on {device} in {tensor.dtype}: the kernels "
+            "take fp16, bf16 and fp32 on NVIDIA GPUs from compute capability 8.0 on and on AMD "
+            "gfx942 and gfx1100, and no mask but a bias per key. backend='auto' falls back to "
+            "PyTorch."
+        )
+    return "triton"
+
+
+@torch.compiler.assume_constant_result
+def runs_kernels(device_type: str, index: int | None) -> bool:
+    """Whether the Triton kernels run on that device; on the CPU in Triton's interpreter only."""
+    if device_type not in ("cuda", "cpu") or not _installed():
+        return False
+    from pag_fast_kernels import launch
+
+    return launch.supports(device_type, index)
+
+
+@torch.compiler.assume_constant_result
+def is_measured(device_type: str, index: int | None) -> bool:
+    """Whether the kernels have been run and measured on that kind of device."""
+    from pag_fast_kernels import launch
+
+    return bool(launch.measured_on(device_type, index))
+
+
+@torch.compiler.assume_constant_result
+def measured_backend(
+    device_type: str,
+    index: int | None,
+    dtype: str,
+    head_dim: int,
+    tokens: int,
+    rows: int,
+    num_attend: int,
+    num_context: int,
+) -> str | None:
+    """What was faster there for such an attention call; ``None`` where nobody measured it."""
+    from pag_fast_kernels import launch
+
+    key = launch.call_key(getattr(torch, dtype), head_dim, tokens, rows, num_attend, num_context)
+    found = launch.measured_on(device_type, index).get(key)
+    return found.backend if found else None
+
+
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    names = ("triton", "pag_fast_kernels")
+    if any(importlib.util.find_spec(name) is None for name in names):
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON

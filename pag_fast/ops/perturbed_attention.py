@@ -1,0 +1,406 @@
+"""Softmax attention for the attending rows, perturbed attention for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from .backend import define, measured_backend, resolve_backend
+
+
+def perturbed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_attend: int,
+    num_context: int = 0,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    num_forked: int = 0,
+    perturbation: str = "identity",
+    strength: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention for rows ``< num_attend``, perturbed attention for those behind, one call.
+
+    Shapes and meaning of every argument: :func:`pag_fast.reference.perturbed_attention`. Any
+    strides are accepted as long as the last one is 1 (a projection's own layout); fp16, bf16, fp32,
+    and fp64 on the PyTorch backend.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that is not available.
+    """
+    check_attention(q, k, v, num_attend, num_context, attn_mask, num_forked, perturbation, strength)
+    backend = attention_backend(
+        backend,
+        v,
+        num_attend=num_attend,
+        num_context=num_context,
+        attn_mask=attn_mask,
+        perturbation=perturbation,
+    )
+    return torch.ops.pag_fast.perturbed_attention.default(
+        q,
+        k,
+        v,
+        num_attend,
+        num_context,
+        attn_mask,
+        scale,
+        num_forked,
+        perturbation,
+        strength,
+        backend,
+    )
+
+
+def perturbed_attention_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_attend: int,
+    num_context: int = 0,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """:func:`perturbed_attention` with the identity; ``v``'s memory may be used for the output.
+
+    The PyTorch backend works in place and returns ``v``: without text tokens the identity rows of
+    ``v`` already are the result, projecting V *is* writing them, and only the attending rows are
+    overwritten. One Triton launch cannot: it returns a new tensor. Not for the fork, which has more
+    rows than ``v``.
+    """
+    check_attention(q, k, v, num_attend, num_context, attn_mask)
+    chosen = attention_backend(
+        backend, v, num_attend=num_attend, num_context=num_context, attn_mask=attn_mask
+    )
+    if chosen == "triton":
+        return perturbed_attention(
+            q,
+            k,
+            v,
+            num_attend=num_attend,
+            num_context=num_context,
+            attn_mask=attn_mask,
+            scale=scale,
+            backend=chosen,
+        )
+    torch.ops.pag_fast.perturbed_attention_.default(
+        q, k, v, num_attend, num_context, attn_mask, scale
+    )
+    return v
+
+
+def attention_backend(
+    backend: str,
+    v: torch.Tensor,
+    *,
+    num_attend: int,
+    num_context: int = 0,
+    attn_mask: torch.Tensor | None = None,
+    perturbation: str = "identity",
+) -> str:
+    """What runs :func:`perturbed_attention`: ``"auto"`` asks the chip's table of measurements.
+
+    Calls that are not in it: Triton for joint attention and for perturbations that PyTorch needs
+    several launches for, in half precision; PyTorch's fused attention otherwise. Chips that have no
+    table: PyTorch.
+    """
+    rows, tokens, _, head_dim = v.shape
+    fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or _is_key_bias(attn_mask))
+
+    def default() -> str:
+        dtype = str(v.dtype).removeprefix("torch.")
+        found = measured_backend(
+            v.device.type, v.device.index, dtype, head_dim, tokens, rows, num_attend, num_context
+        )
+        if found is not None:
+            return found
+        several = num_context > 0 or perturbation != "identity"
+        return "triton" if several and v.dtype != torch.float32 else "torch"
+
+    return resolve_backend(backend, v, fits=fits, default=default)
+
+
+def _is_key_bias(attn_mask: torch.Tensor) -> bool:
+    """Whether a mask says the same for every query: [rows, heads or 1, 1, N], and is additive."""
+    return attn_mask.ndim == 4 and attn_mask.shape[2] == 1 and attn_mask.is_floating_point()
+
+
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_attend: int,
+    num_context: int = 0,
+    attn_mask: torch.Tensor | None = None,
+    num_forked: int = 0,
+    perturbation: str = "identity",
+    strength: torch.Tensor | None = None,
+) -> None:
+    """Raises ValueError where the arguments of an attention op do not fit together."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            "perturbed_attention takes q, k and v as [rows, tokens, heads, head_dim]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    rows, tokens = v.shape[:2]
+    if not 0 < num_attend <= rows:
+        raise ValueError(f"num_attend must be in 1..{rows} (the rows of v); got {num_attend}.")
+    if not 0 <= num_context < tokens:
+        raise ValueError(f"num_context must be in 0..{tokens - 1}; got {num_context}.")
+    if num_forked and (rows != num_attend or not 0 < num_forked <= rows):
+        raise ValueError(
+            f"num_forked={num_forked} needs every row of v to attend and at most that many forks; "
+            f"v has {rows} rows and num_attend is {num_attend}."
+        )
+    if perturbation not in reference.PERTURBATIONS:
+        raise ValueError(
+            f"Unknown perturbation {perturbation!r}: choose one of "
+            f"{', '.join(reference.PERTURBATIONS)}."
+        )
+    if (strength is not None) != (perturbation == "soft"):
+        raise ValueError("strength belongs to perturbation='soft', which cannot do without it.")
+    if strength is not None and tuple(strength.shape) != (v.shape[2],):
+        raise ValueError(
+            f"strength must hold one number for each of {v.shape[2]} heads; got shape "
+            f"{tuple(strength.shape)}."
+        )
+    expected = (rows if num_context or perturbation != "identity" else num_attend, *v.shape[1:])
+    if tuple(q.shape) != expected or tuple(k.shape) != expected:
+        raise ValueError(
+            f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} "
+            f"and num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if q.dtype != v.dtype or k.dtype != v.dtype:
+        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if attn_mask is not None and num_context:
+        raise ValueError("attn_mask is for image-only attention; joint attention takes none.")
+
+
+def torch_perturbed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_attend: int,
+    num_context: int,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    num_forked: int,
+    perturbation: str = "identity",
+    strength: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The PyTorch backend of :func:`perturbed_attention`: SDPA on the attending rows."""
+    out = forked_rows_like(v, num_forked)
+    num_image = v.shape[1] - num_context
+    source = reference.identity_rows(num_attend, num_forked)
+    if perturbation == "soft":
+        out[: v.shape[0]].copy_(_sdpa(q, k, v, attn_mask, scale))
+        if num_forked:
+            out[num_attend:].copy_(out[source])
+        assert strength is not None
+        image = out[num_attend:, :num_image]
+        image.lerp_(v[source, :num_image], strength.to(v.dtype)[:, None])
+        return out
+    mask = attn_mask if attn_mask is None else attn_mask[:num_attend]
+    out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
+    if out.shape[0] == num_attend:
+        return out
+    if perturbation == "blur":
+        mean = q[source, :num_image].mean(1, keepdim=True)
+        mask = None if attn_mask is None else attn_mask[source]
+        out[num_attend:, :num_image].copy_(_sdpa(mean, k[source], v[source], mask, scale))
+    elif num_context == 0:
+        out[num_attend:].copy_(v[source])
+    else:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out[num_attend:, :num_image].copy_(
+            _itself_and_text(q[source], k[source], v[source], num_image, scale)
+        )
+    if num_context:
+        # a text query is not perturbed: where q, k and v are those of cond, so is its output
+        out[num_attend:, num_image:].copy_(
+            out[source, num_image:]
+            if num_forked
+            else _sdpa(q[source, num_image:], k[source], v[source], None, scale)
+        )
+    return out
+
+
+def _perturbed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_attend: int,
+    num_context: int,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    num_forked: int,
+    perturbation: str,
+    strength: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    if backend == "torch":
+        return torch_perturbed_attention(
+            q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
+        )
+    from pag_fast_kernels import perturbed_attention as kernel
+
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.expand(q.shape[0], v.shape[2], 1, v.shape[1]).squeeze(2)
+    return kernel(
+        q,
+        k,
+        v,
+        forked_rows_like(v, num_forked),
+        num_attend=num_attend,
+        num_context=num_context,
+        num_forked=num_forked,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        perturbation=perturbation,
+        strength=None if strength is None else strength.float(),
+        key_bias=bias,
+    )
+
+
+def _torch_perturbed_attention_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_attend: int,
+    num_context: int,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+) -> None:
+    v[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale))
+    if num_context == 0 or num_attend == v.shape[0]:
+        return
+    num_image = v.shape[1] - num_context
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q[num_attend:], k[num_attend:], v[num_attend:]
+    # both read the values that they then replace
+    text = _sdpa(q[:, num_image:], k, v, None, scale)
+    v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale))
+    v[:, num_image:].copy_(text)
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, scale=scale
+    ).transpose(1, 2)
+
+
+def _itself_and_text(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int, scale: float
+) -> torch.Tensor:
+    """Perturbed image queries: attention over the text keys, merged with each query's own key.
+
+    With ``lse`` the log-sum-exp of the text scores, the softmax weight of the query's own key is
+    ``sigmoid(qᵢ·kᵢ − lse)``: no score matrix with an extra column is ever built.
+    """
+    query, own_value = q[:, :num_image], v[:, :num_image]
+    text, lse = _attention_with_lse(query, k[:, num_image:], v[:, num_image:], scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own = (query.to(wide) * k[:, :num_image].to(wide)).sum(-1) * scale
+    weight = torch.sigmoid(own - lse.to(wide)).unsqueeze(-1)
+    return torch.lerp(text, own_value, weight.to(own_value.dtype))
+
+
+# scores of at most this many elements are materialised at a time where no fused kernel returns its
+# log-sum-exp: 64 MiB of fp32
+_MAX_SCORES = 1 << 24
+
+
+def _attention_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output ``[B, N, H, D]`` and the log-sum-exp of its scores ``[B, N, H]``."""
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first, 0.0, False, scale=scale
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
+    return _chunked_attention_with_lse(*heads_first, scale)
+
+
+def _chunked_attention_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, tokens, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    lse = q.new_empty((batch, heads, tokens), dtype=wide)
+    step = max(1, _MAX_SCORES // (batch * heads * k.shape[2]))
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(wide) * scale
+        lse[:, :, rows] = torch.logsumexp(scores, -1)
+        out[:, :, rows] = torch.softmax(scores, -1).to(v.dtype) @ v
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def attention_flops(
+    v_shape: Sequence[int],
+    num_attend: int,
+    num_context: int,
+    num_forked: int,
+    perturbation: str = "identity",
+) -> int:
+    """Multiply-add FLOPs (2 per MAC) of QKᵀ and PV that :func:`perturbed_attention` needs."""
+    rows, tokens, heads, dim = v_shape
+    pair = 4 * heads * dim
+    if perturbation == "soft":
+        return rows * tokens * tokens * pair
+    total = num_attend * tokens * tokens * pair
+    perturbed = rows - num_attend + num_forked
+    # keys of all image queries of a perturbed row
+    keys = tokens if perturbation == "blur" else (tokens - num_context) * num_context
+    text = (rows - num_attend) * num_context * tokens
+    return total + (perturbed * keys + text) * pair
+
+
+def forked_rows_like(v: torch.Tensor, num_forked: int) -> torch.Tensor:
+    """An uninitialised output: the rows of ``v`` and ``num_forked`` more, contiguous."""
+    return v.new_empty((v.shape[0] + num_forked, *v.shape[1:]))
+
+
+define(
+    "perturbed_attention(Tensor q, Tensor k, Tensor v, SymInt num_attend, SymInt num_context, "
+    "Tensor? attn_mask, float? scale, SymInt num_forked, str perturbation, Tensor? strength, "
+    "str backend) -> Tensor",
+    _perturbed_attention,
+    lambda q, k, v, num_attend, num_context, attn_mask, scale, num_forked, *_: forked_rows_like(
+        v, num_forked
+    ),
+)
+define(
+    "perturbed_attention_(Tensor q, Tensor k, Tensor(a!) v, SymInt num_attend, "
+    "SymInt num_context, Tensor? attn_mask, float? scale) -> ()",
+    _torch_perturbed_attention_,
+    lambda q, k, v, num_attend, num_context, attn_mask, scale: None,
+)
+
+
+@register_flop_formula(torch.ops.pag_fast.perturbed_attention)
+def _(q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, *_, **__):  # type: ignore[no-untyped-def]
+    return attention_flops(v, num_attend, num_context, num_forked, perturbation)
+
+
+@register_flop_formula(torch.ops.pag_fast.perturbed_attention_)
+def _(q, k, v, num_attend, num_context, *_, **__):  # type: ignore[no-untyped-def]
+    return attention_flops(v, num_attend, num_context, 0)
