@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pag_fast import ops, reference
 from pag_fast.branches.rows import BranchState
 from pag_fast.processors import PerturbedJointAttention, PerturbedSelfAttention
+
+# the package's attribute of that name is the function
+op = importlib.import_module("pag_fast.ops.perturbed_attention")
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,9 @@ def test_scale_is_used():
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
 def test_chunked_log_sum_exp(chunk, monkeypatch):
     """The path of devices without a fused kernel that returns its log-sum-exp."""
-    monkeypatch.setattr(ops, "_MAX_SCORES", chunk)
+    monkeypatch.setattr(op, "_MAX_SCORES", chunk)
     q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.float64) for n in (29, 13, 13))
-    out, lse = ops._chunked_attention_with_lse(q, k, v, 0.25)
+    out, lse = op._chunked_attention_with_lse(q, k, v, 0.25)
     scores = q @ k.transpose(-1, -2) * 0.25
     assert relative(out.transpose(1, 2), torch.softmax(scores, -1) @ v) < 1e-12
     assert relative(lse.transpose(1, 2), torch.logsumexp(scores, -1)) < 1e-12
@@ -250,9 +254,10 @@ def test_joint_processor_applies_qk_norm():
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[7], PROBLEMS[9], PROBLEMS[11]], ids=str)
 def test_opcheck(problem):
     q, k, v = problem.tensors(torch.float32)
+    rows = (problem.attend, problem.context, None, None, problem.forked)
     torch.library.opcheck(
         torch.ops.pag_fast.perturbed_attention.default,
-        (q, k, v, problem.attend, problem.context, None, None, problem.forked),
+        (q, k, v, *rows, "identity", None, "torch"),
     )
 
 
@@ -283,7 +288,7 @@ def test_no_work_hides_from_the_flop_counter(problem):
         ops.perturbed_attention(q, k, v, **problem.arguments)
     # on the meta device every product below is counted; PyTorch's fused CPU kernel has no formula
     with FlopCounterMode(display=False) as inside:
-        ops.torch_perturbed_attention(
+        op.torch_perturbed_attention(
             q, k, v, problem.attend, problem.context, None, None, problem.forked
         )
     assert outside.get_total_flops() == inside.get_total_flops() > 0

@@ -78,7 +78,7 @@ def test_opcheck():
     u, c, p = _branches(torch.float32)
     for branches in ((u, c, p), (None, c, p), (u, c, None), (None, c, None)):
         torch.library.opcheck(
-            torch.ops.pag_fast.combine_guidance.default, (*branches, 7.0, 3.0, 0.7)
+            torch.ops.pag_fast.combine_guidance.default, (*branches, 7.0, 3.0, 0.7, "torch")
         )
 
 

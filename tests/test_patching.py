@@ -115,7 +115,6 @@ def test_layers_set_after_patching_survive():
         ({"perturbation": "blur"}, "Unknown perturbation 'blur': choose one of 'identity'"),
         ({"share_branches": 1}, "share_branches must be True or False; got 1"),
         ({"config": "fast"}, "config must be a PatchConfig; got str"),
-        ({"backend": "triton"}, "needs the package pag_fast_kernels"),
     ],
 )
 @pytest.mark.parametrize("patched_before", [False, True])

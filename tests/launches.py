@@ -1,0 +1,53 @@
+"""Counting launches: of Triton kernels in the interpreter, and of everything else by dispatch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# allocation and bookkeeping: nothing runs on a device
+_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched in a test, in order; a test that launches none fails."""
+    from pag_fast_kernels.launch import INTERPRETED
+    from triton.runtime import interpreter, jit
+
+    owner, method = (
+        (interpreter.GridExecutor, "__call__") if INTERPRETED else (jit.JITFunction, "run")
+    )
+    names = []
+    run = getattr(owner, method)
+
+    def counted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counted)
+    yield names
+    assert names, "the test has launched no kernel"
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the ops that would launch at least one kernel: views and allocations are none.
+
+    An op of ours counts as nothing here; its kernels are counted by :func:`launches`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        is_view = any(
+            arg.alias_info is not None and not arg.alias_info.is_write
+            for arg in func._schema.arguments
+        )
+        if not is_view and not name.startswith((*_FREE, "pag_fast::")):
+            self.ops[name] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,47 @@
+"""The Triton kernels of ``combine_guidance`` in the interpreter, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launches import launches  # noqa: F401
+from numerics import assert_close_as_torch
+from pag_fast_kernels import combine_guidance
+
+from pag_fast import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BRANCHES = {"cfg and pag": "ucp", "cfg": "uc", "pag": "cp", "neither": "c"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("which", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 4, 33, 41), (2, 4, 3, 16, 24)], ids=str)
+def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
+    branches = {name: torch.randn(shape).to(dtype) for name in which}
+    inputs = [branches.get(name) for name in "ucp"]
+    wide = [None if x is None else x.double() for x in inputs]
+    out = combine_guidance(*inputs, guidance_scale=7.0, pag_scale=3.0, rescale=rescale)
+    assert len(launches) == (2 if rescale else 1)
+    assert out.is_contiguous()
+    truth = reference.combine_guidance(*wide, 7.0, 3.0, rescale)
+    assert_close_as_torch(out, reference.combine_guidance(*inputs, 7.0, 3.0, rescale), truth)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_slices_of_a_batch_with_sigma_channels(rescale, launches):  # noqa: F811
+    rows = torch.randn(6, 8, 9, 7)[:, :4]
+    u, c, p = rows.chunk(3)
+    out = combine_guidance(u, c, p, guidance_scale=4.0, pag_scale=2.0, rescale=rescale)
+    expected = reference.combine_guidance(u, c, p, 4.0, 2.0, rescale)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rescale_does_not_cancel(launches):  # noqa: F811
+    """A mean far from zero: the difference of squares would lose every digit."""
+    u, c, p = (torch.randn(3, 1, 4, 64, 64) + 300).unbind()
+    out = combine_guidance(u, c, p, guidance_scale=4.0, pag_scale=2.0, rescale=0.7)
+    truth = reference.combine_guidance(u.double(), c.double(), p.double(), 4.0, 2.0, 0.7)
+    assert_close_as_torch(out, reference.combine_guidance(u, c, p, 4.0, 2.0, 0.7), truth)

@@ -1,0 +1,158 @@
+"""The Triton kernel of ``perturbed_attention`` in the interpreter, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launches import launches  # noqa: F401
+from numerics import assert_close_as_torch
+from pag_fast_kernels import perturbed_attention
+from pag_fast_kernels.launch import INTERPRETED, Config, split_head_dim
+
+from pag_fast import reference
+
+# the interpreter multiplies bf16 wrongly, and does not say so
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+pytestmark = pytest.mark.usefixtures("launches", "poisoned")
+
+# rows of v, attending rows, forked rows
+MIXES = {"cfg": (3, 2, 0), "cfg off": (2, 1, 0), "fork": (2, 2, 1), "all attend": (2, 2, 0)}
+
+
+def _inputs(dtype, rows, tokens, heads, dim):
+    return [torch.randn(rows, tokens, heads, dim).to(dtype) for _ in range(3)]
+
+
+def _check(q, k, v, *, num_attend, num_context=0, num_forked=0, config=None, bias=None, **variant):
+    if not num_context and not variant:
+        q, k = q[:num_attend], k[:num_attend]
+    out = v.new_empty((len(v) + num_forked, *v.shape[1:]))
+    scale = v.shape[-1] ** -0.5
+    mix = {"num_attend": num_attend, "num_context": num_context, "num_forked": num_forked}
+    mix |= variant
+    key_bias = None if bias is None else bias.expand(len(q), v.shape[2], v.shape[1])
+    perturbed_attention(q, k, v, out, scale=scale, config=config, key_bias=key_bias, **mix)
+    mask = None if bias is None else key_bias[:, :, None]
+    wide = None if mask is None else mask.double()
+    truth = reference.perturbed_attention(q.double(), k.double(), v.double(), attn_mask=wide, **mix)
+    same = reference.perturbed_attention(q, k, v, attn_mask=mask, **mix)
+    assert_close_as_torch(out, same, truth)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 40, 64, 72, 80, 88, 96, 128, 160, 256])
+def test_head_dims(dtype, dim):
+    _check(*_inputs(dtype, 3, 77, 2, dim), num_attend=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 77, 256, 1023, 1024])
+def test_lengths(dtype, tokens):
+    _check(*_inputs(dtype, 2, tokens, 1, 64), num_attend=1)
+
+
+def test_a_long_odd_length():
+    _check(*_inputs(torch.float16, 2, 4097, 1, 40), num_attend=1)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("num_context", [0, 13])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_mixes(dtype, num_context, mix):
+    rows, num_attend, num_forked = mix
+    inputs = _inputs(dtype, rows, 90, 2, 72)
+    _check(*inputs, num_attend=num_attend, num_context=num_context, num_forked=num_forked)
+
+
+@pytest.mark.parametrize("num_context", [1, 77, 154])
+@pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(64, 32, 4, 1)], ids=str)
+def test_joint_boundaries(num_context, config):
+    """Text begins in the middle of a block of keys, whatever the block."""
+    inputs = _inputs(torch.float32, 3, 100 + num_context, 2, 64)
+    _check(*inputs, num_attend=2, num_context=num_context, config=config)
+
+
+@pytest.mark.parametrize("num_context", [0, 13])
+def test_strided_and_sliced(num_context):
+    """q, k, v as slices of one fused projection, and of more rows than are used."""
+    fused = torch.randn(5, 60, 3, 2, 64)
+    q, k, v = fused[1:4].unbind(2)
+    assert not q.is_contiguous()
+    _check(q, k, v, num_attend=2, num_context=num_context)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("num_context", [0, 13])
+@pytest.mark.parametrize("dim", [32, 80])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("perturbation", ["soft", "blur"])
+def test_other_perturbations(perturbation, dtype, dim, num_context, mix):
+    rows, num_attend, num_forked = mix
+    strength = torch.tensor([0.0, 0.3, 1.0]) if perturbation == "soft" else None
+    _check(
+        *_inputs(dtype, rows, 75, 3, dim),
+        num_attend=num_attend,
+        num_context=num_context,
+        num_forked=num_forked,
+        perturbation=perturbation,
+        strength=strength,
+    )
+
+
+def test_soft_identity_at_its_ends():
+    """λ = 0 is attention, λ = 1 is the identity, without any rounding."""
+    q, k, v = _inputs(torch.float32, 2, 50, 2, 40)
+    out = _check(q, k, v, num_attend=1, perturbation="soft", strength=torch.tensor([0.0, 1.0]))
+    assert torch.equal(out[1, :, 1], v[1, :, 1])
+    attending = _check(q, k, v, num_attend=2)
+    assert torch.equal(out[1, :, 0], attending[1, :, 0])
+
+
+def test_blur_gives_every_image_token_the_same():
+    out = _check(*_inputs(torch.float32, 2, 300, 2, 40), num_attend=1, perturbation="blur")
+    assert torch.equal(out[1], out[1, :1].expand_as(out[1]))
+
+
+@pytest.mark.parametrize("perturbation", ["identity", "blur"])
+@pytest.mark.parametrize("num_context", [0, 13])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_key_bias(mix, num_context, perturbation):
+    """Some keys hidden entirely, the first block of them among these."""
+    rows, num_attend, num_forked = mix
+    bias = torch.randn(1, 3, 150)
+    if not num_context:
+        bias[:, 1, :70] = float("-inf")
+    _check(
+        *_inputs(torch.float32, rows, 150, 3, 32),
+        num_attend=num_attend,
+        num_context=num_context,
+        num_forked=num_forked,
+        bias=bias,
+        config=Config(32, 32, 4, 1),
+        **({} if perturbation == "identity" else {"perturbation": perturbation}),
+    )
+
+
+def test_identity_rows_are_bitwise_v():
+    q, k, v = _inputs(torch.float16, 3, 50, 2, 40)
+    out = _check(q, k, v, num_attend=2)
+    assert torch.equal(out[2], v[2])
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = _inputs(torch.float16, 2, 40, 2, 64)
+    _check(q * 30, k * 30, v, num_attend=1)
+    _check(q * 30, k * 30, v, num_attend=1, num_context=9)
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_split_head_dim(dim, launches):  # noqa: F811
+    launches.append("none needed")
+    a, b = split_head_dim(dim)
+    assert a + b >= dim
+    assert b == 0 or a < dim
+    for part in {a, b} - {0}:
+        assert part >= 16
+        assert part & (part - 1) == 0
+    assert a + b <= 1 << max(4, (dim - 1).bit_length())

@@ -1,0 +1,68 @@
+"""Every pipeline on the Triton backend, in the interpreter: the same picture as stock."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from launches import launches  # noqa: F401
+from numerics import relative
+from tiny import PIPELINES, build, call_kwargs, latents
+
+import pag_fast
+
+STEPS = 2
+ATTENTION = "_perturbed_attention_fwd_kernel"
+COMBINE = "_combine_guidance_kernel"
+
+
+# layers, CFG, batch: each value with each pipeline, at a fifth of the cost of every combination
+CASES = [
+    ("middle", True, 1),
+    ("middle", False, 1),
+    ("default", False, 2),
+    ("last", True, 2),
+    ("all", True, 1),
+]
+
+
+@pytest.mark.parametrize(("layers", "cfg", "batch"), CASES)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_patched_equals_stock(name, layers, cfg, batch, launches):  # noqa: F811
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    stock = latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
+    assert launches == []
+    pag_fast.patch(pipe, backend="triton")
+    patched = latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
+    assert relative(patched, stock) < 1e-5
+    counted = Counter(launches)
+    assert counted.pop(COMBINE) == STEPS
+    counted.pop("_guidance_moments_kernel", 0)
+    assert counted, "no attention kernel was launched"
+    assert not pipe._pag_fast.fallbacks
+
+
+def test_one_launch_per_layer_and_step(launches):  # noqa: F811
+    pipe = build("StableDiffusionPAGPipeline", pag_applied_layers=["mid", "up_blocks.1"])
+    pag_fast.patch(pipe, backend="triton")
+    latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
+    perturbed = len(pag_fast.explain(pipe).layers)
+    assert perturbed > 1
+    assert Counter(launches) == {ATTENTION: STEPS * perturbed, COMBINE: STEPS}
+
+
+def test_on_the_cpu_auto_means_pytorch(launches):  # noqa: F811
+    pipe = build("StableDiffusionPAGPipeline")
+    pag_fast.patch(pipe)
+    latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
+    assert launches == []
+    launches.append("none wanted")
+
+
+def test_a_dtype_the_kernels_lack_is_refused(launches):  # noqa: F811
+    pipe = build("StableDiffusionPAGPipeline", dtype=torch.float64)
+    pag_fast.patch(pipe, backend="triton")
+    with pytest.raises(ValueError, match=r"cannot run this call on cpu in torch\.float64"):
+        latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
+    launches.append("none wanted")
