@@ -12,8 +12,8 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench emoji \
-	accuracy clean
+.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench aot tune \
+	gpu-suite emoji accuracy clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,8 +56,18 @@ demo: $(STAMP) ## Without PAG, stock PAG, patched PAG: pictures and numbers go t
 ledger: $(STAMP) ## FLOPs of every pipeline at full size
 	$(BIN)/pag-fast ledger
 
-bench: $(STAMP) ## Measure: the wall-clock tests and every suite in benchmarks/, alone
-	$(BIN)/python -m pytest -q --benchmark-only tests/test_wallclock.py $(wildcard benchmarks/bench_*.py)
+bench: $(STAMP) ## Measure: the wall-clock tests, and each op against its floor
+	$(BIN)/python -m pytest -q --benchmark-only tests/test_wallclock.py
+	$(BIN)/python -m benchmarks.bench_ops
+
+aot: $(STAMP) ## Compile every kernel for every chip and compare with benchmarks/aot.json
+	$(BIN)/python -m benchmarks.aot
+
+tune: $(STAMP) ## On a GPU: measure which backend and which tile is fastest, for backend="auto"
+	$(BIN)/python -m benchmarks.tune
+
+gpu-suite: ## On a GPU machine with torch, triton, diffusers, pytest: all of it, results in OUT
+	benchmarks/gpu_suite.sh
 
 emoji: $(STAMP) ## Train the model that ships with the package anew, into emoji-model/
 	$(BIN)/python -m examples.emoji.train --out emoji-model
