@@ -24,12 +24,13 @@ from typing import Any
 import torch
 import triton
 from pag_fast_kernels import launch
+from pag_fast_kernels.linear_attention import tile as linear_tile
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TABLE = Path(__file__).parent / "aot.json"
-# shared memory of a block, bytes (CUDA programming guide, compute capabilities; AMD CDNA 3 ISA)
+# shared memory of a block, bytes (CUDA programming guide, compute capabilities; AMD's ISA guides)
 SHARED: dict[int | str, int] = {
     80: 166912,
     86: 101376,
@@ -38,6 +39,7 @@ SHARED: dict[int | str, int] = {
     100: 232448,
     120: 101376,
     "gfx942": 65536,
+    "gfx1100": 65536,
 }
 HEAD_DIMS = (32, 40, 64, 72, 80, 88, 96, 128, 160, 256)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -63,7 +65,9 @@ class Build:
 
 def generation_of(chip: int | str) -> str:
     """As :func:`pag_fast_kernels.launch.generation`, without the chip."""
-    return "amd" if isinstance(chip, str) else "wgmma" if chip in (90, 100) else "mma"
+    if isinstance(chip, str):
+        return "mfma" if chip == "gfx942" else "wmma"
+    return "wgmma" if chip in (90, 100) else "mma"
 
 
 def attention_builds(dtype: str, generation: str) -> Iterator[Build]:
@@ -122,7 +126,8 @@ def attention_build(
 def other_builds(dtype: str, generation: str) -> Iterator[Build]:
     """Sana's, HunyuanDiT's and the guidance's kernels, as the pipelines launch them."""
     precision = launch.dot_precision(generation, torch.float32)
-    tiles = {"HEAD_DIM": 32, "BLOCK_D": 32, "BLOCK_N": 64, "PRECISION": precision}
+    block, warps = linear_tile(generation, DTYPES[dtype])
+    tiles = {"HEAD_DIM": 32, "BLOCK_D": 32, "BLOCK_N": block, "PRECISION": precision}
     for part in ("state", "apply"):
         yield Build(
             f"linear_attention {dtype} {part} D=32",
@@ -130,6 +135,7 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
             f"_linear_attention_{part}_kernel",
             dtype,
             tiles,
+            warps,
             fp32=("state_ptr",),
         )
     yield Build(
@@ -190,7 +196,8 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
             signature[name] = "i32"
             if name.startswith("stride"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
+    wave = 64 if chip == "gfx942" else 32
+    target = GPUTarget("cuda" if isinstance(chip, int) else "hip", chip, wave)
     compiled = triton.compile(
         ASTSource(kernel, signature, build.constants, attributes),
         target=target,
@@ -205,7 +212,7 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
         text = compiled.asm["amdgcn"]
         found["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
         found["stack"] = max(map(int, re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)))
-        found["mfma"] = text.count("v_mfma")
+        found["mfma"] = text.count("v_mfma") + text.count("v_wmma")
     return found
 
 
@@ -232,8 +239,8 @@ def faults(build: Build, chip: int | str, found: dict[str, int]) -> Iterator[str
             yield f"{where}: no wgmma"
         if chip == 100 and not found["tcgen05.mma"]:
             yield f"{where}: no tcgen05"
-        if chip == "gfx942" and not found["mfma"]:
-            yield f"{where}: no mfma"
+        if isinstance(chip, str) and not found["mfma"]:
+            yield f"{where}: no mfma or wmma"
 
 
 def _compile(job: tuple[Build, int | str]) -> dict[str, int]:

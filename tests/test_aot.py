@@ -29,7 +29,7 @@ def test_table_has_every_build_and_no_fault():
 
 def test_every_chip_and_dtype_is_in_the_table():
     names = list(TABLE)
-    for chip in (80, 86, 89, 90, 100, 120, "gfx942"):
+    for chip in (80, 86, 89, 90, 100, 120, "gfx942", "gfx1100"):
         for dtype in ("fp16", "bf16", "fp32"):
             for head_dim in (32, 40, 64, 72, 80, 88, 96, 128, 160, 256):
                 assert f"perturbed_attention {dtype} D={head_dim} {chip}" in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 BACKENDS = ("auto", "torch", "triton")
 OLDEST_TRITON = (3, 6)
+# Triton's interpreter is for tests: "auto" does not even import it
+_LEFT_ALONE = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LIBRARY = torch.library.Library("pag_fast", "DEF")
@@ -56,12 +59,13 @@ def resolve_backend(
         return "torch"
     check_backend(backend)
     device = tensor.device
+    if backend == "auto" and device.type in _LEFT_ALONE:
+        return "torch"
     runs = fits and tensor.dtype in DTYPES and runs_kernels(device.type, device.index)
     if device.type == "cpu" and tensor.dtype == torch.bfloat16:
         runs = False  # Triton's interpreter computes bf16 products wrongly, and does not say so
     if backend == "auto":
-        # Triton's interpreter is for tests, and a chip that nobody has run the kernels on may have
-        # surprises: both only on demand
+        # a chip that nobody has run the kernels on may have surprises
         if not runs or not is_measured(device.type, device.index):
             return "torch"
         return default if isinstance(default, str) else default()
@@ -113,6 +117,7 @@ def measured_backend(
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _installed() -> bool:
     names = ("triton", "pag_fast_kernels")
     if any(importlib.util.find_spec(name) is None for name in names):

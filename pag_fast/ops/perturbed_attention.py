@@ -115,6 +115,8 @@ def attention_backend(
     """
     rows, tokens, _, head_dim = v.shape
     fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or _is_key_bias(attn_mask))
+    # within a row the kernel counts elements in 32 bits
+    fits = fits and tokens * v.stride(1) < 2**31
 
     def default() -> str:
         dtype = str(v.dtype).removeprefix("torch.")

@@ -110,11 +110,15 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 @functools.cache
 def generation(device_type: str, index: int | None) -> str:
-    """How the device multiplies matrices: "cpu", "amd", "wgmma" (sm_90, sm_100) or "mma"."""
+    """How the device multiplies matrices.
+
+    "cpu" (interpreted), "mfma" (gfx942), "wmma" (gfx1100), "wgmma" (sm_90, sm_100) or "mma".
+    """
     if device_type == "cpu":
         return "cpu"
     if torch.version.hip:
-        return "amd"
+        name = torch.cuda.get_device_properties(index or 0).gcnArchName
+        return "wmma" if name.startswith("gfx11") else "mfma"
     return "wgmma" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "mma"
 
 
@@ -129,7 +133,9 @@ def default_config(generation: str, dtype: torch.dtype, head_dim: int, tokens: i
         return Config(32 if tokens < 256 else 128, 64 if tokens < 256 else 256, 4, 1)
     if dtype == torch.float32:
         return Config(32, 16, 8, 1) if wide <= 64 else Config(16, 16, 8, 1)
-    if generation == "amd" and wide > 64:
+    if generation == "wmma":
+        return Config(64, 32, 4, 1) if wide <= 64 else Config(32, 32, 4, 1)
+    if generation == "mfma" and wide > 64:
         # 64 KiB of LDS
         return Config(64, 32, 4, 2) if wide <= 128 else Config(32, 32, 4, 1)
     if wide > 128:

@@ -20,7 +20,7 @@ import triton.language as tl
 from .launch import dot_precision, generation
 
 EPS = 1e-15
-BLOCK = 64  # tokens
+BLOCK = 64  # tokens, at most
 SLICES = 16  # partial states a head, at most
 
 
@@ -138,6 +138,11 @@ def _linear_attention_apply_kernel(
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def tile(chip: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens of a block, and warps. gfx1100 has no matrix instruction for fp32."""
+    return (BLOCK // 2, 8) if dtype == torch.float32 and chip == "wmma" else (BLOCK, 4)
+
+
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -157,12 +162,23 @@ def linear_attention(
     shape = (num_attend, heads, slices, head_dim + 1, head_dim)
     state = torch.empty(shape, dtype=torch.float32, device=v.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    precision = dot_precision(generation(v.device.type, v.device.index), torch.float32)
-    tiles = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": BLOCK, "PRECISION": precision}
+    chip = generation(v.device.type, v.device.index)
+    precision = dot_precision(chip, torch.float32)
+    block, warps = tile(chip, v.dtype)
+    tiles = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block, "PRECISION": precision}
     _linear_attention_state_kernel[(slices, num_attend * heads)](
-        k, v, state, *k.stride()[:3], *v.stride()[:3], heads, tokens, slice_tokens, **tiles
+        k,
+        v,
+        state,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        heads,
+        tokens,
+        slice_tokens,
+        **tiles,
+        num_warps=warps,
     )
-    _linear_attention_apply_kernel[(triton.cdiv(tokens, BLOCK), out.shape[0] * heads)](
+    _linear_attention_apply_kernel[(triton.cdiv(tokens, block), out.shape[0] * heads)](
         q,
         v,
         state,
@@ -177,5 +193,6 @@ def linear_attention(
         num_forked,
         EPS,
         **tiles,
+        num_warps=warps,
     )
     return out
