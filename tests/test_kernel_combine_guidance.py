@@ -30,6 +30,14 @@ def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
     assert_close_as_torch(out, reference.combine_guidance(*inputs, 7.0, 3.0, rescale), truth)
 
 
+def test_large_samples(launches):  # noqa: F811
+    """As of a video: larger pieces, or every program would read thousands of moments."""
+    u, c, p = torch.randn(3, 1, 4, 2, 400, 401).unbind()
+    out = combine_guidance(u, c, p, guidance_scale=4.0, pag_scale=2.0, rescale=0.7)
+    truth = reference.combine_guidance(u.double(), c.double(), p.double(), 4.0, 2.0, 0.7)
+    assert_close_as_torch(out, reference.combine_guidance(u, c, p, 4.0, 2.0, 0.7), truth)
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_slices_of_a_batch_with_sigma_channels(rescale, launches):  # noqa: F811
     rows = torch.randn(6, 8, 9, 7)[:, :4]

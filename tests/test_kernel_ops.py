@@ -236,6 +236,15 @@ def test_chip_name(name, expected):
     assert launch.chip_name(name) == expected
 
 
+def test_launches_go_to_the_tensors_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeTensorMode():
+        near, far = (torch.empty(1, device=f"cuda:{index}") for index in (0, 1))
+    assert not isinstance(launch.on_device(torch.empty(1)), torch.cuda.device)
+    assert not isinstance(launch.on_device(near), torch.cuda.device)
+    assert launch.on_device(far).idx == 1
+
+
 def test_explicit_triton_where_it_cannot_run():
     q, k, v = torch.randn(3, *QKV, dtype=torch.float64).unbind()
     with pytest.raises(ValueError, match=r"cannot run this call on cpu in torch\.float64"):

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_device
+
 # elements of a program: small ones fill the chip, but each reads the moments of all of its sample
 CHUNK, LARGE_CHUNK = 1024, 4096
 LARGE = 1 << 20  # elements of a sample
@@ -154,33 +156,35 @@ def combine_guidance(
     moments = out
     if rescale:
         moments = torch.empty((len(cond), chunks, 4), dtype=torch.float32, device=cond.device)
-        _guidance_moments_kernel[(chunks, len(cond))](
+        with on_device(cond):
+            _guidance_moments_kernel[(chunks, len(cond))](
+                u,
+                cond,
+                p,
+                moments,
+                *strides,
+                numel,
+                guidance_scale,
+                pag_scale,
+                **flags,
+                num_warps=warps,
+            )
+    with on_device(cond):
+        _combine_guidance_kernel[(chunks, len(cond))](
             u,
             cond,
             p,
+            out,
             moments,
             *strides,
             numel,
+            chunks,
             guidance_scale,
             pag_scale,
+            rescale,
             **flags,
+            RESCALE=bool(rescale),
+            BLOCK_CHUNKS=triton.next_power_of_2(chunks),
             num_warps=warps,
         )
-    _combine_guidance_kernel[(chunks, len(cond))](
-        u,
-        cond,
-        p,
-        out,
-        moments,
-        *strides,
-        numel,
-        chunks,
-        guidance_scale,
-        pag_scale,
-        rescale,
-        **flags,
-        RESCALE=bool(rescale),
-        BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        num_warps=warps,
-    )
     return out

@@ -6,6 +6,7 @@ in the project's repository. Nothing is tuned while a model runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -50,6 +51,14 @@ def supports(device_type: str, index: int | None) -> bool:
         name = torch.cuda.get_device_properties(index or 0).gcnArchName
         return name.split(":")[0] in _AMD
     return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are: make it theirs."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def chip_name(device_name: str) -> str:

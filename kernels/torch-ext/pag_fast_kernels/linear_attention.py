@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import dot_precision, generation
+from .launch import dot_precision, generation, on_device
 
 EPS = 1e-15
 BLOCK = 64  # tokens, at most
@@ -166,33 +166,35 @@ def linear_attention(
     precision = dot_precision(chip, torch.float32)
     block, warps = tile(chip, v.dtype)
     tiles = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block, "PRECISION": precision}
-    _linear_attention_state_kernel[(slices, num_attend * heads)](
-        k,
-        v,
-        state,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        heads,
-        tokens,
-        slice_tokens,
-        **tiles,
-        num_warps=warps,
-    )
-    _linear_attention_apply_kernel[(triton.cdiv(tokens, block), out.shape[0] * heads)](
-        q,
-        v,
-        state,
-        out,
-        *q.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        heads,
-        tokens,
-        slices,
-        num_attend,
-        num_forked,
-        EPS,
-        **tiles,
-        num_warps=warps,
-    )
+    with on_device(v):
+        _linear_attention_state_kernel[(slices, num_attend * heads)](
+            k,
+            v,
+            state,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            heads,
+            tokens,
+            slice_tokens,
+            **tiles,
+            num_warps=warps,
+        )
+    with on_device(v):
+        _linear_attention_apply_kernel[(triton.cdiv(tokens, block), out.shape[0] * heads)](
+            q,
+            v,
+            state,
+            out,
+            *q.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            heads,
+            tokens,
+            slices,
+            num_attend,
+            num_forked,
+            EPS,
+            **tiles,
+            num_warps=warps,
+        )
     return out

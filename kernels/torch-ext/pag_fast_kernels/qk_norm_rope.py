@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_device
+
 BLOCK = 32  # tokens
 
 
@@ -109,24 +111,25 @@ def qk_norm_rope(
     cos, sin = (q, q)
     if rotary is not None:
         cos, sin = (table.expand(tokens, head_dim).contiguous() for table in rotary)
-    _qk_norm_rope_kernel[(triton.cdiv(tokens, BLOCK), rows * heads, 2)](
-        q,
-        k,
-        q_weight,
-        q_bias,
-        k_weight,
-        k_bias,
-        cos,
-        sin,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        heads,
-        tokens,
-        eps,
-        HEAD_DIM=head_dim,
-        BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
-        BLOCK_N=BLOCK,
-        NORM=norm,
-        AFFINE=q_affine is not None,
-        ROPE=rotary is not None,
-    )
+    with on_device(q):
+        _qk_norm_rope_kernel[(triton.cdiv(tokens, BLOCK), rows * heads, 2)](
+            q,
+            k,
+            q_weight,
+            q_bias,
+            k_weight,
+            k_bias,
+            cos,
+            sin,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            heads,
+            tokens,
+            eps,
+            HEAD_DIM=head_dim,
+            BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
+            BLOCK_N=BLOCK,
+            NORM=norm,
+            AFFINE=q_affine is not None,
+            ROPE=rotary is not None,
+        )
