@@ -117,8 +117,12 @@ def measured_backend(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _installed() -> bool:
+    return _find_kernels()
+
+
+@functools.cache
+def _find_kernels() -> bool:
     names = ("triton", "pag_fast_kernels")
     if any(importlib.util.find_spec(name) is None for name in names):
         return False
