@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: kernel tests, pipelines, tuning, benchmarks. Each part has
 # a time limit of its own, and a part that fails or runs out of time does not stop the next.
-# Logs and JSON go to $OUT. PYTHON is an interpreter that has torch, triton, diffusers and pytest.
+# Logs and JSON go to $OUT. PYTHON is an interpreter that has torch and triton; what else is missing
+# (diffusers, transformers, pytest) comes from the folder of wheels $WHEELS, if that is set.
+# At most 580 seconds in all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
@@ -24,12 +26,15 @@ part() { # name, seconds, command...
 
 : >"$OUT/status.txt"
 git rev-parse HEAD >"$OUT/commit.txt" 2>/dev/null || true
-part env 60 "$PYTHON" -m pag_fast.cli env
-part kernels 150 "$PYTHON" -m pytest -q tests/test_kernel_perturbed_attention.py \
+if [ -n "${WHEELS:-}" ]; then
+  part install 40 "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+fi
+part env 20 "$PYTHON" -m pag_fast.cli env
+part kernels 170 "$PYTHON" -m pytest -q tests/test_kernel_perturbed_attention.py \
   tests/test_kernel_linear_attention.py tests/test_kernel_qk_norm_rope.py \
   tests/test_kernel_combine_guidance.py tests/test_kernel_ops.py
-part pipelines 120 "$PYTHON" -m pytest -q tests/test_kernel_pipelines.py
-part tune 200 "$PYTHON" -m benchmarks.tune --seconds 180 --out "$OUT/configs"
-part bench 110 "$PYTHON" -m benchmarks.bench_ops --out "$OUT/ops.json"
+part pipelines 90 "$PYTHON" -m pytest -q tests/test_kernel_pipelines.py
+part tune 160 "$PYTHON" -m benchmarks.tune --seconds 150 --out "$OUT/configs"
+part bench 100 "$PYTHON" -m benchmarks.bench_ops --out "$OUT/ops.json"
 cat "$OUT/status.txt"
 exit "$failed"
