@@ -247,7 +247,7 @@ def test_launches_go_to_the_tensors_device(monkeypatch):
 
 def test_explicit_triton_where_it_cannot_run():
     q, k, v = torch.randn(3, *QKV, dtype=torch.float64).unbind()
-    with pytest.raises(ValueError, match=r"cannot run this call on cpu in torch\.float64"):
+    with pytest.raises(ValueError, match=r"cannot run this call on .* in torch\.float64"):
         ops.perturbed_attention(q[:1], k[:1], v, num_attend=1, backend="triton")
     q, k, v = q.float(), k.float(), v.float()
     mask = torch.zeros(1, 1, QKV[1], QKV[1])

@@ -63,6 +63,6 @@ def test_on_the_cpu_auto_means_pytorch(launches):  # noqa: F811
 def test_a_dtype_the_kernels_lack_is_refused(launches):  # noqa: F811
     pipe = build("StableDiffusionPAGPipeline", dtype=torch.float64)
     pag_fast.patch(pipe, backend="triton")
-    with pytest.raises(ValueError, match=r"cannot run this call on cpu in torch\.float64"):
+    with pytest.raises(ValueError, match=r"cannot run this call on .* in torch\.float64"):
         latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
     launches.append("none wanted")
