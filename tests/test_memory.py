@@ -34,10 +34,17 @@ def peak(run, path) -> int:
         if event.get("name") == "[memory]"
     ]
     events.sort(key=lambda event: event["ts"])
-    total = highest = 0
+    # what was allocated before may be freed meanwhile, by the garbage collector for one: that would
+    # hide as much of the peak
+    living: dict[int, int] = {}
+    highest = 0
     for event in events:
-        total += event["args"]["Bytes"]
-        highest = max(highest, total)
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            living[address] = size
+            highest = max(highest, sum(living.values()))
+        else:
+            living.pop(address, None)
     assert highest > 0
     return highest
 

@@ -139,7 +139,8 @@ def default_config(generation: str, dtype: torch.dtype, head_dim: int, tokens: i
     dim_a, dim_b = split_head_dim(head_dim)
     wide = dim_a + dim_b
     if generation == "cpu":
-        return Config(32 if tokens < 256 else 128, 64 if tokens < 256 else 256, 4, 1)
+        # the interpreter's time is per program, not per element
+        return Config(64, 64, 4, 1) if tokens < 256 else Config(128, 256, 4, 1)
     if dtype == torch.float32:
         return Config(32, 16, 8, 1) if wide <= 64 else Config(16, 16, 8, 1)
     if generation == "wmma":
