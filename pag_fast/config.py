@@ -21,6 +21,8 @@ class PatchConfig:
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
+        cache_conditioning: compute what depends on nothing but the prompt, the sizes or the control
+            image once per call: text keys and values, projections and embeddings.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
@@ -29,6 +31,7 @@ class PatchConfig:
     perturbation: str = "identity"
     backend: str = "auto"
     share_branches: bool = True
+    cache_conditioning: bool = True
     exact_layers: bool = False
     strict: bool = False
 
@@ -41,6 +44,6 @@ class PatchConfig:
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
         check_backend(self.backend)
-        for name in ("share_branches", "exact_layers", "strict"):
+        for name in ("share_branches", "cache_conditioning", "exact_layers", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")

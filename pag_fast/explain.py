@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from .branches.invariant import invariant_modules
 from .branches.plan import BranchPlan
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
@@ -51,6 +52,7 @@ class Explanation:
         size: ``(height, width)`` in pixels the prediction is for.
         steps: denoiser calls so far, by how they ran.
         fallbacks: reasons why something ran unshared, and how often.
+        once: modules that run once per call, as they see nothing but the conditioning.
     """
 
     pipeline: str
@@ -66,6 +68,7 @@ class Explanation:
     size: tuple[int, int]
     steps: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    once: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,6 +94,8 @@ class Explanation:
                 [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
                 "CFG",
             )
+        if self.once:
+            lines += ["", f"once per call: {_summary(self.once)}"]
         if self.steps:
             lines += ["", "steps so far: " + ", ".join(f"{k} {v}" for k, v in self.steps.items())]
         for reason, times in self.fallbacks.items():
@@ -121,6 +126,9 @@ def explain(
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
     plan = Installation(model, pipe.pag_applied_layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    whole = denoiser is not model or model.training or not config.cache_conditioning
+    once = () if whole else tuple(_once([model, *nets]))
     size = _size(pipe, model, height, width)
     notes: list[str] = []
     predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
@@ -138,8 +146,22 @@ def explain(
         size=size,
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
+        once=once,
         notes=tuple(notes),
     )
+
+
+def _once(models: Iterable[Any]) -> Iterator[str]:
+    """Names of the modules that run once per call; a ControlNet's behind the name of its class."""
+    for index, model in enumerate(models):
+        prefix = f"{type(model).__name__}." if index else ""
+        yield from (prefix + name for name in invariant_modules(model))
+
+
+def _summary(names: Sequence[str]) -> str:
+    pairs = [name for name in names if name.endswith((".to_k", ".to_v", ".to_kv"))]
+    others = [name for name in names if name not in pairs]
+    return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
 
 
 def _tree(plan: BranchPlan) -> tuple[str, ...]:

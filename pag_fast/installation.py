@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .branches.invariant import invariants
 from .branches.plan import BranchPlan
 from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
@@ -13,12 +14,23 @@ from .processors.rows import PerturbedProcessor
 
 
 class Installation:
-    """Processors and hooks of one denoiser for one choice of layers."""
+    """Processors and hooks of one denoiser for one choice of layers.
 
-    def __init__(self, denoiser: Any, layers: Any, config: PatchConfig) -> None:
+    Args:
+        cache: keep what depends on the conditioning alone from step to step.
+    """
+
+    def __init__(
+        self, denoiser: Any, layers: Any, config: PatchConfig, *, cache: bool = False
+    ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
         self.text = family.text
+        # PixArt predicts sigma along with the noise, in a second half of the channels
+        self.learned_sigma = (
+            type(denoiser).__name__ == "PixArtTransformer2DModel"
+            and denoiser.config.out_channels == 2 * denoiser.config.in_channels
+        )
         self.state = BranchState()
         self.attentions: dict[str, Any] = resolve(denoiser, layers, exact=config.exact_layers)
         self.plan: BranchPlan = family.plan(
@@ -28,8 +40,9 @@ class Installation:
             name: family.processor(self.state, self.plan.levels[name], config.backend)
             for name in self.attentions
         }
-        self.hooks = self.plan.hooks(self.state) if config.share_branches else []
         if not config.share_branches:
             self.plan = BranchPlan(order=self.plan.order, reason="share_branches is off")
             for processor in self.processors.values():
                 processor.level = SPLIT
+        self.invariants = invariants(denoiser, self.plan, self.state) if cache else {}
+        self.hooks = self.plan.hooks(self.state, without=self.invariants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,22 +21,23 @@ _SAMPLE = ("sample", "hidden_states")
 
 def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
     """The tensors among a model's arguments that have the batch's rows, by dotted name."""
-    found: dict[str, torch.Tensor] = {}
+    sizes = rows, rows * frames
+    return {name: x for name, x in _tensors("", call) if x.ndim and x.shape[0] in sizes}
 
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.ndim and value.shape[0] in (rows, rows * frames):
-                found[name] = value
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                collect(f"{name}.{index}" if not name.endswith("image_embeds") else name, item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                if key not in _UNCHECKED:
-                    collect(f"{name}.{key}" if name else key, item)
 
-    collect("", call)
-    return found
+# no closure that calls itself: as a reference cycle it would keep the tensors alive
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(
+                f"{name}.{index}" if not name.endswith("image_embeds") else name, item
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in _UNCHECKED:
+                yield from _tensors(f"{name}.{key}" if name else key, item)
 
 
 class Premise:
@@ -49,19 +51,17 @@ class Premise:
         # the tensors are kept alive: a new tensor can then never have the address of an old one
         self._seen: dict[str, tuple[Any, list[torch.Tensor], list[str]]] = {}
 
-        self._last: tuple[Any, list[Any]] | None = None
+        self._last: tuple[int, list[tuple[Any, Any]]] | None = None
 
-    def remember(self, call: dict[str, Any], layout: Any) -> None:
-        """Note the conditioning of a call whose rows have been compared."""
-        self._last = layout, _conditioning(call)
-
-    def same_objects(self, call: dict[str, Any], layout: Any) -> bool:
-        """Whether a call has the very conditioning tensors that were compared, unchanged."""
-        if self._last is None or self._last[0] != layout:
-            return False
-        before, now = self._last[1], _conditioning(call)
-        return len(before) == len(now) and all(
-            a[0] is b[0] and a[1] == b[1] for a, b in zip(before, now, strict=True)
+    def same_objects(self, call: dict[str, Any], rows: int) -> bool:
+        """Whether a call has the very conditioning tensors of the call before, unchanged."""
+        last, now = self._last, _conditioning(call)
+        self._last = rows, now
+        return (
+            last is not None
+            and last[0] == rows
+            and len(last[1]) == len(now)
+            and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(last[1], now, strict=True))
         )
 
     def differing(
@@ -88,24 +88,26 @@ class Premise:
         return names
 
 
-def _conditioning(call: dict[str, Any]) -> list[tuple[Any, int]]:
-    """The tensors among a model's arguments that last from step to step, and their versions."""
-    found: list[tuple[Any, int]] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.append((value, 0 if value.is_inference() else value._version))
-        elif isinstance(value, list | tuple):
-            for item in value:
-                collect(item)
-        elif isinstance(value, dict):
-            for item in value.values():
-                collect(item)
-
+def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The arguments of a model that last from step to step: tensors with versions, and numbers."""
+    found: list[tuple[Any, Any]] = []
     for name, value in call.items():
         if value is not None and name not in _UNCHECKED and name not in _SAMPLE:
-            collect(value)
+            _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append((value, 0 if value.is_inference() else value._version))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+    elif isinstance(value, bool | int | float | str):
+        found.append((None, value))
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:

@@ -11,14 +11,15 @@ import functools
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
-from .branches.plan import install
+from .branches.invariant import Invariant, invariants
+from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
@@ -81,11 +82,12 @@ class Patch:
             warnings.warn(f"pag_fast: {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
 
-    def installation(self, denoiser: Any, layers: Any) -> Installation:
+    def installation(self, denoiser: Any, layers: Any, *, cache: bool) -> Installation:
         """The plan, processors and hooks for ``denoiser``, made anew when something changed."""
-        key = (tuple(layers), tuple([id(module) for module in denoiser.modules()]))
+        modules = [(id(m), m._compiled_call_impl is None) for m in denoiser.modules()]
+        key = (tuple(layers), cache, modules)
         if self._installed is None or self._installed[0] != key:
-            self._installed = key, Installation(denoiser, layers, self.config)
+            self._installed = key, Installation(denoiser, layers, self.config, cache=cache)
         return self._installed[1]
 
 
@@ -104,6 +106,7 @@ class Session:
         self.watched = watched
         self.ran: tuple[tuple[str, ...], float] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
+        self._decided_for: tuple[str, ...] = ()
         self._residual_slabs: tuple[int, int] | None = None
         self.rescaled = False
         self.freed = False
@@ -112,6 +115,9 @@ class Session:
         self.unit = 0
         self._undo: list[Callable[[], None]] = []
         self._scales: dict[Any, Any] = {}
+        self._calls = 0
+        self._rows: dict[int, Any] = {}
+        self._weights: dict[int, list[Any]] = {}
 
     # ---- installing and removing ----
 
@@ -119,14 +125,19 @@ class Session:
         """Before the pipeline runs: watch its ControlNets, whether PAG will be on or not."""
         self._controlnet_state = BranchState()
         self._controlnet_premise = Premise()
+        self._controlnet_kept: list[Invariant] = []
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is None:
             return
         self._enter_with(controlnet, self.enter_controlnet, self.leave_controlnet)
         self._controlnet_plans = [plan_controlnet(net) for net in controlnets(controlnet)]
-        if self.patch.config.share_branches:
-            for plan in self._controlnet_plans:
-                self._undo += [h.remove for h in install(plan.hooks(self._controlnet_state))]
+        config, state = self.patch.config, self._controlnet_state
+        for net, plan in zip(controlnets(controlnet), self._controlnet_plans, strict=True):
+            shared = plan if config.share_branches else BranchPlan()
+            kept = invariants(net, shared, state) if self._caches(net) else {}
+            self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
+            self._undo += [invariant.install() for invariant in kept.values()]
+            self._controlnet_kept += kept.values()
 
     def begin(self, layers: Any, cfg: bool) -> None:
         """The pipeline is about to denoise with PAG: install processors and hooks.
@@ -137,7 +148,8 @@ class Session:
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
-        self.installed = self.patch.installation(model, layers)
+        cache = denoiser is model and self._caches(model)
+        self.installed = self.patch.installation(model, layers, cache=cache)
         self._premise = Premise()
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
@@ -147,7 +159,39 @@ class Session:
             self._undo.append(_restore_processor(attention, attention.processor, processor))
             attention.set_processor(processor)
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
+        self._undo += [invariant.install() for invariant in self.installed.invariants.values()]
         self._enter_with(denoiser, self.enter_denoiser)
+
+    def _forget(self) -> None:
+        self._calls = 0
+        for invariant in (*self.installed.invariants.values(), *self._controlnet_kept):
+            invariant.forget()
+
+    def _caches(self, model: nn.Module) -> bool:
+        # dropout is new in every step
+        return self.patch.config.cache_conditioning and not model.training
+
+    def _advance(
+        self, state: BranchState, kept: Iterable[Invariant], same: bool, call: dict[str, Any]
+    ) -> None:
+        """Begin a forward: what was kept is good as long as nothing it depends on has changed.
+
+        Args:
+            same: the conditioning is that of the forward before.
+            call: the model's arguments with the rows that it runs on.
+        """
+        state.step += 1
+        sample = call["sample"] if "sample" in call else call["hidden_states"]
+        rows = sample.shape[0], state.slabs
+        same = same and rows == self._rows.get(id(state))
+        self._rows[id(state)] = rows
+        if self.watched:
+            # callbacks can change weights and the scales of LoRAs
+            weights = [invariant.weights() for invariant in kept]
+            same = same and weights == self._weights.get(id(state))
+            self._weights[id(state)] = weights
+        if not same:
+            state.epoch += 1
 
     def _enter_with(
         self,
@@ -215,7 +259,9 @@ class Session:
         """Decide what this denoiser call runs on, and give its arguments those rows."""
         sample = call["sample"] if "sample" in call else call["hidden_states"]
         rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
+        self._calls += 1
         layout = self._layout(rows)
+        same = self._premise.same_objects(call, rows)
         _mend_rows(call, rows)
         if layout == (COND,):
             # a callback left only the cond rows: the perturbed branch starts as their copy
@@ -226,13 +272,15 @@ class Session:
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
             self.patch.steps["perturbed branch dropped"] += 1
-        self.installed.state.slabs = self._slabs(call, layout, frames)
+        state = self.installed.state
+        state.slabs = self._slabs(call, layout, frames, same)
+        self._advance(state, self.installed.invariants.values(), same, call)
         self._align_residuals(call, len(layout))
         self.ran = layout, scale
         return call
 
     def _slabs(
-        self, call: dict[str, Any], layout: tuple[str, ...], frames: int
+        self, call: dict[str, Any], layout: tuple[str, ...], frames: int, same: bool
     ) -> tuple[int, int, int] | None:
         if layout[-1] != PERTURBED:
             return None
@@ -245,11 +293,11 @@ class Session:
             self.patch.fall_back("T2I-Adapter residuals: the branches run apart")
             self.patch.steps["not shared"] += 1
             return full, full, full
-        if not self.watched and self._premise.same_objects(call, layout):
+        if same and not self.watched and self._decided_for == layout:
             self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
             return self._decided
         self._decided = self._decide(call, full, frames)
-        self._premise.remember(call, layout)
+        self._decided_for = layout
         return self._decided
 
     def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
@@ -294,7 +342,13 @@ class Session:
 
     def enter_controlnet(self, call: dict[str, Any]) -> dict[str, Any]:
         """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
-        rows = call["sample"].shape[0]
+        state, rows = self._controlnet_state, call["sample"].shape[0]
+        same = self._controlnet_premise.same_objects(call, rows)
+        call = self._controlnet_rows(call, rows)
+        self._advance(state, self._controlnet_kept, same, call)
+        return call
+
+    def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
         state, config = self._controlnet_state, self.patch.config
         cfg = self.pipe.do_classifier_free_guidance
         if self.pag:
@@ -350,8 +404,11 @@ class Session:
         """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
         assert self.ran is not None
         layout, scale = self.ran
+        # what follows the last step, decoding, is where memory runs short
+        if self._calls == getattr(self.pipe, "_num_timesteps", None):
+            self._forget()
         channels = noise_pred.shape[1]
-        sigma = self._learned_sigma(channels)
+        sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
         branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
         rescale = 0.0
@@ -374,13 +431,6 @@ class Session:
             padded[:, : channels // 2] = combined
             combined = padded
         return combined, branches[COND]
-
-    def _learned_sigma(self, channels: int) -> bool:
-        config = self.installed.denoiser.config
-        return (
-            type(self.installed.denoiser).__name__ == "PixArtTransformer2DModel"
-            and channels == 2 * config.in_channels
-        )
 
 
 @functools.cache

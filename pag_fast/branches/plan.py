@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,11 @@ class Site:
     runs: int
     leaves: int | None = None
     streams: tuple[str, ...] = ()
+
+    def hooks(self, state: BranchState) -> tuple[Align, Leave | None]:
+        """The pre-hook and, where rows change on the way out, the hook of this site."""
+        leave = None if self.leaves is None else Leave(state, self.runs, self.leaves)
+        return Align(state, self.arrives, self.runs, self.streams), leave
 
     def __str__(self) -> str:
         path = [self.arrives, self.runs] + ([] if self.leaves is None else [self.leaves])
@@ -64,15 +69,17 @@ class BranchPlan:
     order: tuple[str, ...] = ()
     reason: str = ""
 
-    def hooks(self, state: BranchState) -> list[tuple[nn.Module, Any, Any]]:
-        """``(module, pre-hook or None, post-hook or None)`` for every site, built once."""
+    def hooks(
+        self, state: BranchState, without: Container[str] = ()
+    ) -> list[tuple[nn.Module, Any, Any]]:
+        """``(module, pre-hook or None, post-hook or None)`` for every site, built once.
+
+        The sites named in ``without`` are left out.
+        """
         hooks: list[tuple[nn.Module, Any, Any]] = [
             (s.module, None, LeaveSkips(state, s.made, s.stored)) for s in self.skip_sites
         ]
-        for site in self.sites:
-            leave = None if site.leaves is None else Leave(state, site.runs, site.leaves)
-            align = Align(state, site.arrives, site.runs, site.streams)
-            hooks.append((site.module, align, leave))
+        hooks += [(s.module, *s.hooks(state)) for s in self.sites if s.name not in without]
         return hooks
 
 

@@ -32,10 +32,14 @@ class BranchState:
     Attributes:
         slabs: number of slabs at the levels MERGED, SHARED and SPLIT, e.g. ``(1, 2, 3)``; equal
             numbers mean that nothing is shared there. ``None``: there is no perturbed branch.
+        epoch: another number whenever the conditioning, or how many slabs it has, has changed.
+        step: number of the forward that runs.
     """
 
     def __init__(self) -> None:
         self.slabs: tuple[int, int, int] | None = None
+        self.epoch = 0
+        self.step = 0
 
 
 def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
@@ -121,6 +125,8 @@ def _is_higher(x: torch.Tensor, rows: int, unit: int, slabs: tuple[int, int, int
 
 def _cut(value: Any, rows: int, unit: int, slabs: tuple[int, int, int]) -> Any:
     """``value`` with every tensor in it that has the rows of a higher level cut to ``rows``."""
+    if isinstance(value, torch.Tensor):
+        return value[:rows] if _is_higher(value, rows, unit, slabs) else value
     return map_tensors(value, lambda x: x[:rows] if _is_higher(x, rows, unit, slabs) else x)
 
 

@@ -12,7 +12,7 @@ import torch
 BACKENDS = ("auto", "torch", "triton")
 OLDEST_TRITON = (3, 6)
 # Triton's interpreter is for tests: "auto" does not even import it
-_LEFT_ALONE = ("cpu",)
+LEFT_ALONE = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LIBRARY = torch.library.Library("pag_fast", "DEF")
@@ -59,7 +59,7 @@ def resolve_backend(
         return "torch"
     check_backend(backend)
     device = tensor.device
-    if backend == "auto" and device.type in _LEFT_ALONE:
+    if backend == "auto" and device.type in LEFT_ALONE:
         return "torch"
     runs = fits and tensor.dtype in DTYPES and runs_kernels(device.type, device.index)
     if device.type == "cpu" and tensor.dtype == torch.bfloat16:

@@ -22,7 +22,7 @@ def combine_guidance(
 
     Arguments and dtypes: :func:`pag_fast.reference.combine_guidance`. Scales are Python floats, so
     that no step waits for the device; inside a ``torch.compile`` region the arithmetic is traced
-    and fused by Inductor, outside it is one op: one launch on a GPU with Triton, two with rescale.
+    and fused by Inductor, outside it is one launch on a GPU with Triton, two with rescale.
 
     Raises:
         ValueError: branches of different shapes, or a backend that is not available.
@@ -38,31 +38,22 @@ def combine_guidance(
         return reference.combine_guidance(
             uncond, cond, perturbed, guidance_scale, pag_scale, rescale
         )
+    if backend == "torch":  # without the op's dispatch, which costs more than this arithmetic
+        return torch_combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
     return torch.ops.pag_fast.combine_guidance.default(
         uncond, cond, perturbed, guidance_scale, pag_scale, rescale, backend
     )
 
 
-def _combine_guidance(
+def torch_combine_guidance(
     uncond: torch.Tensor | None,
     cond: torch.Tensor,
     perturbed: torch.Tensor | None,
     guidance_scale: float,
     pag_scale: float,
     rescale: float,
-    backend: str,
 ) -> torch.Tensor:
-    if backend == "triton":
-        from pag_fast_kernels import combine_guidance as kernel
-
-        return kernel(
-            None if uncond is None else _flat_samples(uncond),
-            _flat_samples(cond),
-            None if perturbed is None else _flat_samples(perturbed),
-            guidance_scale=guidance_scale,
-            pag_scale=pag_scale,
-            rescale=rescale,
-        )
+    """The PyTorch backend of :func:`combine_guidance`."""
     wide = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(wide)
     # lerp and the scaled add: three launches where the formula as it is written takes six
@@ -75,6 +66,29 @@ def _combine_guidance(
     # the layout is the fake's, whatever the branches' is
     out = out.to(cond.dtype).contiguous()
     return out.clone() if out is cond else out
+
+
+def _combine_guidance(
+    uncond: torch.Tensor | None,
+    cond: torch.Tensor,
+    perturbed: torch.Tensor | None,
+    guidance_scale: float,
+    pag_scale: float,
+    rescale: float,
+    backend: str,
+) -> torch.Tensor:
+    if backend == "torch":
+        return torch_combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
+    from pag_fast_kernels import combine_guidance as kernel
+
+    return kernel(
+        None if uncond is None else _flat_samples(uncond),
+        _flat_samples(cond),
+        None if perturbed is None else _flat_samples(perturbed),
+        guidance_scale=guidance_scale,
+        pag_scale=pag_scale,
+        rescale=rescale,
+    )
 
 
 def _flat_samples(x: torch.Tensor) -> torch.Tensor:

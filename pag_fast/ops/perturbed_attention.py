@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .backend import define, measured_backend, resolve_backend
+from .backend import LEFT_ALONE, define, measured_backend, resolve_backend
 
 
 def perturbed_attention(
@@ -44,6 +44,10 @@ def perturbed_attention(
         attn_mask=attn_mask,
         perturbation=perturbation,
     )
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return torch_perturbed_attention(
+            q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
+        )
     return torch.ops.pag_fast.perturbed_attention.default(
         q,
         k,
@@ -92,9 +96,10 @@ def perturbed_attention_(
             scale=scale,
             backend=chosen,
         )
-    torch.ops.pag_fast.perturbed_attention_.default(
-        q, k, v, num_attend, num_context, attn_mask, scale
-    )
+    run = _torch_perturbed_attention_
+    if torch.compiler.is_compiling():
+        run = torch.ops.pag_fast.perturbed_attention_.default
+    run(q, k, v, num_attend, num_context, attn_mask, scale)
     return v
 
 
@@ -113,6 +118,8 @@ def attention_backend(
     several launches for, in half precision; PyTorch's fused attention otherwise. Chips that have no
     table: PyTorch.
     """
+    if backend == "torch" or (backend == "auto" and v.device.type in LEFT_ALONE):
+        return "torch"
     rows, tokens, _, head_dim = v.shape
     fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or _is_key_bias(attn_mask))
     # within a row the kernel counts elements in 32 bits
@@ -176,7 +183,7 @@ def check_attention(
             f"{tuple(strength.shape)}."
         )
     expected = (rows if num_context or perturbation != "identity" else num_attend, *v.shape[1:])
-    if tuple(q.shape) != expected or tuple(k.shape) != expected:
+    if q.shape != expected or k.shape != expected:
         raise ValueError(
             f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} "
             f"and num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
@@ -317,9 +324,10 @@ def _itself_and_text(
     query, own_value = q[:, :num_image], v[:, :num_image]
     text, lse = _attention_with_lse(query, k[:, num_image:], v[:, num_image:], scale)
     wide = torch.promote_types(q.dtype, torch.float32)
-    own = (query.to(wide) * k[:, :num_image].to(wide)).sum(-1) * scale
-    weight = torch.sigmoid(own - lse.to(wide)).unsqueeze(-1)
-    return torch.lerp(text, own_value, weight.to(own_value.dtype))
+    own = (query.to(wide) * k[:, :num_image].to(wide)).sum(-1, keepdim=True)
+    # the text's weight is one less that: sigmoid(lse − qᵢ·kᵢ)
+    weight = torch.sigmoid(torch.sub(lse.to(wide).unsqueeze(-1), own, alpha=scale))
+    return torch.lerp(own_value, text, weight.to(own_value.dtype))
 
 
 # scores of at most this many elements are materialised at a time where no fused kernel returns its

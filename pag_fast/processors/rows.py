@@ -52,7 +52,7 @@ class PerturbedProcessor:
 
 def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:
     """A projection ``[rows, N, H·D]`` seen as ``[rows, N, H, D]``."""
-    return x.unflatten(-1, (heads, -1))
+    return x.view(*x.shape[:2], heads, -1)
 
 
 def project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:

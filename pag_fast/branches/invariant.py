@@ -1,0 +1,169 @@
+"""Modules that see nothing but the conditioning: computed once per call instead of in every step.
+
+Prompts, added embeddings and the control image are the same in all steps of a call, and so is what
+is projected from them alone: text keys and values, caption projections, the embedding of the
+control image. Stock diffusers computes them anew in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plan import BranchPlan
+from .rows import Align, BranchState, Leave
+
+# see text, image embeddings, sizes or the control image, never latents or timesteps
+_EMBEDDINGS = (
+    "add_embedding",
+    "caption_norm",
+    "caption_projection",
+    "context_embedder",
+    "controlnet_cond_embedding",
+    "encoder_hid_proj",
+    "text_embedder",
+    "time_extra_emb.extra_embedder",
+    "time_extra_emb.pooler",
+    "time_text_embed.text_embedder",
+)
+_KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
+
+
+class Invariant:
+    """The forward of a module, computed once for each epoch of its model's :class:`BranchState`.
+
+    Takes the place of ``module.forward`` while a call runs. ``align`` and ``leave`` are the hooks
+    of the module's site in the branch plan, which it then does without.
+
+    Attributes:
+        value: the output that is handed out again, if any.
+    """
+
+    def __init__(
+        self,
+        state: BranchState,
+        module: nn.Module,
+        align: Align | None = None,
+        leave: Leave | None = None,
+    ) -> None:
+        self.state = state
+        self.module = module
+        self._align = align
+        self._leave = leave
+        self._forward: Callable[..., Any] = module.forward
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the output; it is computed anew when it is needed again."""
+        self.value: torch.Tensor | None = None
+        self._version = 0
+        self._epoch = self._step = -1
+        self._repeated = False
+
+    def install(self) -> Callable[[], None]:
+        """Replace the module's forward; returns what puts it back and forgets the output."""
+        own = vars(self.module).get("forward")
+        self._forward = self.module.forward
+        self.module.forward = self
+
+        def remove() -> None:
+            self.forget()
+            # offloading hooks may have been taken off, or put on, behind us
+            if vars(self.module).get("forward") is self:
+                if own is None:
+                    del self.module.forward
+                else:
+                    self.module.forward = own
+
+        return remove
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        # called twice in one forward, its inputs need not be the same
+        self._repeated |= self._step == state.step
+        self._step = state.step
+        kept = self.value
+        # somebody may have written into it
+        if (
+            kept is not None
+            and self._epoch == state.epoch
+            and not self._repeated
+            and _version(kept) == self._version
+        ):
+            return kept
+        self.value = None
+        value = self._compute(args, kwargs)
+        if isinstance(value, torch.Tensor) and not self._repeated:
+            self.value, self._epoch, self._version = value, state.epoch, _version(value)
+        return value
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._align is not None:
+            args, kwargs = self._align(self.module, args, kwargs) or (args, kwargs)
+        out = self._forward(*args, **kwargs)
+        if self._leave is None:
+            return out
+        left = self._leave(self.module, args, out)
+        return out if left is None else left
+
+    def weights(self) -> list[Any]:
+        """What changes when a callback changes the module's weights or its LoRA scales."""
+        found: list[Any] = []
+        for module in self.module.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.is_inference():
+                    found.append((id(parameter), parameter._version))
+            lora: Any = module
+            if hasattr(lora, "scaling"):
+                found += [dict(lora.scaling), list(lora.active_adapters)]
+                found += [lora.merged, lora.disable_adapters]
+        return found
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a denoiser or ControlNet that see nothing but the conditioning, by name.
+
+    Compiled modules and what is inside them are left out: their compiler sees to launches, and a
+    value that is kept from outside would not fit its memory plan.
+    """
+    found: dict[str, nn.Module] = {}
+    compiled: list[str] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            compiled.append(f"{name}." if name else "")
+        if any(f"{name}.".startswith(prefix) for prefix in compiled):
+            continue
+        parent, _, own = name.rpartition(".")
+        if name in _EMBEDDINGS or (own in _KEYS_AND_VALUES and _sees_text(model, parent)):
+            if id(module) not in seen:
+                found[name] = module
+            seen.add(id(module))
+    return found
+
+
+def _sees_text(model: nn.Module, name: str) -> bool:
+    # a motion module's attentions are over frames, whatever they call themselves
+    attention = model.get_submodule(name)
+    return bool(getattr(attention, "is_cross_attention", False)) and "motion_modules" not in name
+
+
+def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[str, Invariant]:
+    """The :class:`Invariant` of each module in :func:`invariant_modules`, by name.
+
+    Their sites are left out of the hooks by ``plan.hooks(state, without=...)``.
+    """
+    sites = {id(site.module): site for site in plan.sites}
+    made = {}
+    for name, module in invariant_modules(model).items():
+        site = sites.get(id(module))
+        align, leave = (None, None) if site is None else site.hooks(state)
+        made[name] = Invariant(state, module, align, leave)
+    return made

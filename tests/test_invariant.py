@@ -1,0 +1,237 @@
+"""What depends on the conditioning alone runs once per call, and anew when it has changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from numerics import relative
+from tiny import PIPELINES, build, call_kwargs, latents
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pag_fast
+from pag_fast.branches.invariant import Invariant, invariant_modules
+from pag_fast.branches.rows import BranchState
+
+UNET = "StableDiffusionPAGPipeline"
+
+
+class Uses(TorchDispatchMode):
+    """How often each parameter goes into an op that is no view."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in parameters}
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.partition(".")[0] not in ("t", "transpose", "detach", "view", "unsqueeze"):
+            for x in args:
+                if isinstance(x, torch.Tensor) and x.data_ptr() in self.names:
+                    self.counts[self.names[x.data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _models(pipe):
+    return [pipe.unet if hasattr(pipe, "unet") else pipe.transformer] + (
+        [pipe.controlnet] if hasattr(pipe, "controlnet") else []
+    )
+
+
+def _uses(pipe, kwargs):
+    parameters = [
+        (f"{index}.{name}.{part}", parameter)
+        for index, model in enumerate(_models(pipe))
+        for name, module in invariant_modules(model).items()
+        for part, parameter in module.named_parameters()
+    ]
+    with Uses(parameters) as uses:
+        latents(pipe, kwargs)
+    return {name: uses.counts[name] for name, _ in parameters}
+
+
+@pytest.mark.parametrize("layers", ["default", "middle"])
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_conditioning_runs_once_per_call(name, cfg, layers):
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    kwargs = {"cfg": cfg, "steps": 4}
+    stock = _uses(pipe, call_kwargs(name, pipe, **kwargs))
+    with pag_fast.patched(pipe):
+        patched = _uses(pipe, call_kwargs(name, pipe, **kwargs))
+    # PyTorch's own multi-head attention slices its weights before it uses them
+    used = {key: n for key, n in stock.items() if n}
+    assert len(used) > 0.8 * len(stock)
+    (steps,) = set(used.values())
+    assert steps > 1
+    assert {patched[key] for key in used} == {1}
+
+
+def test_every_text_key_is_found():
+    found = invariant_modules(build("StableDiffusionXLPAGPipeline").unet)
+    model = build("StableDiffusionXLPAGPipeline").unet
+    crossing = [n for n, m in model.named_modules() if getattr(m, "is_cross_attention", False)]
+    expected = {f"{n}.{part}" for n in crossing for part in ("to_k", "to_v")}
+    assert set(found) == expected | {"add_embedding"}
+    motion = build("AnimateDiffPAGPipeline").unet
+    assert not any("motion" in name for name in invariant_modules(motion))
+
+
+def _with_callback(pipe, name, change):
+    def callback(pipe, step, timestep, tensors):
+        return (change(pipe, tensors) if step == 1 else None) or tensors
+
+    return call_kwargs(
+        name,
+        pipe,
+        steps=4,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+
+
+def _replaced(pipe, tensors):
+    return {"prompt_embeds": -9.0 * tensors["prompt_embeds"]}
+
+
+def _in_place(pipe, tensors):
+    tensors["prompt_embeds"].mul_(0.5)
+
+
+def _weights(pipe, tensors):
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(99.0)
+
+
+@pytest.mark.parametrize("change", [_replaced, _in_place, _weights])
+def test_changes_by_a_callback_count(change):
+    plain = latents(build(UNET), call_kwargs(UNET, build(UNET), steps=4))
+    pipe = build(UNET)
+    stock = latents(pipe, _with_callback(pipe, UNET, change))
+    pipe = pag_fast.patch(build(UNET))
+    patched = latents(pipe, _with_callback(pipe, UNET, change))
+    assert relative(stock, plain) > 1e-4
+    assert relative(patched, stock) < 1e-5
+
+
+def test_lora_scale_changed_by_a_callback():
+    peft = pytest.importorskip("peft")
+
+    def lora():
+        pipe = build(UNET)
+        torch.manual_seed(1)
+        targets = ["to_k", "to_v"]
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        pipe.unet.add_adapter(config, adapter_name="one")
+        return pipe
+
+    def change(pipe, tensors):
+        pipe.unet.set_adapters(["one"], [4.0])
+
+    pipe = lora()
+    plain = latents(pipe, call_kwargs(UNET, pipe, steps=4))
+    stock = latents(pipe, _with_callback(pipe, UNET, change))
+    pipe = pag_fast.patch(lora())
+    patched = latents(pipe, _with_callback(pipe, UNET, change))
+    assert relative(stock, plain) > 1e-4
+    assert relative(patched, stock) < 1e-5
+
+
+def test_an_output_written_into_is_not_handed_out_again():
+    pipe = build(UNET)
+    to_v = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v
+    to_v.register_forward_hook(lambda module, args, out: out.mul_(2.0))
+    stock = latents(pipe, call_kwargs(UNET, pipe, steps=4))
+    assert relative(latents(pag_fast.patch(pipe), call_kwargs(UNET, pipe, steps=4)), stock) < 1e-5
+
+
+def test_nothing_is_kept_behind_the_last_step():
+    pipe = pag_fast.patch(build(UNET))
+    kept, decode = [], pipe.vae.decode
+
+    def values():
+        installed = pipe._pag_fast.session.installed
+        return [i.value for i in installed.invariants.values() if i.value is not None]
+
+    def watched(*args, **kwargs):
+        kept.append(len(values()))
+        return decode(*args, **kwargs)
+
+    def callback(pipe, step, timestep, tensors):
+        kept.append(len(values()))
+        return tensors
+
+    pipe.vae.decode = watched
+    kwargs = call_kwargs(UNET, pipe, steps=3, callback_on_step_end=callback)
+    pipe(**{**kwargs, "output_type": "pt"})
+    assert kept == [kept[0], kept[0], 0, 0]
+    assert kept[0] == len(invariant_modules(pipe.unet))
+
+
+def test_off():
+    pipe = build(UNET)
+    stock = _uses(pipe, call_kwargs(UNET, pipe, steps=3))
+    with pag_fast.patched(pipe, cache_conditioning=False):
+        assert _uses(pipe, call_kwargs(UNET, pipe, steps=3)) == stock
+        assert not pag_fast.explain(pipe, flops=False).once
+    with pytest.raises(ValueError, match="cache_conditioning must be True or False"):
+        pag_fast.patch(pipe, cache_conditioning=1)
+
+
+def test_compiled_modules_are_left_to_their_compiler():
+    model = build(UNET).unet
+    everything = set(invariant_modules(model))
+    inside = {name for name in everything if name.startswith("mid_block.")}
+    model.mid_block.compile()
+    assert inside
+    assert set(invariant_modules(model)) == everything - inside
+    model.compile()
+    assert not invariant_modules(model)
+
+
+class TestInvariant:
+    """One module, without a pipeline around it."""
+
+    def setup_method(self):
+        self.state, self.layer = BranchState(), nn.Linear(3, 3)
+        self.invariant = Invariant(self.state, self.layer)
+        self.remove = self.invariant.install()
+
+    @torch.no_grad()
+    def _step(self, *inputs, changed=False):
+        self.state.step += 1
+        self.state.epoch += changed
+        return [self.layer(x) for x in inputs]
+
+    def test_hands_out_the_same_tensor(self):
+        x = torch.randn(2, 3)
+        (first,) = self._step(x)
+        assert self._step(x)[0] is first
+        assert self._step(x, changed=True)[0] is not first
+
+    def test_called_twice_in_a_step_it_computes(self):
+        x, y = torch.randn(2, 3), torch.randn(2, 3)
+        for _ in range(2):
+            first, second = self._step(x, y)
+            assert torch.equal(first, nn.functional.linear(x, self.layer.weight, self.layer.bias))
+            assert torch.equal(second, nn.functional.linear(y, self.layer.weight, self.layer.bias))
+
+    def test_removed_the_module_is_as_it_was(self):
+        assert self.layer.forward is self.invariant
+        self.remove()
+        assert "forward" not in vars(self.layer)
+
+    def test_a_forward_set_meanwhile_stays(self):
+        self.layer.forward = other = lambda x: x
+        self.remove()
+        assert self.layer.forward is other
+
+    def test_an_own_forward_comes_back(self):
+        self.remove()
+        self.layer.forward = own = lambda x: x + 1
+        remove = self.invariant.install()
+        assert torch.equal(self.layer(torch.ones(1)), torch.full((1,), 2.0))
+        remove()
+        assert self.layer.forward is own
