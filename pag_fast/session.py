@@ -186,9 +186,10 @@ class Session:
         same = same and rows == self._rows.get(id(state))
         self._rows[id(state)] = rows
         if self.watched:
-            # callbacks can change weights and the scales of LoRAs
+            # callbacks can change weights and the scales of LoRAs, and write into embeddings, of
+            # which tensors made in inference mode tell nothing
             weights = [invariant.weights() for invariant in kept]
-            same = same and weights == self._weights.get(id(state))
+            same = same and weights == self._weights.get(id(state)) and not sample.is_inference()
             self._weights[id(state)] = weights
         if not same:
             state.epoch += 1

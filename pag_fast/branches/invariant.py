@@ -59,7 +59,7 @@ class Invariant:
     def forget(self) -> None:
         """Free the output; it is computed anew when it is needed again."""
         self.value: torch.Tensor | None = None
-        self._version = 0
+        self._version: int | None = None
         self._epoch = self._step = -1
         self._repeated = False
 
@@ -86,18 +86,19 @@ class Invariant:
         self._repeated |= self._step == state.step
         self._step = state.step
         kept = self.value
-        # somebody may have written into it
-        if (
-            kept is not None
-            and self._epoch == state.epoch
-            and not self._repeated
-            and _version(kept) == self._version
-        ):
+        if kept is None or self._epoch != state.epoch or self._repeated:
+            return self._renew(args, kwargs)
+        # somebody may have written into it; inference tensors do not tell
+        if self._version is None or self._version == kept._version:
             return kept
+        return self._renew(args, kwargs)
+
+    def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.value = None
         value = self._compute(args, kwargs)
         if isinstance(value, torch.Tensor) and not self._repeated:
-            self.value, self._epoch, self._version = value, state.epoch, _version(value)
+            self.value, self._epoch = value, self.state.epoch
+            self._version = None if value.is_inference() else value._version
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,10 +122,6 @@ class Invariant:
                 found += [dict(lora.scaling), list(lora.active_adapters)]
                 found += [lora.merged, lora.disable_adapters]
         return found
-
-
-def _version(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
