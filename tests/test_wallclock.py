@@ -135,7 +135,7 @@ def test_overhead_of_a_tiny_pipeline(benchmark, name):
     benchmark.extra_info.update(stock=step, patched=ours)
     benchmark.pedantic(runs["patched"], kwargs=call_kwargs(name, stock, steps=steps), rounds=1)
     print(
-        f"\n{(ours - step) * 1e6:.0f} µs of {step * 1e6:.0f} per step; {allowed * 1e6:.0f} allowed, "
-        f"after {index} rounds"
+        f"\n{(ours - step) * 1e6:.0f} µs of {step * 1e6:.0f} per step; "
+        f"{allowed * 1e6:.0f} allowed, after {index} rounds"
     )
     assert ours - step <= allowed
