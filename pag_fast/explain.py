@@ -13,7 +13,7 @@ from .branches.invariant import invariant_modules
 from .branches.plan import BranchPlan
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
-from .families import controlnets, denoiser_name, uncompiled
+from .families import controlnets, denoiser_name, has_compiled, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
 from .installation import Installation
 
@@ -126,9 +126,7 @@ def explain(
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
     plan = Installation(model, pipe.pag_applied_layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    denoiser = getattr(pipe, denoiser_name(pipe))
-    whole = denoiser is not model or model.training or not config.cache_conditioning
-    once = () if whole else tuple(_once([model, *nets]))
+    once = tuple(_once(pipe, config))
     size = _size(pipe, model, height, width)
     notes: list[str] = []
     predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
@@ -151,11 +149,16 @@ def explain(
     )
 
 
-def _once(models: Iterable[Any]) -> Iterator[str]:
+def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
     """Names of the modules that run once per call; a ControlNet's behind the name of its class."""
-    for index, model in enumerate(models):
-        prefix = f"{type(model).__name__}." if index else ""
-        yield from (prefix + name for name in invariant_modules(model))
+    for part in (denoiser_name(pipe), "controlnet"):
+        model = getattr(pipe, part, None)
+        if model is None or has_compiled(model) or not config.cache_conditioning:
+            continue
+        for net in controlnets(model):
+            prefix = f"{type(net).__name__}." if part == "controlnet" else ""
+            if not net.training:
+                yield from (prefix + name for name in invariant_modules(net))
 
 
 def _summary(names: Sequence[str]) -> str:

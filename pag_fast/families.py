@@ -106,6 +106,13 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def has_compiled(module: Any) -> bool:
+    """Whether ``torch.compile`` has wrapped the module, or a net of a ``MultiControlNetModel``."""
+    inner = uncompiled(module)
+    nets = getattr(inner, "nets", ())
+    return inner is not module or any(uncompiled(net) is not net for net in nets)
+
+
 def denoiser_name(pipe: Any) -> str:
     """``"unet"`` or ``"transformer"``: the attribute of ``pipe`` that holds its denoiser.
 

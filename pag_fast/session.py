@@ -23,7 +23,7 @@ from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
-from .families import controlnets, denoiser_name, uncompiled
+from .families import controlnets, denoiser_name, has_compiled, uncompiled
 from .guidance import scale_at
 from .installation import Installation
 from .pipeline import RescalesOnce
@@ -134,7 +134,8 @@ class Session:
         config, state = self.patch.config, self._controlnet_state
         for net, plan in zip(controlnets(controlnet), self._controlnet_plans, strict=True):
             shared = plan if config.share_branches else BranchPlan()
-            kept = invariants(net, shared, state) if self._caches(net) else {}
+            caches = self._caches(net) and not has_compiled(controlnet)
+            kept = invariants(net, shared, state) if caches else {}
             self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
             self._undo += [invariant.install() for invariant in kept.values()]
             self._controlnet_kept += kept.values()
@@ -148,7 +149,7 @@ class Session:
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
-        cache = denoiser is model and self._caches(model)
+        cache = self._caches(model) and not has_compiled(denoiser)
         self.installed = self.patch.installation(model, layers, cache=cache)
         self._premise = Premise()
         self.pag, self.cfg = True, cfg

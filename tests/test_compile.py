@@ -126,6 +126,19 @@ def test_compiled_controlnet():
     assert (unet.frame_count, net.frame_count) == (1, 1)
 
 
+def test_compiled_forward():
+    """Compiled behind the module's back: nothing is kept from step to step, and it is one graph."""
+    name = "StableDiffusionPAGPipeline"
+    pipe = build(name)
+    stock = latents(pipe, call_kwargs(name, pipe, steps=3))
+    pag_fast.patch(pipe)
+    counter = CompileCounterWithBackend("eager")
+    pipe.unet.forward = torch.compile(pipe.unet.forward, fullgraph=True, backend=counter)
+    for _ in range(3):
+        assert relative(latents(pipe, call_kwargs(name, pipe, steps=3)), stock) < 1e-5
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_aot_autograd(name):
     """Functionalisation has to cope with the op that writes in place."""

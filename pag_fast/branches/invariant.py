@@ -81,6 +81,8 @@ class Invariant:
         return remove
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # somebody has compiled the model's forward alone
+            return self._compute(args, kwargs)
         state = self.state
         # called twice in one forward, its inputs need not be the same
         self._repeated |= self._step == state.step
