@@ -264,6 +264,8 @@ class Session:
         self._calls += 1
         layout = self._layout(rows)
         same = self._premise.same_objects(call, rows)
+        if not same:
+            self._decided_for = ()
         _mend_rows(call, rows)
         if layout == (COND,):
             # a callback left only the cond rows: the perturbed branch starts as their copy

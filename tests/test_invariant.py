@@ -191,6 +191,16 @@ def test_compiled_modules_are_left_to_their_compiler():
     assert not invariant_modules(model)
 
 
+def test_modules_that_diffusers_hooks_into_always_run():
+    from diffusers.hooks import HookRegistry
+
+    model = build(UNET).unet
+    everything = set(invariant_modules(model))
+    name = min(everything)
+    HookRegistry.check_if_exists_or_initialize(model.get_submodule(name))
+    assert set(invariant_modules(model)) == everything - {name}
+
+
 class TestInvariant:
     """One module, without a pipeline around it."""
 

