@@ -146,7 +146,7 @@ def test_auto_compiles_whole_too(make):
 def test_the_table_is_asked_while_compiling(monkeypatch, launches):  # noqa: F811
     """Constants of the graph: neither a break nor a guard."""
     asked = []
-    monkeypatch.setattr(backends, "LEFT_ALONE", ())
+    monkeypatch.setattr(backends, "_LEFT_ALONE", ())
     monkeypatch.setattr(launch, "supports", lambda device_type, index: True)
     faster = launch.Measured("triton", launch.Config(16, 16, 4, 1))
     table = {launch.call_key(torch.float32, QKV[3], QKV[1], 2, 1, 0): faster}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 BACKENDS = ("auto", "torch", "triton")
 OLDEST_TRITON = (3, 6)
 # Triton's interpreter is for tests: "auto" does not even import it
-LEFT_ALONE = ("cpu",)
+_LEFT_ALONE = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LIBRARY = torch.library.Library("pag_fast", "DEF")
@@ -56,12 +56,10 @@ def resolve_backend(
     Raises:
         ValueError: ``"triton"`` asked for where the kernels do not run.
     """
-    if backend == "torch":
+    if is_left_alone(backend, tensor):
         return "torch"
     check_backend(backend)
     device = tensor.device
-    if backend == "auto" and device.type in LEFT_ALONE:
-        return "torch"
     runs = fits and tensor.dtype in DTYPES and runs_kernels(device.type, device.index)
     if device.type == "cpu" and tensor.dtype == torch.bfloat16:
         runs = False  # Triton's interpreter computes bf16 products wrongly, and does not say so
@@ -78,6 +76,11 @@ def resolve_backend(
             "PyTorch."
         )
     return "triton"
+
+
+def is_left_alone(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether PyTorch runs the op whatever the call looks like."""
+    return backend == "torch" or (backend == "auto" and tensor.device.type in _LEFT_ALONE)
 
 
 def is_unwatched(x: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from .backend import LEFT_ALONE, define, is_unwatched, measured_backend, resolve_backend
+from .backend import define, is_left_alone, is_unwatched, measured_backend, resolve_backend
 
 
 def perturbed_attention(
@@ -117,7 +117,7 @@ def attention_backend(
     several launches for, in half precision; PyTorch's fused attention otherwise. Chips that have no
     table: PyTorch.
     """
-    if backend == "torch" or (backend == "auto" and v.device.type in LEFT_ALONE):
+    if is_left_alone(backend, v):
         return "torch"
     rows, tokens, _, head_dim = v.shape
     fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or _is_key_bias(attn_mask))
