@@ -43,6 +43,11 @@ def test_size_in_the_repository():
     assert {"LICENSE", "README.md", "model_index.json"} <= {file.name for file in files}
 
 
+def test_no_path_of_the_training_machine_is_shipped():
+    for file in models.EMOJI.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), file
+
+
 def test_loads_as_any_saved_pipeline_does():
     from diffusers import StableDiffusionPAGPipeline
 

@@ -37,8 +37,10 @@ def _widen_compatibility(out: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     # transformers loads in the dtype that was saved, diffusers in fp32: they must agree
     _edit(out / "text_encoder" / "config.json", {"dtype": "float32"}, drop=("torch_dtype",))
-    # AutoencoderTiny derives this one, and warns when it finds it
-    _edit(out / "vae" / "config.json", {}, drop=("block_out_channels",))
+    # AutoencoderTiny derives block_out_channels, and warns when it finds it; nobody needs to know
+    # where the training left its checkpoints
+    _edit(out / "unet" / "config.json", {}, drop=("_name_or_path",))
+    _edit(out / "vae" / "config.json", {}, drop=("_name_or_path", "block_out_channels"))
     # tokenizers 4 and 5 both read vocab.json and merges.txt
     (out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
     drop = ("backend", "is_local", "local_files_only")
