@@ -2,8 +2,8 @@
 
 Each op is opaque to ``torch.compile`` (a Python float handed to a traced kernel launch would become
 fp64) and carries a fake implementation for shape inference and a FLOP formula, so that
-``torch.utils.flop_counter`` sees the work that is done inside. Outside of compilation the PyTorch
-backends of attention and guidance are called without the op's dispatch, 10 to 30 µs of Python. One
+``torch.utils.flop_counter`` sees the work that is done inside. Where nobody watches, attention and
+guidance are called without the op's dispatch, 10 to 30 µs of Python. One
 file per op: its public function, its PyTorch backend, its registration. The Triton backends are in
 ``pag_fast_kernels``.
 """

@@ -38,22 +38,31 @@ def combine_guidance(
         return reference.combine_guidance(
             uncond, cond, perturbed, guidance_scale, pag_scale, rescale
         )
-    if backend == "torch" and is_unwatched(cond):
-        return torch_combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
-    return torch.ops.pag_fast.combine_guidance.default(
-        uncond, cond, perturbed, guidance_scale, pag_scale, rescale, backend
-    )
+    op = torch.ops.pag_fast.combine_guidance.default
+    run = _combine_guidance if is_unwatched(cond) else op
+    return run(uncond, cond, perturbed, guidance_scale, pag_scale, rescale, backend)
 
 
-def torch_combine_guidance(
+def _combine_guidance(
     uncond: torch.Tensor | None,
     cond: torch.Tensor,
     perturbed: torch.Tensor | None,
     guidance_scale: float,
     pag_scale: float,
     rescale: float,
+    backend: str,
 ) -> torch.Tensor:
-    """The PyTorch backend of :func:`combine_guidance`."""
+    if backend == "triton":
+        from pag_fast_kernels import combine_guidance as kernel
+
+        return kernel(
+            None if uncond is None else _flat_samples(uncond),
+            _flat_samples(cond),
+            None if perturbed is None else _flat_samples(perturbed),
+            guidance_scale=guidance_scale,
+            pag_scale=pag_scale,
+            rescale=rescale,
+        )
     wide = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(wide)
     # lerp and the scaled add: three launches where the formula as it is written takes six
@@ -66,29 +75,6 @@ def torch_combine_guidance(
     # the layout is the fake's, whatever the branches' is
     out = out.to(cond.dtype).contiguous()
     return out.clone() if out is cond else out
-
-
-def _combine_guidance(
-    uncond: torch.Tensor | None,
-    cond: torch.Tensor,
-    perturbed: torch.Tensor | None,
-    guidance_scale: float,
-    pag_scale: float,
-    rescale: float,
-    backend: str,
-) -> torch.Tensor:
-    if backend == "torch":
-        return torch_combine_guidance(uncond, cond, perturbed, guidance_scale, pag_scale, rescale)
-    from pag_fast_kernels import combine_guidance as kernel
-
-    return kernel(
-        None if uncond is None else _flat_samples(uncond),
-        _flat_samples(cond),
-        None if perturbed is None else _flat_samples(perturbed),
-        guidance_scale=guidance_scale,
-        pag_scale=pag_scale,
-        rescale=rescale,
-    )
 
 
 def _flat_samples(x: torch.Tensor) -> torch.Tensor:

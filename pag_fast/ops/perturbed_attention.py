@@ -44,11 +44,9 @@ def perturbed_attention(
         attn_mask=attn_mask,
         perturbation=perturbation,
     )
-    if backend == "torch" and is_unwatched(v):
-        return torch_perturbed_attention(
-            q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
-        )
-    return torch.ops.pag_fast.perturbed_attention.default(
+    op = torch.ops.pag_fast.perturbed_attention.default
+    run = _perturbed_attention if is_unwatched(v) else op
+    return run(
         q,
         k,
         v,
