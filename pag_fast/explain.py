@@ -13,9 +13,9 @@ from .branches.invariant import invariant_modules
 from .branches.plan import BranchPlan
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
-from .families import controlnets, denoiser_name, has_compiled, uncompiled
+from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
-from .installation import Installation
+from .installation import Installation, caches
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ def explain(
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
     plan = Installation(model, pipe.pag_applied_layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    once = tuple(_once(pipe, config))
     size = _size(pipe, model, height, width)
     notes: list[str] = []
     predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
@@ -144,7 +143,7 @@ def explain(
         size=size,
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
-        once=once,
+        once=tuple(_once(pipe, config)),
         notes=tuple(notes),
     )
 
@@ -153,11 +152,9 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
     """Names of the modules that run once per call; a ControlNet's behind the name of its class."""
     for part in (denoiser_name(pipe), "controlnet"):
         model = getattr(pipe, part, None)
-        if model is None or has_compiled(model) or not config.cache_conditioning:
-            continue
-        for net in controlnets(model):
+        for net in [] if model is None else controlnets(model):
             prefix = f"{type(net).__name__}." if part == "controlnet" else ""
-            if not net.training:
+            if caches(config, model, net):
                 yield from (prefix + name for name in invariant_modules(net))
 
 

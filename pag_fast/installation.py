@@ -8,9 +8,18 @@ from .branches.invariant import invariants
 from .branches.plan import BranchPlan
 from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
-from .families import family_of
+from .families import family_of, has_compiled
 from .layers import resolve
 from .processors.rows import PerturbedProcessor
+
+
+def caches(config: PatchConfig, wrapped: Any, model: Any) -> bool:
+    """Whether what depends on the conditioning alone is kept for ``model``.
+
+    ``wrapped`` is how the pipeline has it: itself, compiled, or one of a ``MultiControlNetModel``.
+    """
+    # dropout is new in every step
+    return config.cache_conditioning and not model.training and not has_compiled(wrapped)
 
 
 class Installation:

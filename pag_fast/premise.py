@@ -19,6 +19,11 @@ _UNCHECKED = UNBATCHED | {
 _SAMPLE = ("sample", "hidden_states")
 
 
+def latents_of(call: dict[str, Any]) -> torch.Tensor:
+    """The latents among a model's arguments, whatever its family calls them."""
+    return next(call[name] for name in _SAMPLE if name in call)
+
+
 def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
     """The tensors among a model's arguments that have the batch's rows, by dotted name."""
     sizes = rows, rows * frames

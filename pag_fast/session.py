@@ -11,23 +11,23 @@ import functools
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
-from .branches.invariant import Invariant, invariants
+from .branches.invariant import Kept, invariants
 from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
-from .families import controlnets, denoiser_name, has_compiled, uncompiled
+from .families import controlnets, denoiser_name, uncompiled
 from .guidance import scale_at
-from .installation import Installation
+from .installation import Installation, caches
 from .pipeline import RescalesOnce
-from .premise import Premise, batched
+from .premise import Premise, batched, latents_of
 
 UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
 _RESIDUALS = "down_block_additional_residuals"
@@ -116,8 +116,6 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._scales: dict[Any, Any] = {}
         self._calls = 0
-        self._rows: dict[int, Any] = {}
-        self._weights: dict[int, list[Any]] = {}
 
     # ---- installing and removing ----
 
@@ -125,7 +123,7 @@ class Session:
         """Before the pipeline runs: watch its ControlNets, whether PAG will be on or not."""
         self._controlnet_state = BranchState()
         self._controlnet_premise = Premise()
-        self._controlnet_kept: list[Invariant] = []
+        self._controlnet_kept = Kept(self._controlnet_state)
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is None:
             return
@@ -134,11 +132,9 @@ class Session:
         config, state = self.patch.config, self._controlnet_state
         for net, plan in zip(controlnets(controlnet), self._controlnet_plans, strict=True):
             shared = plan if config.share_branches else BranchPlan()
-            caches = self._caches(net) and not has_compiled(controlnet)
-            kept = invariants(net, shared, state) if caches else {}
+            kept = invariants(net, shared, state) if caches(config, controlnet, net) else {}
             self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
-            self._undo += [invariant.install() for invariant in kept.values()]
-            self._controlnet_kept += kept.values()
+            self._undo += self._controlnet_kept.install(kept.values())
 
     def begin(self, layers: Any, cfg: bool) -> None:
         """The pipeline is about to denoise with PAG: install processors and hooks.
@@ -149,8 +145,9 @@ class Session:
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
-        cache = self._caches(model) and not has_compiled(denoiser)
+        cache = caches(self.patch.config, denoiser, model)
         self.installed = self.patch.installation(model, layers, cache=cache)
+        self._kept = Kept(self.installed.state)
         self._premise = Premise()
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
@@ -160,40 +157,8 @@ class Session:
             self._undo.append(_restore_processor(attention, attention.processor, processor))
             attention.set_processor(processor)
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
-        self._undo += [invariant.install() for invariant in self.installed.invariants.values()]
+        self._undo += self._kept.install(self.installed.invariants.values())
         self._enter_with(denoiser, self.enter_denoiser)
-
-    def _forget(self) -> None:
-        self._calls = 0
-        for invariant in (*self.installed.invariants.values(), *self._controlnet_kept):
-            invariant.forget()
-
-    def _caches(self, model: nn.Module) -> bool:
-        # dropout is new in every step
-        return self.patch.config.cache_conditioning and not model.training
-
-    def _advance(
-        self, state: BranchState, kept: Iterable[Invariant], same: bool, call: dict[str, Any]
-    ) -> None:
-        """Begin a forward: what was kept is good as long as nothing it depends on has changed.
-
-        Args:
-            same: the conditioning is that of the forward before.
-            call: the model's arguments with the rows that it runs on.
-        """
-        state.step += 1
-        sample = call["sample"] if "sample" in call else call["hidden_states"]
-        rows = sample.shape[0], state.slabs
-        same = same and rows == self._rows.get(id(state))
-        self._rows[id(state)] = rows
-        if self.watched:
-            # callbacks can change weights and the scales of LoRAs, and write into embeddings, of
-            # which tensors made in inference mode tell nothing
-            weights = [invariant.weights() for invariant in kept]
-            same = same and weights == self._weights.get(id(state)) and not sample.is_inference()
-            self._weights[id(state)] = weights
-        if not same:
-            state.epoch += 1
 
     def _enter_with(
         self,
@@ -259,7 +224,7 @@ class Session:
 
     def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
         """Decide what this denoiser call runs on, and give its arguments those rows."""
-        sample = call["sample"] if "sample" in call else call["hidden_states"]
+        sample = latents_of(call)
         rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
         self._calls += 1
         layout = self._layout(rows)
@@ -278,7 +243,7 @@ class Session:
             self.patch.steps["perturbed branch dropped"] += 1
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
-        self._advance(state, self.installed.invariants.values(), same, call)
+        self._kept.advance(latents_of(call), same=same, watched=self.watched)
         self._align_residuals(call, len(layout))
         self.ran = layout, scale
         return call
@@ -346,10 +311,10 @@ class Session:
 
     def enter_controlnet(self, call: dict[str, Any]) -> dict[str, Any]:
         """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
-        state, rows = self._controlnet_state, call["sample"].shape[0]
+        rows = call["sample"].shape[0]
         same = self._controlnet_premise.same_objects(call, rows)
         call = self._controlnet_rows(call, rows)
-        self._advance(state, self._controlnet_kept, same, call)
+        self._controlnet_kept.advance(call["sample"], same=same, watched=self.watched)
         return call
 
     def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -410,7 +375,9 @@ class Session:
         layout, scale = self.ran
         # what follows the last step, decoding, is where memory runs short
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
-            self._forget()
+            self._calls = 0
+            self._kept.forget()
+            self._controlnet_kept.forget()
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred

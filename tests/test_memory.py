@@ -77,7 +77,7 @@ def kept_bytes(pipe, run) -> int:
     sizes, original = [], Session.combine
 
     def combine(session, *args):
-        kept = (*session.installed.invariants.values(), *session._controlnet_kept)
+        kept = (*session._kept.invariants, *session._controlnet_kept.invariants)
         sizes.append(sum(i.value.nbytes for i in kept if i.value is not None))
         return original(session, *args)
 

@@ -7,7 +7,7 @@ control image. Stock diffusers computes them anew in every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -124,6 +124,48 @@ class Invariant:
                 found += [dict(lora.scaling), list(lora.active_adapters)]
                 found += [lora.merged, lora.disable_adapters]
         return found
+
+
+class Kept:
+    """The invariants of one model, or of all ControlNets, while one call runs."""
+
+    def __init__(self, state: BranchState) -> None:
+        self.state = state
+        self.invariants: list[Invariant] = []
+        self._rows: Any = None
+        self._weights: Any = None
+
+    def install(self, invariants: Iterable[Invariant]) -> list[Callable[[], None]]:
+        """Put them onto their modules; returns what takes them off again."""
+        added = list(invariants)
+        self.invariants += added
+        return [invariant.install() for invariant in added]
+
+    def advance(self, latents: torch.Tensor, *, same: bool, watched: bool) -> None:
+        """Begin a forward: what was kept is good as long as nothing it depends on has changed.
+
+        Args:
+            latents: with the rows that the model runs on.
+            same: the conditioning is that of the forward before.
+            watched: a callback may have changed anything.
+        """
+        self.state.step += 1
+        rows = latents.shape[0], self.state.slabs
+        same = same and rows == self._rows
+        self._rows = rows
+        if watched:
+            # callbacks can change weights and the scales of LoRAs, and write into embeddings, of
+            # which tensors made in inference mode tell nothing
+            weights = [invariant.weights() for invariant in self.invariants]
+            same = same and weights == self._weights and not latents.is_inference()
+            self._weights = weights
+        if not same:
+            self.state.epoch += 1
+
+    def forget(self) -> None:
+        """Free every output."""
+        for invariant in self.invariants:
+            invariant.forget()
 
 
 def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
