@@ -10,12 +10,14 @@ pag_fast.unpatch(pipe)
 
 from __future__ import annotations
 
+from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
 from .version import __version__
 
 __all__ = [
+    "CompileConfig",
     "PatchConfig",
     "__version__",
     "explain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend
 
@@ -23,6 +24,11 @@ class PatchConfig:
             only the attention processors and the guidance combination differ from stock diffusers.
         cache_conditioning: compute what depends on nothing but the prompt, the sizes or the control
             image once per call: text keys and values, projections and embeddings.
+        fewer_launches: leave out divisions by one, and run layers that see the same input (queries,
+            keys and values; projections of the time embedding) as one product. Their weights move
+            next to each other in memory until the pipeline is unpatched.
+        compile: compile the denoiser and its ControlNets until the pipeline is unpatched; ``True``,
+            or a :class:`CompileConfig`.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
@@ -32,6 +38,8 @@ class PatchConfig:
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
+    fewer_launches: bool = True
+    compile: bool | CompileConfig = False
     exact_layers: bool = False
     strict: bool = False
 
@@ -44,6 +52,28 @@ class PatchConfig:
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
         check_backend(self.backend)
-        for name in ("share_branches", "cache_conditioning", "exact_layers", "strict"):
+        for name in (
+            "share_branches",
+            "cache_conditioning",
+            "fewer_launches",
+            "exact_layers",
+            "strict",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        if not isinstance(self.compile, bool | CompileConfig):
+            raise ValueError(
+                f"compile must be True, False or a CompileConfig; got {self.compile!r}."
+            )
+
+    @property
+    def compilation(self) -> CompileConfig | None:
+        """How to compile, if at all."""
+        if isinstance(self.compile, bool):
+            return CompileConfig() if self.compile else None
+        return self.compile
+
+    @property
+    def traces(self) -> bool:
+        """Whether compiled graphs hold whole models: repeated blocks share theirs."""
+        return self.compilation is not None and not self.compilation.regional

@@ -15,7 +15,7 @@ from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
-from .installation import Installation, caches
+from .installation import Installation, is_eager
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             prefix = f"{type(net).__name__}." if part == "controlnet" else ""
-            if caches(config, model, net):
+            if config.cache_conditioning and is_eager(model, net):
                 yield from (prefix + name for name in invariant_modules(net))
 
 

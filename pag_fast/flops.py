@@ -8,13 +8,14 @@ attention count, 2 FLOPs per multiply-add, as in ``torch.utils.flop_counter``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .branches.invariant import invariants
 from .branches.plan import install
 from .branches.rows import BranchState
 from .branches.unet import plan_controlnet
@@ -22,6 +23,7 @@ from .config import PatchConfig
 from .families import family_of
 from .installation import Installation
 from .layers import self_attentions
+from .lean import Lean
 
 Inputs = Callable[[int], dict[str, Any]]
 """Forward arguments of a model for a number of rows."""
@@ -98,34 +100,75 @@ def processors(model: Any, chosen: dict[str, Any]) -> Iterator[None]:
             modules[name].set_processor(processor)
 
 
-def stock_flops(model: Any, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
-    """FLOPs of a step as diffusers runs it: every branch in full, its own PAG processors."""
+@contextmanager
+def stock_step(model: Any, layers: Any, *, cfg: bool) -> Iterator[int]:
+    """``model`` with diffusers' own PAG processors; yields the rows of a step for one image."""
     import diffusers.models.attention_processor as stock
 
     pair = family_of(model).stock_processors
     processor = getattr(stock, pair[0 if cfg else 1])()
     found = Installation(model, layers, PatchConfig()).attentions
     with processors(model, dict.fromkeys(found, processor)):
-        return count(model, inputs(3 if cfg else 2))
+        yield 3 if cfg else 2
 
 
-def patched_flops(
-    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
-) -> int:
-    """FLOPs of a step as a patched pipeline runs it."""
-    installation = Installation(model, layers, config)
+@contextmanager
+def patched_step(
+    model: Any, layers: Any, *, cfg: bool, config: PatchConfig, eager: bool = False
+) -> Iterator[tuple[BranchState, int]]:
+    """``model`` as while a patched pipeline runs; yields its state and the rows of a step.
+
+    With ``eager``, what depends on the conditioning alone is kept from one forward to the next, and
+    launches are left out; ``state.step`` has to be another number in each.
+    """
+    installation = Installation(model, layers, config, eager=eager)
     plan = installation.plan
     full = 3 if cfg else 2
     shared = full if plan.reason else full - 1
     merged = 1 if plan.merged and shared == 2 else shared
     installation.state.slabs = (merged, shared, full)
-    handles = install(installation.hooks)
-    try:
-        with processors(model, dict(installation.processors)):
-            return count(model, inputs(full))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for handle in install(installation.hooks):
+            stack.callback(handle.remove)
+        for invariant in installation.invariants.values():
+            stack.callback(invariant.install())
+        stack.enter_context(processors(model, dict(installation.processors)))
+        for undo in installation.lean.install(installation.state) if installation.lean else ():
+            stack.callback(undo)
+        yield installation.state, full
+
+
+@contextmanager
+def controlnet_step(
+    model: Any, *, cfg: bool, eager: bool = False
+) -> Iterator[tuple[BranchState, int]]:
+    """As :func:`patched_step` for a ControlNet, which never runs on the perturbed rows."""
+    plan, state = plan_controlnet(model), BranchState()
+    rows = 2 if cfg else 1
+    state.slabs = (1, rows, rows)
+    kept = invariants(model, plan, state) if eager else {}
+    with ExitStack() as stack:
+        for handle in install(plan.hooks(state, without=kept)):
+            stack.callback(handle.remove)
+        for invariant in kept.values():
+            stack.callback(invariant.install())
+        for undo in Lean(model).install(state) if eager else ():
+            stack.callback(undo)
+        yield state, rows
+
+
+def stock_flops(model: Any, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
+    """FLOPs of a step as diffusers runs it: every branch in full, its own PAG processors."""
+    with stock_step(model, layers, cfg=cfg) as rows:
+        return count(model, inputs(rows))
+
+
+def patched_flops(
+    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
+) -> int:
+    """FLOPs of a step as a patched pipeline runs it, the first of a call."""
+    with patched_step(model, layers, cfg=cfg, config=config) as (_, rows):
+        return count(model, inputs(rows))
 
 
 def denoiser_cost(
@@ -142,17 +185,10 @@ def denoiser_cost(
 
 def controlnet_cost(model: Any, inputs: Inputs, *, cfg: bool) -> Cost:
     """What one ControlNet call costs in a PAG pipeline: stock runs it on the perturbed rows too."""
-    full = 3 if cfg else 2
-    plan, state = plan_controlnet(model), BranchState()
-    state.slabs = (1, full - 1, full - 1)
-    handles = install(plan.hooks(state))
-    try:
-        patched = count(model, inputs(full - 1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with controlnet_step(model, cfg=cfg) as (_, rows):
+        patched = count(model, inputs(rows))
     bound = _Bound(model, (), cfg=cfg).total(trace(model, inputs))
-    return Cost(count(model, inputs(full)), patched, bound)
+    return Cost(count(model, inputs(3 if cfg else 2)), patched, bound)
 
 
 def lower_bound(model: Any, traced: list[Traced], layers: Any, inputs: Inputs, *, cfg: bool) -> int:

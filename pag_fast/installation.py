@@ -10,27 +10,30 @@ from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
 from .families import family_of, has_compiled
 from .layers import resolve
+from .lean import Lean
 from .processors.rows import PerturbedProcessor
 
 
-def caches(config: PatchConfig, wrapped: Any, model: Any) -> bool:
-    """Whether what depends on the conditioning alone is kept for ``model``.
+def is_eager(wrapped: Any, model: Any) -> bool:
+    """Whether ``model`` runs as it is written, so that its modules' forwards can be replaced.
 
     ``wrapped`` is how the pipeline has it: itself, compiled, or one of a ``MultiControlNetModel``.
     """
+    compiled = hasattr(vars(model).get("forward"), "_torchdynamo_orig_callable")
     # dropout is new in every step
-    return config.cache_conditioning and not model.training and not has_compiled(wrapped)
+    return not (model.training or compiled or has_compiled(wrapped))
 
 
 class Installation:
     """Processors and hooks of one denoiser for one choice of layers.
 
     Args:
-        cache: keep what depends on the conditioning alone from step to step.
+        eager: the denoiser is not compiled (:func:`is_eager`): what depends on the conditioning
+            alone can be kept from step to step, and launches that change nothing left out.
     """
 
     def __init__(
-        self, denoiser: Any, layers: Any, config: PatchConfig, *, cache: bool = False
+        self, denoiser: Any, layers: Any, config: PatchConfig, *, eager: bool = False
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
@@ -53,5 +56,9 @@ class Installation:
             self.plan = BranchPlan(order=self.plan.order, reason="share_branches is off")
             for processor in self.processors.values():
                 processor.level = SPLIT
-        self.invariants = invariants(denoiser, self.plan, self.state) if cache else {}
+        keeps = eager and config.cache_conditioning
+        self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
+        self.lean = None
+        if eager and config.fewer_launches:
+            self.lean = Lean(denoiser, self.attentions, traced=config.traces)
         self.hooks = self.plan.hooks(self.state, without=self.invariants)

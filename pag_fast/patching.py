@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
 from .families import SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
+from .lasting import Patch
 from .layers import Layers, as_list, resolve
 from .pipeline import mixins
-from .session import Patch
 
 P = TypeVar("P")
 
@@ -47,9 +47,14 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     wanted = list(original) if config.layers is None else as_list(config.layers)
     resolve(denoiser, wanted, exact=config.exact_layers)
 
-    unpatch(pipe)
+    before = getattr(pipe, "_pag_fast", None)
+    if before is not None:
+        before.release()
     own = None if config.layers is None else wanted
-    pipe._pag_fast = Patch(config, type(pipe), original, own)  # type: ignore[attr-defined]
+    new = Patch(config, type(pipe) if before is None else before.original_class, original, own)
+    new.compile(pipe)
+    unpatch(pipe)
+    pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
     if own is not None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
@@ -66,6 +71,7 @@ def unpatch(pipe: P) -> P:
     if found is None:
         return pipe
     pipe.pag_applied_layers = _users_layers(pipe)  # type: ignore[attr-defined]
+    found.release()
     pipe.__class__ = found.original_class
     del pipe._pag_fast  # type: ignore[attr-defined]
     return pipe

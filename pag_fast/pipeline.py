@@ -16,7 +16,7 @@ from .layers import Layers, as_list, resolve
 from .processors.rows import PerturbedProcessor
 
 if TYPE_CHECKING:
-    from .session import Patch
+    from .lasting import Patch
 
 
 class PatchedPipeline:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,73 +20,20 @@ from .branches.invariant import Kept, invariants
 from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
-from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
 from .guidance import scale_at
-from .installation import Installation, caches
+from .installation import is_eager
+from .lean import Lean
 from .pipeline import RescalesOnce
 from .premise import Premise, batched, latents_of
+
+if TYPE_CHECKING:
+    from .lasting import Patch
 
 UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
 _RESIDUALS = "down_block_additional_residuals"
 _MID_RESIDUAL = "mid_block_additional_residual"
 _ADAPTER = "down_intrablock_additional_residuals"
-
-
-class Patch:
-    """The lasting part of a patch: settings, what calls have run, and what can be reused."""
-
-    def __init__(
-        self, config: PatchConfig, original_class: type, original_layers: Any, own_layers: Any
-    ) -> None:
-        self.config = config
-        self.original_class = original_class
-        self.original_layers = original_layers
-        self.own_layers = own_layers
-        self.session: Session | None = None
-        self.steps: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()
-        # rebuilt only when layers or modules change: a compiled denoiser guards on these objects
-        self._installed: tuple[Any, Installation] | None = None
-
-    def call(
-        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run ``call``, the pipeline's own ``__call__``, inside a session."""
-        if self.session is not None:
-            raise ValueError(
-                "This pipeline is already running: a patched pipeline cannot be called from its "
-                "own callback or from a second thread."
-            )
-        watched = any(kwargs.get(k) for k in ("callback_on_step_end", "callback"))
-        self.session = session = Session(pipe, self, watched)
-        try:
-            session.open()
-            result = call(*args, **kwargs)
-            if not session.freed:
-                pipe.maybe_free_model_hooks()
-        finally:
-            self.session = None
-            session.end()
-        # pipelines that return latents early forget return_dict
-        early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
-        return result.to_tuple() if early else result
-
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time, raise if strict."""
-        if self.config.strict:
-            raise ValueError(f"{reason} (strict=True)")
-        if reason not in self.fallbacks:
-            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
-        self.fallbacks[reason] += 1
-
-    def installation(self, denoiser: Any, layers: Any, *, cache: bool) -> Installation:
-        """The plan, processors and hooks for ``denoiser``, made anew when something changed."""
-        modules = [(id(m), m._compiled_call_impl is None) for m in denoiser.modules()]
-        key = (tuple(layers), cache, modules)
-        if self._installed is None or self._installed[0] != key:
-            self._installed = key, Installation(denoiser, layers, self.config, cache=cache)
-        return self._installed[1]
 
 
 class Session:
@@ -112,8 +57,10 @@ class Session:
         self.freed = False
         self.pag = False
         self.cfg = False
+        self._warming = False
         self.unit = 0
         self._undo: list[Callable[[], None]] = []
+        self._leans: list[Lean] = []
         self._scales: dict[Any, Any] = {}
         self._calls = 0
 
@@ -132,9 +79,13 @@ class Session:
         config, state = self.patch.config, self._controlnet_state
         for net, plan in zip(controlnets(controlnet), self._controlnet_plans, strict=True):
             shared = plan if config.share_branches else BranchPlan()
-            kept = invariants(net, shared, state) if caches(config, controlnet, net) else {}
+            eager = is_eager(controlnet, net)
+            keeps = eager and config.cache_conditioning
+            kept = invariants(net, shared, state) if keeps else {}
             self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
             self._undo += self._controlnet_kept.install(kept.values())
+            if eager and config.fewer_launches:
+                self._install_lean(self.patch.lean(net), state)
 
     def begin(self, layers: Any, cfg: bool) -> None:
         """The pipeline is about to denoise with PAG: install processors and hooks.
@@ -145,8 +96,8 @@ class Session:
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
-        cache = caches(self.patch.config, denoiser, model)
-        self.installed = self.patch.installation(model, layers, cache=cache)
+        eager = is_eager(denoiser, model)
+        self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = Kept(self.installed.state)
         self._premise = Premise()
         self.pag, self.cfg = True, cfg
@@ -158,7 +109,15 @@ class Session:
             attention.set_processor(processor)
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._undo += self._kept.install(self.installed.invariants.values())
-        self._enter_with(denoiser, self.enter_denoiser)
+        if self.installed.lean is not None:
+            self._install_lean(self.installed.lean, self.installed.state)
+        compilation = self.patch.compilation
+        leave = None if compilation is None else compilation.after_model
+        self._enter_with(denoiser, self.enter_denoiser, leave)
+
+    def _install_lean(self, lean: Lean, state: BranchState) -> None:
+        self._undo += lean.install(state)
+        self._leans.append(lean)
 
     def _enter_with(
         self,
@@ -224,6 +183,10 @@ class Session:
 
     def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
         """Decide what this denoiser call runs on, and give its arguments those rows."""
+        if self._warming:
+            return call
+        if getattr(self.pipe, "controlnet", None) is None:
+            self._begin_step()
         sample = latents_of(call)
         rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
         self._calls += 1
@@ -241,12 +204,43 @@ class Session:
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
             self.patch.steps["perturbed branch dropped"] += 1
+        elif self.patch.compilation is not None and layout[-1] == PERTURBED:
+            self._warm(call, layout, frames)
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
-        self._kept.advance(latents_of(call), same=same, watched=self.watched)
+        self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
         self.ran = layout, scale
         return call
+
+    def _begin_step(self) -> None:
+        if self.patch.compilation is not None:
+            self.patch.compilation.before_step()
+
+    def _warm(self, call: dict[str, Any], layout: tuple[str, ...], frames: int) -> None:
+        """Where a later step will drop the perturbed branch: compile that step now, not then."""
+        compilation, timesteps = self.patch.compilation, self.pipe.scheduler.timesteps
+        assert compilation is not None
+        latents, full = latents_of(call), len(layout)
+        key = latents.shape, latents.dtype, full
+        if key in compilation.warmed or scale_at(self.pipe, timesteps[-1], self._scales) != 0.0:
+            return
+        compilation.warmed.add(key)
+        fewer = _change_rows(dict(call), latents.shape[0], frames, full, full - 1)
+        self.installed.state.slabs = None
+        self._advance(self._kept, fewer, False)
+        self._align_residuals(fewer, full - 1)
+        self._warming = True
+        try:
+            getattr(self.pipe, denoiser_name(self.pipe))(**fewer)
+        finally:
+            self._warming = False
+
+    def _advance(self, kept: Kept, call: dict[str, Any], same: bool) -> None:
+        kept.advance(latents_of(call), same=same, watched=self.watched)
+        if self.watched:
+            for lean in self._leans:
+                lean.check()
 
     def _slabs(
         self, call: dict[str, Any], layout: tuple[str, ...], frames: int, same: bool
@@ -311,10 +305,11 @@ class Session:
 
     def enter_controlnet(self, call: dict[str, Any]) -> dict[str, Any]:
         """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
+        self._begin_step()
         rows = call["sample"].shape[0]
         same = self._controlnet_premise.same_objects(call, rows)
         call = self._controlnet_rows(call, rows)
-        self._controlnet_kept.advance(call["sample"], same=same, watched=self.watched)
+        self._advance(self._controlnet_kept, call, same)
         return call
 
     def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import diffusers
 import pytest
 import torch
@@ -167,6 +169,41 @@ def test_ip_adapter(name, cfg, batch):
         assert dict(pipe._pag_fast.steps) == {"shared": 2}
         _with_ip_adapter(pipe)  # builds processors without arguments: must not meet ours
     assert relative(patched, stock) < 1e-5
+
+
+def test_an_image_prompt_is_projected_once_per_call():
+    """Keys, values and the projection of an IP-Adapter's picture do not depend on the step."""
+    name, calls = "StableDiffusionPAGPipeline", []
+    pipe = _with_ip_adapter(build(name))
+    watched = [m for n, m in pipe.unet.named_modules() if re.search(r"to_[kv]_ip\.0$", n)]
+    for module in [*watched, pipe.unet.encoder_hid_proj.image_projection_layers[0]]:
+        forward = module.forward
+        module.forward = lambda x, f=forward: calls.append(1) or f(x)
+    image = [torch.randn(2, 1, 6)]
+
+    def run(**options):
+        calls.clear()
+        kwargs = call_kwargs(name, pipe, steps=4, ip_adapter_image_embeds=image, **options)
+        return latents(pipe, kwargs), len(calls)
+
+    stock, every_step = run()
+    assert every_step == 4 * (len(watched) + 1)
+    pag_fast.patch(pipe)
+    patched, once = run()
+    assert once == len(watched) + 1
+    assert relative(patched, stock) < 1e-5
+
+    def louder(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.set_ip_adapter_scale(0.1)
+        return tensors
+
+    pipe.set_ip_adapter_scale(1.0)
+    patched, _ = run(callback_on_step_end=louder)
+    pag_fast.unpatch(pipe).set_ip_adapter_scale(1.0)
+    changed, _ = run(callback_on_step_end=louder)
+    assert relative(changed, stock) > 1e-5
+    assert relative(patched, changed) < 1e-5
 
 
 def test_ip_adapter_masks():

@@ -74,7 +74,7 @@ def test_every_text_key_is_found():
     model = build("StableDiffusionXLPAGPipeline").unet
     crossing = [n for n, m in model.named_modules() if getattr(m, "is_cross_attention", False)]
     expected = {f"{n}.{part}" for n in crossing for part in ("to_k", "to_v")}
-    assert set(found) == expected | {"add_embedding"}
+    assert set(found) == expected | {"add_embedding", "add_time_proj"}
     motion = build("AnimateDiffPAGPipeline").unet
     assert not any("motion" in name for name in invariant_modules(motion))
 

@@ -7,6 +7,7 @@ control image. Stock diffusers computes them anew in every step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from .rows import Align, BranchState, Leave
 # see text, image embeddings, sizes or the control image, never latents or timesteps
 _EMBEDDINGS = (
     "add_embedding",
+    "add_time_proj",
     "caption_norm",
     "caption_projection",
     "context_embedder",
@@ -27,9 +29,11 @@ _EMBEDDINGS = (
     "text_embedder",
     "time_extra_emb.extra_embedder",
     "time_extra_emb.pooler",
+    "time_extra_emb.size_proj",
     "time_text_embed.text_embedder",
 )
 _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
+_IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
 
 class Invariant:
@@ -58,8 +62,8 @@ class Invariant:
 
     def forget(self) -> None:
         """Free the output; it is computed anew when it is needed again."""
-        self.value: torch.Tensor | None = None
-        self._version: int | None = None
+        self.value: Any = None
+        self._versions: list[int | None] = []
         self._epoch = self._step = -1
         self._repeated = False
 
@@ -91,16 +95,15 @@ class Invariant:
         if kept is None or self._epoch != state.epoch or self._repeated:
             return self._renew(args, kwargs)
         # somebody may have written into it; inference tensors do not tell
-        if self._version is None or self._version == kept._version:
-            return kept
-        return self._renew(args, kwargs)
+        return kept if self._versions == _versions(kept) else self._renew(args, kwargs)
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.value = None
         value = self._compute(args, kwargs)
-        if isinstance(value, torch.Tensor) and not self._repeated:
-            self.value, self._epoch = value, self.state.epoch
-            self._version = None if value.is_inference() else value._version
+        if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
+            return value
+        self.value, self._epoch = value, self.state.epoch
+        self._versions = _versions(value)
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,6 +127,15 @@ class Invariant:
                 found += [dict(lora.scaling), list(lora.active_adapters)]
                 found += [lora.merged, lora.disable_adapters]
         return found
+
+
+def _tensors(value: Any) -> list[Any]:
+    """The tensors of an output; an IP-Adapter's image projection returns one for each image."""
+    return value if isinstance(value, list) else [value]
+
+
+def _versions(value: Any) -> list[int | None]:
+    return [None if x.is_inference() else x._version for x in _tensors(value)]
 
 
 class Kept:
@@ -184,7 +196,11 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
         if any(f"{name}.".startswith(prefix) for prefix in compiled):
             continue
         parent, _, own = name.rpartition(".")
-        if name in _EMBEDDINGS or (own in _KEYS_AND_VALUES and _sees_text(model, parent)):
+        if (
+            name in _EMBEDDINGS
+            or (own in _KEYS_AND_VALUES and _sees_text(model, parent))
+            or _IMAGE_KEYS_AND_VALUES.fullmatch(name)
+        ):
             hooked = any(hasattr(inner, "_diffusers_hook") for inner in module.modules())
             if id(module) not in seen and not hooked:
                 found[name] = module

@@ -17,6 +17,8 @@ _LEFT_ALONE = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _LIBRARY = torch.library.Library("pag_fast", "DEF")
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What each op runs, by its qualified name: for looking inside."""
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -29,6 +31,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pag_fast::{name}", fake, lib=_LIBRARY)
+    IMPLEMENTATIONS[f"pag_fast::{name}"] = run
 
 
 def check_backend(backend: str) -> None:

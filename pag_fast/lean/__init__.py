@@ -1,0 +1,155 @@
+"""The same arithmetic in fewer launches, for modules that diffusers runs unperturbed too.
+
+In eager mode a step is a thousand kernels and more, many of them small. Three kinds can go without
+a change of the result: divisions by one, separate products of the same input (queries, keys and
+values; the projections of the time embedding, one in every resnet), and activations in front of the
+latter. What is installed lasts as long as a call; compilers do all of this themselves, and are left
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..branches.rows import BranchState
+from .joined import Joined, is_plain
+from .projections import QKV, TimeProjections
+from .unit import UNIT
+
+_DIVISORS = ("rescale_output_factor", "output_scale_factor")
+# processors of diffusers that project q, k and v of one tensor and take them as views
+_PROCESSORS = (
+    "AttnProcessor2_0",
+    "HunyuanAttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "SanaLinearAttnProcessor2_0",
+)
+_IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+# modules that do linear(act(temb))
+_TIME = {
+    "AdaLayerNormContinuous": ("silu", "linear"),
+    "AdaLayerNormShift": ("silu", "linear"),
+    "AdaLayerNormZero": ("silu", "linear"),
+    "ResnetBlock2D": ("nonlinearity", "time_emb_proj"),
+    "SD35AdaLayerNormZeroX": ("silu", "linear"),
+}
+
+
+class Lean:
+    """What can be left out in one model.
+
+    Args:
+        model: a denoiser or ControlNet that is neither compiled nor in training.
+        perturbed: names of its perturbed attentions.
+        traced: join queries, keys and values of compiled modules too. Their compiler sees the one
+            product; it would not join the weights itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, perturbed: Container[str] = (), *, traced: bool = False
+    ) -> None:
+        self.divisors: list[tuple[Any, str]] = []
+        self.qkv: list[tuple[Any, list[Any], int]] = []
+        self.time: list[tuple[Any, Any]] = []
+        eager = {name for name, _ in _uncompiled(model)}
+        # weights that hooks move around would be parted in every call
+        moves = any(hasattr(m, h) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
+        for name, module in model.named_modules():
+            if name in eager:
+                self.divisors += [(module, x) for x in _DIVISORS if getattr(module, x, None) == 1.0]
+                self.time += [] if moves else _time(module)
+            if (traced or name in eager) and not moves:
+                self.qkv += _qkv(module, name in perturbed)
+        # the attention whose processor has to be a known one, and its layers or those of the time
+        self._groups: list[tuple[Any, QKV | TimeProjections]] = []
+
+    def names(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the attentions whose projections are joined."""
+        wanted = {id(attention) for attention, _, _ in self.qkv}
+        return tuple(name for name, module in model.named_modules() if id(module) in wanted)
+
+    def install(self, state: BranchState) -> list[Callable[[], None]]:
+        """Put everything in place; returns what takes it off again."""
+        if not self._groups or not all(group.joined.intact() for _, group in self._groups):
+            self._groups = list(self._join())
+        undo: list[Callable[[], None]] = []
+        for module, attribute in self.divisors:
+            own = getattr(module, attribute)
+            setattr(module, attribute, UNIT)
+            undo.append(partial(setattr, module, attribute, own))
+        for attention, group in self._groups:
+            group.broken = attention is not None and not _known(attention.processor)
+            if isinstance(group, TimeProjections):
+                group.state = state
+            for module, forward in [] if group.broken else group.members:
+                if "forward" not in vars(module):
+                    module.forward = forward
+                    undo.append(partial(_remove, module, forward))
+            undo.append(group.forget)
+        return undo
+
+    def check(self) -> None:
+        """A callback may have replaced weights: groups that are no longer joined run apart."""
+        for _, group in self._groups:
+            group.broken = group.broken or not group.joined.intact()
+
+    def release(self) -> None:
+        """Give all weights memory of their own again."""
+        for _, group in self._groups:
+            group.joined.part()
+        self._groups = []
+
+    def _join(self) -> Iterator[tuple[Any, QKV | TimeProjections]]:
+        for attention, linears, together in self.qkv:
+            if Joined.fits(linears):
+                yield attention, QKV(Joined(linears), together)
+        layers = [pair for pair in self.time if is_plain(pair[1])]
+        linears = [linear for _, linear in layers]
+        if Joined.fits(linears):
+            yield None, TimeProjections(layers, Joined(linears))
+
+
+def _uncompiled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    compiled: list[str] = []
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            compiled.append(f"{name}." if name else "")
+        if not any(f"{name}.".startswith(prefix) for prefix in compiled):
+            yield name, module
+
+
+def _qkv(module: Any, perturbed: bool) -> Iterator[tuple[Any, list[Any], int]]:
+    if getattr(module, "is_cross_attention", True) or getattr(module, "to_q", None) is None:
+        return
+    text = [getattr(module, name, None) for name in _TEXT]
+    has_text = all(part is not None for part in text)
+    image = [getattr(module, name, None) for name in _IMAGE]
+    # image-only perturbed attention projects V on more rows, and into its output
+    yield module, image, 2 if perturbed and not has_text else 3
+    if has_text:
+        yield module, text, 3
+
+
+def _time(module: Any) -> Iterator[tuple[Any, Any]]:
+    names = _TIME.get(type(module).__name__)
+    if names is None or getattr(module, "skip_time_act", False):
+        return
+    activation, linear = (getattr(module, name, None) for name in names)
+    if type(activation) is nn.SiLU and is_plain(linear):
+        yield activation, linear
+
+
+def _known(processor: Any) -> bool:
+    """Whether a processor takes projections that are views of one tensor."""
+    from ..processors.rows import PerturbedProcessor
+
+    return isinstance(processor, PerturbedProcessor) or type(processor).__name__ in _PROCESSORS
+
+
+def _remove(module: Any, forward: Any) -> None:
+    if vars(module).get("forward") is forward:
+        del module.forward

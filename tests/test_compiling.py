@@ -1,0 +1,235 @@
+"""``patch(pipe, compile=...)``: compiled in place, warmed, and undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import relative
+from tiny import PIPELINES, build, call_kwargs, latents
+from torch._dynamo.utils import counters
+
+import pag_fast
+from pag_fast import CompileConfig
+from pag_fast.compiling import Compilation, _check_compiler
+
+UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
+FAMILIES = [
+    UNET,
+    "StableDiffusionXLPAGPipeline",
+    "AnimateDiffPAGPipeline",
+    "StableDiffusion3PAGPipeline",
+    "HunyuanDiTPAGPipeline",
+    "PixArtSigmaPAGPipeline",
+    "SanaPAGPipeline",
+    CONTROLNET,
+]
+EAGER = CompileConfig(backend="eager")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
+    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    stock = latents(pipe, call_kwargs(name, pipe))
+    before = snapshot(pipe)
+    pag_fast.patch(pipe, compile=EAGER)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    wanted = 2 if name == CONTROLNET else 1
+    assert graphs() == wanted
+    for change in ({"seed": 1}, {"pag_scale": 1.5}, {"guidance_scale": 3.0}, {"steps": 5}):
+        latents(pipe, call_kwargs(name, pipe, **change))
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    assert graphs() == wanted
+    pag_fast.unpatch(pipe)
+    assert snapshot(pipe) == before
+    for p in getattr(pipe, PIPELINES[name].denoiser).parameters():
+        assert p.is_contiguous()
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
+
+
+@pytest.mark.parametrize("name", [UNET, "StableDiffusion3PAGPipeline"])
+def test_inductor(name):
+    pipe = build(name)
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe, compile=True)
+    for _ in range(2):
+        assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    assert graphs() == 1
+
+
+def test_queries_keys_and_values_are_one_product_in_the_graph():
+    products = {}
+    for fewer in (False, True):
+        torch._dynamo.reset()
+        pipe = pag_fast.patch(build(UNET), compile=EAGER, fewer_launches=fewer)
+        seen = []
+
+        def backend(graph, inputs, seen=seen):
+            seen.append(str(graph.code).count("linear("))
+            return graph.forward
+
+        del pipe.unet._compiled_call_impl
+        pipe.unet.compile(backend=backend, fullgraph=True, dynamic=False)
+        latents(pipe, call_kwargs(UNET, pipe))
+        (products[fewer],) = seen
+    selves = sum(
+        not m.is_cross_attention for m in pipe.unet.modules() if hasattr(m, "is_cross_attention")
+    )
+    assert products[True] <= products[False] - selves
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+def test_the_step_without_the_perturbed_branch_is_compiled_in_the_first(regional):
+    """With an adaptive scale the branch drops on the way: no step after the first compiles."""
+    pipe = build(UNET)
+    kwargs = {"steps": 6, "pag_adaptive_scale": 0.005}
+    stock = latents(pipe, call_kwargs(UNET, pipe, **kwargs))
+    after = []
+
+    def callback(pipe, step, timestep, tensors):
+        after.append(graphs())
+        return tensors
+
+    pag_fast.patch(pipe, compile=CompileConfig(backend="eager", regional=regional))
+    out = latents(pipe, call_kwargs(UNET, pipe, callback_on_step_end=callback, **kwargs))
+    assert relative(out, stock) < 1e-5
+    steps = dict(pipe._pag_fast.steps)
+    assert steps["perturbed branch dropped"] > 0 and steps["shared"] > 0
+    assert len(after) == 6 and after[0] > 1 and set(after) == {after[0]}
+    latents(pipe, call_kwargs(UNET, pipe, **kwargs))
+    assert graphs() == after[0]
+
+
+def test_regional_compiles_blocks_only():
+    pipe = build(UNET)
+    stock = latents(pipe, call_kwargs(UNET, pipe))
+    pag_fast.patch(pipe, compile=CompileConfig(backend="eager", regional=True))
+    compiled = {type(m).__name__ for m in pipe.unet.modules() if m._compiled_call_impl is not None}
+    assert compiled == {"BasicTransformerBlock"}
+    assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
+    pag_fast.unpatch(pipe)
+    assert all(m._compiled_call_impl is None for m in pipe.unet.modules())
+
+
+def test_channels_last_comes_and_goes():
+    pipe = build(UNET)
+    layouts = {n: p.stride() for n, p in pipe.unet.named_parameters()}
+    last = torch.channels_last
+    with pag_fast.patched(pipe, compile=EAGER):
+        convs = [p for p in pipe.unet.parameters() if p.ndim == 4]
+        assert convs and all(p.is_contiguous(memory_format=last) for p in convs)
+    assert {n: p.stride() for n, p in pipe.unet.named_parameters()} == layouts
+    # a model that the user has converted stays converted
+    pipe.unet.to(memory_format=last)
+    layouts = {n: p.stride() for n, p in pipe.unet.named_parameters()}
+    with pag_fast.patched(pipe, compile=EAGER):
+        pass
+    assert {n: p.stride() for n, p in pipe.unet.named_parameters()} == layouts
+
+
+def test_settings_that_come_back_are_compiled_again():
+    pipe = pag_fast.patch(build(UNET), compile=EAGER)
+    stock = latents(pipe, call_kwargs(UNET, pipe))
+    with pag_fast.patched(pipe):
+        assert pipe.unet._compiled_call_impl is None
+    latents(pipe, call_kwargs(UNET, pipe))
+    assert pipe.unet._compiled_call_impl is not None
+    pag_fast.patch(pipe)
+    assert pipe.unet._compiled_call_impl is None
+    assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
+
+
+def test_what_the_user_has_compiled_stays_the_users():
+    pipe = build(UNET)
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    own = pipe.unet._compiled_call_impl
+    with pag_fast.patched(pipe, compile=EAGER):
+        assert pipe.unet._compiled_call_impl is own
+        latents(pipe, call_kwargs(UNET, pipe))
+    assert pipe.unet._compiled_call_impl is own
+
+
+def test_cuda_graphs_hand_out_copies_and_mark_steps(monkeypatch):
+    """What a GPU would replay in place: here the calls that make that safe are counted."""
+    pipe = build(CONTROLNET)
+    stock = latents(pipe, call_kwargs(CONTROLNET, pipe))
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    pag_fast.patch(pipe, compile=EAGER)
+    object.__setattr__(pipe._pag_fast.compilation.config, "cuda_graphs", True)
+    returned, after_model = [], Compilation.after_model
+
+    def recorded(self, out):
+        returned.append((out, after_model(self, out)))
+        return returned[-1][1]
+
+    monkeypatch.setattr(Compilation, "after_model", recorded)
+    pipe._pag_fast.compilation._has_compiler = True
+    assert relative(latents(pipe, call_kwargs(CONTROLNET, pipe)), stock) < 1e-5
+    assert len(marks) == len(returned) == 2
+    for out, copied in returned:
+        assert torch.equal(out[0], copied[0]) and out[0].data_ptr() != copied[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "fast"}, "compile must be True, False or a CompileConfig; got 'fast'"),
+        ({"compile": 1}, "compile must be True, False or a CompileConfig; got 1"),
+    ],
+)
+def test_bad_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        pag_fast.patch(build(UNET), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regional": "yes"}, "regional must be True or False; got 'yes'"),
+        ({"backend": "fastest"}, "Unknown backend 'fastest': choose one of .*inductor"),
+        ({"cuda_graphs": True, "backend": "eager"}, "cuda_graphs needs backend='inductor'"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        CompileConfig(**options)
+
+
+def test_models_that_cannot_be_compiled(snapshot):
+    pipe = build(UNET)
+    pipe.unet.train()
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=r"in training mode and is not compiled: call \.eval\(\)"):
+        pag_fast.patch(pipe, compile=True)
+    assert snapshot(pipe) == before
+    pipe.unet.eval()
+    pipe.unet.mid_block._hf_hook = object()
+    with pytest.raises(ValueError, match="hooks move or cast the weights of mid_block"):
+        pag_fast.patch(pipe, compile=True)
+    assert not hasattr(pipe, "_pag_fast")
+
+
+def test_no_compiler(monkeypatch):
+    from torch._inductor import cpp_builder
+
+    def none():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    pipe = pag_fast.patch(build(UNET), compile=True)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none was found: install"):
+        latents(pipe, call_kwargs(UNET, pipe))
+    with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device, and the pipeline is on"):
+        _check_compiler("cpu", CompileConfig(cuda_graphs=True))
