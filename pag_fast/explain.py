@@ -16,6 +16,7 @@ from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
 from .installation import Installation, is_eager
+from .lean import Lean
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Explanation:
         steps: denoiser calls so far, by how they ran.
         fallbacks: reasons why something ran unshared, and how often.
         once: modules that run once per call, as they see nothing but the conditioning.
+        launches: what is left out of every step without changing its result, by model.
     """
 
     pipeline: str
@@ -69,6 +71,7 @@ class Explanation:
     steps: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
+    launches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,6 +99,8 @@ class Explanation:
             )
         if self.once:
             lines += ["", f"once per call: {_summary(self.once)}"]
+        if self.launches:
+            lines += ["", "fewer launches", *[f"  {line}" for line in self.launches]]
         if self.steps:
             lines += ["", "steps so far: " + ", ".join(f"{k} {v}" for k, v in self.steps.items())]
         for reason, times in self.fallbacks.items():
@@ -144,6 +149,7 @@ def explain(
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
+        launches=tuple(_launches(pipe, config, plan.order)),
         notes=tuple(notes),
     )
 
@@ -156,6 +162,16 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
             prefix = f"{type(net).__name__}." if part == "controlnet" else ""
             if config.cache_conditioning and is_eager(model, net):
                 yield from (prefix + name for name in invariant_modules(net))
+
+
+def _launches(pipe: Any, config: PatchConfig, perturbed: Sequence[str]) -> Iterator[str]:
+    for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
+        model = getattr(pipe, part, None)
+        for net in [] if model is None else controlnets(model):
+            if is_eager(model, net):
+                names = () if part == "controlnet" else perturbed
+                for line in Lean(net, names, traced=config.traces).summary():
+                    yield f"{type(net).__name__}: {line}"
 
 
 def _summary(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ as the one fused kernel it is on a GPU. The counts are the same integers every t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import ops
 from .branches.rows import BranchState
@@ -103,7 +104,7 @@ class Launches(TorchDispatchMode):
             with self, _FusedAttention(self):
                 return IMPLEMENTATIONS[name](*args, **kwargs)
         out = func(*args, **kwargs)
-        if not _is_view(func) and not name.startswith(_FREE):
+        if is_launch(func):
             self.add(name, (args, kwargs, out))
         return out
 
@@ -111,7 +112,7 @@ class Launches(TorchDispatchMode):
         """Count one launch of ``name`` that reads or writes the tensors in ``operands``."""
         self.ops[name] += 1
         seen = {}
-        for x in torch.utils._pytree.tree_leaves(operands):
+        for x in tree_leaves(operands):
             if isinstance(x, torch.Tensor):
                 seen[id(x)] = x
         self.bytes += sum(_held(x) for x in seen.values())
@@ -121,9 +122,11 @@ class Launches(TorchDispatchMode):
         return self.ops.total()
 
 
-def _is_view(func: Any) -> bool:
+def is_launch(func: Any) -> bool:
+    """Whether an ATen op runs something on a device: views and allocations do not."""
     arguments = func._schema.arguments
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
+    view = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
+    return not view and not func._schema.name.startswith(_FREE)
 
 
 def _held(x: torch.Tensor) -> int:
@@ -133,10 +136,13 @@ def _held(x: torch.Tensor) -> int:
     return elements * x.element_size()
 
 
+NewCounter = Callable[[], Launches]
+
+
 @contextmanager
-def counted() -> Iterator[Launches]:
+def counted(new: NewCounter = Launches) -> Iterator[Launches]:
     """Count what runs inside a ``with`` block, attention as one launch."""
-    launches = Launches()
+    launches = new()
     with torch.no_grad(), launches, _FusedAttention(launches):
         yield launches
 
@@ -159,11 +165,11 @@ def launch_counts(
     card = find_card(pipeline)
     chosen = list(layers or card.documented_layers)
     model = meta_model(card, "denoiser")
-    parts = [_denoiser_counts(model, chosen, card_inputs(card, model), cfg=cfg)]
+    parts = [denoiser_launches(model, chosen, card_inputs(card, model), cfg=cfg)]
     if card.controlnet is not None:
         net = meta_model(card, "controlnet")
-        parts.append(_controlnet_counts(net, card_inputs(card, net), cfg=cfg))
-    parts.append(_guidance_counts(model, card_inputs(card, model), cfg=cfg))
+        parts.append(controlnet_launches(net, card_inputs(card, net), cfg=cfg))
+    parts.append(guidance_launches(model, card_inputs(card, model), cfg=cfg))
     return LaunchCounts(
         sum(stock.total for stock, _ in parts),
         sum(patched.total for _, patched in parts),
@@ -172,44 +178,53 @@ def launch_counts(
     )
 
 
-def _denoiser_counts(
-    model: Any, layers: Sequence[str], inputs: Inputs, *, cfg: bool
+def denoiser_launches(
+    model: Any, layers: Sequence[str], inputs: Inputs, *, cfg: bool, new: NewCounter = Launches
 ) -> tuple[Launches, Launches]:
-    with stock_step(model, layers, cfg=cfg) as rows, counted() as stock:
+    """Stock's launches and ours, counted by what ``new`` makes."""
+    with stock_step(model, layers, cfg=cfg) as rows, counted(new) as stock:
         model(**inputs(rows), return_dict=False)
     with patched_step(model, layers, cfg=cfg, config=PatchConfig(), eager=True) as (state, rows):
-        patched = _second_forward(model, inputs(rows), state)
+        patched = _second_forward(model, inputs(rows), state, new)
     return stock, patched
 
 
-def _controlnet_counts(model: Any, inputs: Inputs, *, cfg: bool) -> tuple[Launches, Launches]:
-    with counted() as stock:
+def controlnet_launches(
+    model: Any, inputs: Inputs, *, cfg: bool, new: NewCounter = Launches
+) -> tuple[Launches, Launches]:
+    """As :func:`denoiser_launches`, for a ControlNet."""
+    with counted(new) as stock:
         model(**inputs(3 if cfg else 2), return_dict=False)
     with controlnet_step(model, cfg=cfg, eager=True) as (state, rows):
-        patched = _second_forward(model, inputs(rows), state)
+        patched = _second_forward(model, inputs(rows), state, new)
     return stock, patched
 
 
-def _second_forward(model: Any, call: dict[str, Any], state: BranchState) -> Launches:
+def _second_forward(
+    model: Any, call: dict[str, Any], state: BranchState, new: NewCounter
+) -> Launches:
     """What a call's first step leaves behind, later steps do without."""
     for _ in range(2):
         state.step += 1
-        with counted() as launches:
+        with counted(new) as launches:
             model(**call, return_dict=False)
     return launches
 
 
-def _guidance_counts(model: Any, inputs: Inputs, *, cfg: bool) -> tuple[Launches, Launches]:
+def guidance_launches(
+    model: Any, inputs: Inputs, *, cfg: bool, new: NewCounter = Launches
+) -> tuple[Launches, Launches]:
+    """As :func:`denoiser_launches`, for the combination of the branches' predictions."""
     from diffusers.pipelines.pag.pag_utils import PAGMixin
 
     call = inputs(3 if cfg else 2)
     rows = latents_of(call)
-    with counted() as stock:
+    with counted(new) as stock:
         # the methods that it calls on the pipeline return numbers
         pipe = type("Pipeline", (), {"_get_pag_scale": lambda self, t: 3.0})()
         PAGMixin._apply_perturbed_attention_guidance(pipe, rows, cfg, 7.0, 500)
     branches = rows.chunk(3 if cfg else 2)
     uncond = branches[0] if cfg else None
-    with counted() as patched:
+    with counted(new) as patched:
         ops.combine_guidance(uncond, *branches[-2:], guidance_scale=7.0, pag_scale=3.0)
     return stock, patched

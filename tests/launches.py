@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# allocation and bookkeeping: nothing runs on a device
-_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
+from pag_fast.launches import is_launch
 
 
 @pytest.fixture
@@ -44,10 +43,6 @@ class CountOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        is_view = any(
-            arg.alias_info is not None and not arg.alias_info.is_write
-            for arg in func._schema.arguments
-        )
-        if not is_view and not name.startswith((*_FREE, "pag_fast::")):
+        if is_launch(func) and not name.startswith("pag_fast::"):
             self.ops[name] += 1
         return func(*args, **(kwargs or {}))

@@ -245,3 +245,19 @@ def test_weights_that_hooks_move_are_left_alone():
     unet.mid_block._hf_hook = object()
     lean = Lean(unet)
     assert not lean.qkv and not lean.time and lean.divisors
+
+
+def test_explained():
+    pipe = build(UNET)
+    modules = list(pipe.unet.modules())
+    selves = sum(getattr(m, "is_cross_attention", None) is False for m in modules)
+    resnets = sum(type(m).__name__ == "ResnetBlock2D" for m in modules)
+    ones = sum(hasattr(m, "rescale_output_factor") for m in modules) + resnets
+    assert pag_fast.explain(pipe, flops=False).launches == (
+        f"UNet2DConditionModel: queries, keys and values as one product: {selves} times",
+        f"UNet2DConditionModel: projections of the time embedding as one: {resnets}",
+        f"UNet2DConditionModel: divisions by one left out: {ones}",
+    )
+    pag_fast.patch(pipe, fewer_launches=False)
+    assert pag_fast.explain(pipe, flops=False).launches == ()
+    assert "fewer launches" not in str(pag_fast.explain(pipe, flops=False))

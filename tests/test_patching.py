@@ -20,7 +20,8 @@ NAME = "StableDiffusionXLPAGPipeline"
 def test_public_names():
     assert sorted(pag_fast.__all__) == sorted(
         [
-            "PatchConfig",
+            "CompileConfig",
+        "PatchConfig",
             "__version__",
             "explain",
             "patch",

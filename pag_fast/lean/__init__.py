@@ -67,10 +67,16 @@ class Lean:
         # the attention whose processor has to be a known one, and its layers or those of the time
         self._groups: list[tuple[Any, QKV | TimeProjections]] = []
 
-    def names(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the attentions whose projections are joined."""
-        wanted = {id(attention) for attention, _, _ in self.qkv}
-        return tuple(name for name, module in model.named_modules() if id(module) in wanted)
+    def summary(self) -> tuple[str, ...]:
+        """What is left out, in words."""
+        lines = []
+        if self.qkv:
+            lines.append(f"queries, keys and values as one product: {len(self.qkv)} times")
+        if len(self.time) > 1:
+            lines.append(f"projections of the time embedding as one: {len(self.time)}")
+        if self.divisors:
+            lines.append(f"divisions by one left out: {len(self.divisors)}")
+        return tuple(lines)
 
     def install(self, state: BranchState) -> list[Callable[[], None]]:
         """Put everything in place; returns what takes it off again."""
