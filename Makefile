@@ -12,8 +12,8 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench aot tune \
-	gpu-suite emoji accuracy clean
+.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench compare \
+	counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,9 +56,15 @@ demo: $(STAMP) ## Without PAG, stock PAG, patched PAG: pictures and numbers go t
 ledger: $(STAMP) ## FLOPs of every pipeline at full size
 	$(BIN)/pag-fast ledger
 
-bench: $(STAMP) ## Measure: the wall-clock tests, and each op against its floor
-	$(BIN)/python -m pytest -q --benchmark-only tests/test_wallclock.py
-	$(BIN)/python -m benchmarks.bench_ops
+bench: $(STAMP) ## Measure ops, steps and pictures in turns with stock, into OUT=FILE.json
+	$(BIN)/python -m pytest -q benchmarks --rows $(or $(OUT),bench-results/results.json)
+
+compare: $(STAMP) ## Fail where the results in NEW=FILE are slower than those in OLD=FILE
+	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW) --threshold 5%
+
+counts: $(STAMP) ## Count FLOPs, launches and bytes and compare with counts.json and the roofline
+	$(BIN)/python -m benchmarks.counts
+	PYTHONPATH=.:kernels/torch-ext $(BIN)/python -m benchmarks.roofline > /dev/null
 
 aot: $(STAMP) ## Compile every kernel for every chip and compare with benchmarks/aot.json
 	$(BIN)/python -m benchmarks.aot
@@ -76,5 +82,5 @@ accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
 	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) demo build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,9 @@ from setuptools import setup
 # import name: folder
 PACKAGES = {
     "pag_fast": "pag_fast",
+    "pag_fast.bench": "pag_fast/bench",
     "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.lean": "pag_fast/lean",
     "pag_fast.ops": "pag_fast/ops",
     "pag_fast.processors": "pag_fast/processors",
     # never as "kernels": that is the name of a package that diffusers and transformers look for

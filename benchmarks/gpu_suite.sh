@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in one go: kernel tests, pipelines, tuning, benchmarks. Each part has
 # a time limit of its own, and a part that fails or runs out of time does not stop the next.
 # Logs and JSON go to $OUT. PYTHON is an interpreter that has torch and triton; what else is missing
-# (diffusers, transformers, pytest) comes from the folder of wheels $WHEELS, if that is set.
+# (diffusers, transformers, pytest, pytest-benchmark, matplotlib) comes from the folder of wheels
+# $WHEELS, if that is set.
 # At most 580 seconds in all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,14 +28,19 @@ part() { # name, seconds, command...
 : >"$OUT/status.txt"
 git rev-parse HEAD >"$OUT/commit.txt" 2>/dev/null || true
 if [ -n "${WHEELS:-}" ]; then
-  part install 40 "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+  part install 30 "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
 fi
 part env 20 "$PYTHON" -m pag_fast.cli env
-part kernels 170 "$PYTHON" -m pytest -q tests/test_kernel_perturbed_attention.py \
+part kernels 150 "$PYTHON" -m pytest -q tests/test_kernel_perturbed_attention.py \
   tests/test_kernel_linear_attention.py tests/test_kernel_qk_norm_rope.py \
   tests/test_kernel_combine_guidance.py tests/test_kernel_ops.py
-part pipelines 90 "$PYTHON" -m pytest -q tests/test_kernel_pipelines.py
-part tune 160 "$PYTHON" -m benchmarks.tune --seconds 150 --out "$OUT/configs"
-part bench 100 "$PYTHON" -m benchmarks.bench_ops --out "$OUT/ops.json"
+part pipelines 80 "$PYTHON" -m pytest -q tests/test_kernel_pipelines.py
+part tune 90 "$PYTHON" -m benchmarks.tune --seconds 80 --out "$OUT/configs"
+# what is eager first: compiling takes longer than measuring. A session that stops in time has
+# passed, and its results can be compared
+part bench 130 "$PYTHON" -m pytest -q benchmarks --compiled no --seconds 100 \
+  --rows "$OUT/results.json"
+part compiled 80 "$PYTHON" -m pytest -q benchmarks --compiled yes --rounds 5 --seconds 40 \
+  -k "test_step and 512" --rows "$OUT/compiled.json"
 cat "$OUT/status.txt"
 exit "$failed"

@@ -1,4 +1,4 @@
-"""The command line: ``pag-fast layers | ledger | demo | env``."""
+"""The command line: ``pag-fast layers | ledger | demo | bench | env``."""
 
 from __future__ import annotations
 
@@ -67,6 +67,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--pag-scale", type=float, default=3.0)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for picture and JSON")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench", help="time a pipeline without PAG, with stock PAG and patched, in turns"
+    )
+    bench.add_argument(
+        "--pipeline",
+        default="emoji",
+        metavar="PATH_OR_HUB_ID",
+        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
+    )
+    bench.add_argument("--prompt", action="append", help="may be given several times")
+    bench.add_argument("--steps", type=int, default=10, help="of one call")
+    bench.add_argument("--batch", type=int, help="images per call: 8, with your own model 1")
+    bench.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    bench.add_argument(
+        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
+    )
+    bench.add_argument("--pag-scale", type=float, default=3.0)
+    bench.add_argument("--rounds", type=int, default=5, help="how often everything is timed")
+    bench.add_argument("--compile", action="store_true", help="under torch.compile too")
+    bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for plot and JSON")
+    bench.set_defaults(run=_bench)
 
     env = commands.add_parser("env", help="versions and devices, for a bug report")
     env.set_defaults(run=lambda arguments: print("\n".join(environment())))
@@ -144,6 +166,43 @@ def _demo(arguments: argparse.Namespace) -> None:
     print("\n".join(table(*demo.time_table())))
     print(f"\npag_fast is {demo.speedup:.2f}× as fast as stock PAG")
     print(f"pictures side by side: {arguments.out / 'demo.png'}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from . import models
+    from .bench import Results, bench_pipeline, write
+    from .bench.record import machine
+    from .bench.report import plot, require_matplotlib, user_table
+    from .config import PatchConfig
+    from .demo import PROMPTS
+
+    require_matplotlib()
+    config = PatchConfig(layers=arguments.layers)
+    pipe = models.load(arguments.pipeline)
+    shipped = arguments.pipeline == "emoji"
+    guidance_scale = arguments.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = 2.0 if shipped else 5.0
+    # of a folder only its name: a path says nothing on another machine
+    source = Path(arguments.pipeline)
+    rows = bench_pipeline(
+        pipe,
+        arguments.prompt or PROMPTS,
+        name=source.resolve().name if source.is_dir() else arguments.pipeline,
+        steps=arguments.steps,
+        batch=arguments.batch if arguments.batch is not None else (8 if shipped else 1),
+        guidance_scale=guidance_scale,
+        pag_scale=arguments.pag_scale,
+        rounds=arguments.rounds,
+        config=config,
+        compiled=arguments.compile,
+    )
+    here = machine(pipe.device.type)
+    write(Results(here, rows), arguments.out / "bench.json")
+    plot(rows, arguments.out / "bench.png", title=f"{here['chip']}, {rows[0].dtype}")
+    print("\n".join(user_table(rows)))
+    print("\nmedians of rounds in turns; × is how many times as fast as that variant")
+    print(f"{arguments.out / 'bench.json'}, {arguments.out / 'bench.png'}")
 
 
 def environment() -> list[str]:

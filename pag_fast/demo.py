@@ -143,7 +143,7 @@ def run_demo(
             f"{len(prompts)} prompts, batch {batch}, {rounds} rounds."
         )
     config = config or PatchConfig()
-    layers = _perturbed(pipe, config)
+    layers = perturbed_layers(pipe, config)
     jobs = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     batches = [jobs[start : start + batch] for start in range(0, len(jobs), batch)]
     settings = {
@@ -165,7 +165,7 @@ def run_demo(
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **call}
         with (
             patched(pipe, config=config) if method == PATCHED else _stock(pipe, layers),
-            _timed(pipe, bar.update) as laps,
+            timed_steps(pipe, bar.update) as laps,
         ):
             pictures = generate(pipe, part, pag_scale=scale, **options)
         return pictures.cpu(), laps
@@ -189,7 +189,7 @@ def run_demo(
 
 
 @contextmanager
-def _timed(pipe: Any, tick: Callable[[], Any]) -> Iterator[list[float]]:
+def timed_steps(pipe: Any, tick: Callable[[], Any]) -> Iterator[list[float]]:
     """Move our progress bar in place of the pipeline's; collects the seconds between steps.
 
     Every pipeline has a progress bar, and updates it once a step. Not all have callbacks, and some
@@ -221,7 +221,7 @@ def _timed(pipe: Any, tick: Callable[[], Any]) -> Iterator[list[float]]:
         del pipe.progress_bar
 
 
-def _perturbed(pipe: Any, config: Any) -> list[str]:
+def perturbed_layers(pipe: Any, config: Any) -> list[str]:
     """Full names of the perturbed layers: stock diffusers does not know every short form."""
     denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
     wanted = pipe.pag_applied_layers if config.layers is None else config.layers
