@@ -62,7 +62,7 @@ class Compilation:
 
     def __init__(self, pipe: Any, config: CompileConfig) -> None:
         self.config = config
-        self.models = [model for part in _parts(pipe) for model in controlnets(part)]
+        self.models = _models(pipe)
         for model in self.models:
             _check(model, config)
         self._undo: list[Callable[[], None]] = []
@@ -83,6 +83,12 @@ class Compilation:
         for module in chosen:
             module.compile(fullgraph=True, dynamic=False, backend=self.config.backend, mode=mode)
             self._undo.append(partial(vars(module).pop, "_compiled_call_impl", None))
+
+    def covers(self, pipe: Any) -> bool:
+        """Whether the pipeline still has the models that were compiled."""
+        now = _models(pipe)
+        pairs = zip(now, self.models, strict=False)
+        return len(now) == len(self.models) and all(a is b for a, b in pairs)
 
     def undo(self) -> None:
         """Take everything off again."""
@@ -120,6 +126,10 @@ def _parts(pipe: Any) -> Iterator[Any]:
     yield getattr(pipe, denoiser_name(pipe))
     if getattr(pipe, "controlnet", None) is not None:
         yield pipe.controlnet
+
+
+def _models(pipe: Any) -> list[Any]:
+    return [model for part in _parts(pipe) for model in controlnets(part)]
 
 
 def _check(model: Any, config: CompileConfig) -> None:

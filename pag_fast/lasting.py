@@ -90,12 +90,15 @@ class Patch:
         return found[1]
 
     def compile(self, pipe: Any) -> None:
-        """Compile the pipeline's models, where that is wanted and not done.
+        """Compile the models that the pipeline has, where that is wanted and not done.
 
         Raises:
             ValueError: a model that cannot be compiled; nothing is, then.
         """
-        wanted = self.config.compilation
+        wanted, made = self.config.compilation, self.compilation
+        if made is not None and not made.covers(pipe):
+            made.undo()
+            self.compilation = None
         if wanted is not None and self.compilation is None:
             self.compilation = Compilation(pipe, wanted)
 

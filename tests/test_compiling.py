@@ -150,6 +150,17 @@ def test_settings_that_come_back_are_compiled_again():
     assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
 
 
+def test_a_model_put_in_its_place_is_compiled_in_its_place():
+    pipe = pag_fast.patch(build(UNET), compile=EAGER)
+    first, other = pipe.unet, build(UNET)
+    pipe.unet = other.unet
+    latents(pipe, call_kwargs(UNET, pipe))
+    assert first._compiled_call_impl is None
+    assert other.unet._compiled_call_impl is not None
+    pag_fast.unpatch(pipe)
+    assert other.unet._compiled_call_impl is None
+
+
 def test_what_the_user_has_compiled_stays_the_users():
     pipe = build(UNET)
     pipe.unet.compile(backend="eager", fullgraph=True)

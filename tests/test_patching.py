@@ -21,7 +21,7 @@ def test_public_names():
     assert sorted(pag_fast.__all__) == sorted(
         [
             "CompileConfig",
-        "PatchConfig",
+            "PatchConfig",
             "__version__",
             "explain",
             "patch",

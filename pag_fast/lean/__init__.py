@@ -57,10 +57,10 @@ class Lean:
         self.time: list[tuple[Any, Any]] = []
         eager = {name for name, _ in _uncompiled(model)}
         # weights that hooks move around would be parted in every call
-        moves = any(hasattr(m, h) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
+        moves = any(h in vars(m) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
         for name, module in model.named_modules():
             if name in eager:
-                self.divisors += [(module, x) for x in _DIVISORS if getattr(module, x, None) == 1.0]
+                self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
                 self.time += [] if moves else _time(module)
             if (traced or name in eager) and not moves:
                 self.qkv += _qkv(module, name in perturbed)
@@ -129,15 +129,14 @@ def _uncompiled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _qkv(module: Any, perturbed: bool) -> Iterator[tuple[Any, list[Any], int]]:
-    if getattr(module, "is_cross_attention", True) or getattr(module, "to_q", None) is None:
+    parts = module._modules
+    if vars(module).get("is_cross_attention", True) or parts.get("to_q") is None:
         return
-    text = [getattr(module, name, None) for name in _TEXT]
-    has_text = all(part is not None for part in text)
-    image = [getattr(module, name, None) for name in _IMAGE]
+    has_text = all(parts.get(name) is not None for name in _TEXT)
     # image-only perturbed attention projects V on more rows, and into its output
-    yield module, image, 2 if perturbed and not has_text else 3
+    yield module, [parts.get(name) for name in _IMAGE], 2 if perturbed and not has_text else 3
     if has_text:
-        yield module, text, 3
+        yield module, [parts[name] for name in _TEXT], 3
 
 
 def _time(module: Any) -> Iterator[tuple[Any, Any]]:
