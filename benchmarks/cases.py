@@ -56,8 +56,8 @@ GPU = [
 ]
 # a quarter of the weights or less, real depths where the fork's place depends on them
 CPU = [
-    Case("SDXL half width", _XL, ("mid",), 64, _HALF_UNET),
-    Case("SDXL half width + ControlNet", _XL_CONTROL, ("mid",), 64, _HALF_UNET),
+    Case("SDXL half width", _XL, ("mid",), 64, _HALF_UNET, rounds=6),
+    Case("SDXL half width + ControlNet", _XL_CONTROL, ("mid",), 64, _HALF_UNET, rounds=3),
     Case(
         "SD 1.5 half width",
         "StableDiffusionPAGPipeline",

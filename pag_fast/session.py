@@ -84,8 +84,6 @@ class Session:
             kept = invariants(net, shared, state) if keeps else {}
             self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
             self._undo += self._controlnet_kept.install(kept.values())
-            if eager and config.fewer_launches:
-                self._install_lean(self.patch.lean(net), state)
 
     def begin(self, layers: Any, cfg: bool) -> None:
         """The pipeline is about to denoise with PAG: install processors and hooks.
@@ -109,15 +107,22 @@ class Session:
             attention.set_processor(processor)
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._undo += self._kept.install(self.installed.invariants.values())
-        if self.installed.lean is not None:
-            self._install_lean(self.installed.lean, self.installed.state)
+        self._install_leans()
         compilation = self.patch.compilation
         leave = None if compilation is None else compilation.after_model
         self._enter_with(denoiser, self.enter_denoiser, leave)
 
-    def _install_lean(self, lean: Lean, state: BranchState) -> None:
-        self._undo += lean.install(state)
-        self._leans.append(lean)
+    def _install_leans(self) -> None:
+        """Not before PAG is known to be on: without it, a call is stock's to the last bit."""
+        pairs = [(self.installed.lean, self.installed.state)]
+        controlnet = getattr(self.pipe, "controlnet", None)
+        if controlnet is not None and self.patch.config.fewer_launches:
+            nets = [net for net in controlnets(controlnet) if is_eager(controlnet, net)]
+            pairs += [(self.patch.lean(net), self._controlnet_state) for net in nets]
+        for lean, state in pairs:
+            if lean is not None:
+                self._undo += lean.install(state)
+                self._leans.append(lean)
 
     def _enter_with(
         self,
