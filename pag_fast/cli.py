@@ -49,50 +49,59 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="without PAG, stock PAG and patched PAG: time and pictures, no download"
     )
-    demo.add_argument(
-        "--pipeline",
-        default="emoji",
-        metavar="PATH_OR_HUB_ID",
-        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
-    )
-    demo.add_argument("--prompt", action="append", help="may be given several times")
-    demo.add_argument("--steps", type=int, default=20)
+    _pipeline_options(demo, "demo", steps=20, rounds=3)
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--batch", type=int, help="prompts per call: 8, with a model of your own 1")
-    demo.add_argument("--rounds", type=int, default=3, help="how often everything is timed")
-    demo.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
-    demo.add_argument(
-        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
-    )
-    demo.add_argument("--pag-scale", type=float, default=3.0)
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for picture and JSON")
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser(
         "bench", help="time a pipeline without PAG, with stock PAG and patched, in turns"
     )
-    bench.add_argument(
-        "--pipeline",
-        default="emoji",
-        metavar="PATH_OR_HUB_ID",
-        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
-    )
-    bench.add_argument("--prompt", action="append", help="may be given several times")
-    bench.add_argument("--steps", type=int, default=10, help="of one call")
-    bench.add_argument("--batch", type=int, help="images per call: 8, with your own model 1")
-    bench.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
-    bench.add_argument(
-        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
-    )
-    bench.add_argument("--pag-scale", type=float, default=3.0)
-    bench.add_argument("--rounds", type=int, default=5, help="how often everything is timed")
+    _pipeline_options(bench, "bench", steps=10, rounds=5)
     bench.add_argument("--compile", action="store_true", help="under torch.compile too")
-    bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for plot and JSON")
     bench.set_defaults(run=_bench)
 
     env = commands.add_parser("env", help="versions and devices, for a bug report")
     env.set_defaults(run=lambda arguments: print("\n".join(environment())))
     return parser
+
+
+def _pipeline_options(
+    command: argparse.ArgumentParser, out: str, *, steps: int, rounds: int
+) -> None:
+    command.add_argument(
+        "--pipeline",
+        default="emoji",
+        metavar="PATH_OR_HUB_ID",
+        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
+    )
+    command.add_argument("--prompt", action="append", help="may be given several times")
+    command.add_argument("--steps", type=int, default=steps, help="of one call")
+    command.add_argument("--batch", type=int, help="prompts per call: 8, with your own model 1")
+    command.add_argument("--rounds", type=int, default=rounds, help="how often everything is timed")
+    command.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    command.add_argument(
+        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
+    )
+    command.add_argument("--pag-scale", type=float, default=3.0)
+    command.add_argument("--out", type=Path, default=Path(out), help="folder for picture and JSON")
+
+
+def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`_pipeline_options` say, for ``run_demo`` and ``bench_pipeline``."""
+    from .config import PatchConfig
+    from .demo import PROMPTS
+
+    shipped = arguments.pipeline == "emoji"
+    scale, batch = arguments.guidance_scale, arguments.batch
+    return {
+        "prompts": arguments.prompt or PROMPTS,
+        "steps": arguments.steps,
+        "guidance_scale": (2.0 if shipped else 5.0) if scale is None else scale,
+        "pag_scale": arguments.pag_scale,
+        "batch": (8 if shipped else 1) if batch is None else batch,
+        "rounds": arguments.rounds,
+        "config": PatchConfig(layers=arguments.layers),
+    }
 
 
 def _layers(arguments: argparse.Namespace) -> None:
@@ -133,32 +142,17 @@ def _ledger(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from . import explain, models, patched
-    from .config import PatchConfig
-    from .demo import PROMPTS, run_demo, write_demo
+    from .demo import run_demo, write_demo
     from .explain import table
     from .fidelity import NearestPicture
 
-    config = PatchConfig(layers=arguments.layers)
+    call = _pipeline_call(arguments)
     pipe, known = models.load(arguments.pipeline), None
     if arguments.pipeline == "emoji":
         pictures = models.emoji_pictures()
         known = NearestPicture(pictures.captions, pictures.images)
-    guidance_scale = arguments.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = 2.0 if known else 5.0
-    demo = run_demo(
-        pipe,
-        arguments.prompt or PROMPTS,
-        steps=arguments.steps,
-        guidance_scale=guidance_scale,
-        pag_scale=arguments.pag_scale,
-        seed=arguments.seed,
-        batch=arguments.batch if arguments.batch is not None else (8 if known else 1),
-        rounds=arguments.rounds,
-        config=config,
-        known=known,
-    )
-    with patched(pipe, config=config):
+    demo = run_demo(pipe, seed=arguments.seed, known=known, **call)
+    with patched(pipe, config=call["config"]):
         explanation = explain(pipe)
     write_demo(demo, arguments.out, explanation.as_dict())
     print(explanation, "\n")
@@ -173,30 +167,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     from .bench import Results, bench_pipeline, write
     from .bench.record import machine
     from .bench.report import plot, require_matplotlib, user_table
-    from .config import PatchConfig
-    from .demo import PROMPTS
 
     require_matplotlib()
-    config = PatchConfig(layers=arguments.layers)
+    call = _pipeline_call(arguments)
     pipe = models.load(arguments.pipeline)
-    shipped = arguments.pipeline == "emoji"
-    guidance_scale = arguments.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = 2.0 if shipped else 5.0
     # of a folder only its name: a path says nothing on another machine
     source = Path(arguments.pipeline)
-    rows = bench_pipeline(
-        pipe,
-        arguments.prompt or PROMPTS,
-        name=source.resolve().name if source.is_dir() else arguments.pipeline,
-        steps=arguments.steps,
-        batch=arguments.batch if arguments.batch is not None else (8 if shipped else 1),
-        guidance_scale=guidance_scale,
-        pag_scale=arguments.pag_scale,
-        rounds=arguments.rounds,
-        config=config,
-        compiled=arguments.compile,
-    )
+    name = source.resolve().name if source.is_dir() else arguments.pipeline
+    rows = bench_pipeline(pipe, name=name, compiled=arguments.compile, **call)
     here = machine(pipe.device.type)
     write(Results(here, rows), arguments.out / "bench.json")
     plot(rows, arguments.out / "bench.png", title=f"{here['chip']}, {rows[0].dtype}")

@@ -19,9 +19,8 @@ def is_eager(wrapped: Any, model: Any) -> bool:
 
     ``wrapped`` is how the pipeline has it: itself, compiled, or one of a ``MultiControlNetModel``.
     """
-    compiled = hasattr(vars(model).get("forward"), "_torchdynamo_orig_callable")
     # dropout is new in every step
-    return not (model.training or compiled or has_compiled(wrapped))
+    return not (model.training or has_compiled(wrapped))
 
 
 class Installation:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from .branches.plan import is_compiled
 from .compiling import Compilation, enough_graphs
 from .config import PatchConfig
 from .installation import Installation
@@ -114,4 +115,4 @@ class Patch:
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:
-    return [(id(m), m._compiled_call_impl is None) for m in model.modules()]
+    return [(id(m), is_compiled(m)) for m in model.modules()]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .plan import BranchPlan
+from .plan import BranchPlan, eager_modules, replace_forward
 from .rows import Align, BranchState, Leave
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
@@ -69,18 +69,12 @@ class Invariant:
 
     def install(self) -> Callable[[], None]:
         """Replace the module's forward; returns what puts it back and forgets the output."""
-        own = vars(self.module).get("forward")
         self._forward = self.module.forward
-        self.module.forward = self
+        restore = replace_forward(self.module, self)
 
         def remove() -> None:
             self.forget()
-            # offloading hooks may have been taken off, or put on, behind us
-            if vars(self.module).get("forward") is self:
-                if own is None:
-                    del self.module.forward
-                else:
-                    self.module.forward = own
+            restore()
 
         return remove
 
@@ -188,13 +182,8 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
     diffusers: with group offloading, the forward of one module fetches the weights of the next.
     """
     found: dict[str, nn.Module] = {}
-    compiled: list[str] = []
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
-            compiled.append(f"{name}." if name else "")
-        if any(f"{name}.".startswith(prefix) for prefix in compiled):
-            continue
+    for name, module in eager_modules(model):
         parent, _, own = name.rpartition(".")
         if (
             name in _EMBEDDINGS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,39 @@ def install(hooks: Iterable[tuple[nn.Module, Any, Any]]) -> list[RemovableHandle
         if after is not None:
             handles.append(module.register_forward_hook(after))
     return handles
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether somebody has compiled the module, in place or its forward alone."""
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def eager_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, without those that are compiled and what is inside them."""
+    compiled: list[str] = []
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            compiled.append(f"{name}." if name else "")
+        if not any(f"{name}.".startswith(prefix) for prefix in compiled):
+            yield name, module
+
+
+def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``forward`` on one module; returns what puts back what was there."""
+    own = vars(module).get("forward")
+    module.forward = forward
+
+    def restore() -> None:
+        # offloading hooks may have been taken off, or put on, behind us
+        if vars(module).get("forward") is not forward:
+            return
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+    return restore
 
 
 def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..branches.plan import eager_modules, replace_forward
 from ..branches.rows import BranchState
 from .joined import Joined, is_plain
 from .projections import QKV, TimeProjections
@@ -43,7 +44,7 @@ class Lean:
     """What can be left out in one model.
 
     Args:
-        model: a denoiser or ControlNet that is neither compiled nor in training.
+        model: a denoiser or ControlNet that is not in training.
         perturbed: names of its perturbed attentions.
         traced: join queries, keys and values of compiled modules too. Their compiler sees the one
             product; it would not join the weights itself.
@@ -55,7 +56,7 @@ class Lean:
         self.divisors: list[tuple[Any, str]] = []
         self.qkv: list[tuple[Any, list[Any], int]] = []
         self.time: list[tuple[Any, Any]] = []
-        eager = {name for name, _ in _uncompiled(model)}
+        eager = {name for name, _ in eager_modules(model)}
         # weights that hooks move around would be parted in every call
         moves = any(h in vars(m) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
         for name, module in model.named_modules():
@@ -93,8 +94,7 @@ class Lean:
                 group.state = state
             for module, forward in [] if group.broken else group.members:
                 if "forward" not in vars(module):
-                    module.forward = forward
-                    undo.append(partial(_remove, module, forward))
+                    undo.append(replace_forward(module, forward))
             undo.append(group.forget)
         return undo
 
@@ -117,15 +117,6 @@ class Lean:
         linears = [linear for _, linear in layers]
         if Joined.fits(linears):
             yield None, TimeProjections(layers, Joined(linears))
-
-
-def _uncompiled(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    compiled: list[str] = []
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
-            compiled.append(f"{name}." if name else "")
-        if not any(f"{name}.".startswith(prefix) for prefix in compiled):
-            yield name, module
 
 
 def _qkv(module: Any, perturbed: bool) -> Iterator[tuple[Any, list[Any], int]]:
@@ -153,8 +144,3 @@ def _known(processor: Any) -> bool:
     from ..processors.rows import PerturbedProcessor
 
     return isinstance(processor, PerturbedProcessor) or type(processor).__name__ in _PROCESSORS
-
-
-def _remove(module: Any, forward: Any) -> None:
-    if vars(module).get("forward") is forward:
-        del module.forward
