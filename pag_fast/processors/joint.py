@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from .rows import heads_last, project_out
 from .self_attention import PerturbedSelfAttention
 
@@ -33,13 +32,14 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         key = self._joint(attn, "k", hidden_states, encoder_hidden_states)
         value = self._joint(attn, "v", hidden_states, encoder_hidden_states)
         num_context = encoder_hidden_states.shape[1]
-        rows: dict[str, Any] = {"num_attend": num_attend, "num_context": num_context}
-        if num_forked:
-            out = ops.perturbed_attention(
-                query, key, value, **rows, num_forked=num_forked, backend=self.backend
-            )
-        else:
-            out = ops.perturbed_attention_(query, key, value, **rows, backend=self.backend)
+        out = self.attention(
+            query,
+            key,
+            value,
+            num_attend=num_attend,
+            num_forked=num_forked,
+            num_context=num_context,
+        )
         del query, key, value
         image = project_out(attn, out[:, :num_image])
         # a fork leaves the text of cond and perturbed equal: project it before it is spread

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import torch
 
+from .. import ops
 from ..branches.rows import SPLIT, BranchState
 
 
@@ -40,6 +42,40 @@ class PerturbedProcessor:
         have, full = slabs[self.level], slabs[SPLIT]
         unit = total // have
         return (total - unit, 0) if have == full else (total, unit)
+
+    def scored(self, num_attend: int, total: int, num_context: int = 0) -> int:
+        """How many rows of the input need queries and keys: identity rows without text do not."""
+        return total if num_context else num_attend
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        num_attend: int,
+        num_forked: int,
+        num_context: int = 0,
+        attn_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attention on all rows ``[rows, N, H, D]`` of the layer, perturbed where they are to be.
+
+        ``query`` and ``key`` have the rows that :meth:`scored` says; ``value`` may be overwritten.
+        """
+        run = ops.perturbed_attention_
+        if num_forked:
+            run = functools.partial(ops.perturbed_attention, num_forked=num_forked)
+        return run(
+            query,
+            key,
+            value,
+            num_attend=num_attend,
+            num_context=num_context,
+            attn_mask=attn_mask,
+            scale=scale,
+            backend=self.backend,
+        )
 
     def spread(self, out: torch.Tensor, num_forked: int) -> torch.Tensor:
         """Output rows of all branches, where uncond and cond attended as one slab."""

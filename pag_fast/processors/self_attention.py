@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from .rows import PerturbedProcessor, heads_last, project_out
 
 
@@ -42,27 +41,16 @@ class PerturbedSelfAttention(PerturbedProcessor):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         num_attend, num_forked = self.rows(hidden_states.shape[0])
-        attending = hidden_states[:num_attend]
+        attending = hidden_states[: self.scored(num_attend, hidden_states.shape[0])]
         query = heads_last(attn.to_q(attending), attn.heads)
         key = heads_last(attn.to_k(attending), attn.heads)
         value = heads_last(attn.to_v(hidden_states), attn.heads)
         query, key = self.normalise(attn, query, key, rotary)
-        mask = _mask(attn, attention_mask, num_attend, hidden_states.shape[1])
+        mask = _mask(attn, attention_mask, attending.shape[0], hidden_states.shape[1])
 
-        if num_forked:
-            out = ops.perturbed_attention(
-                query,
-                key,
-                value,
-                num_attend=num_attend,
-                attn_mask=mask,
-                num_forked=num_forked,
-                backend=self.backend,
-            )
-        else:
-            out = ops.perturbed_attention_(
-                query, key, value, num_attend=num_attend, attn_mask=mask, backend=self.backend
-            )
+        out = self.attention(
+            query, key, value, num_attend=num_attend, num_forked=num_forked, attn_mask=mask
+        )
         del query, key, value  # the output projection needs their room
         out = self.spread(project_out(attn, out), num_forked)
         if image_shape is not None:
@@ -97,10 +85,8 @@ def _rotate(x: torch.Tensor, rotary: Any) -> torch.Tensor:
     return apply_rotary_emb(x.transpose(1, 2), rotary).transpose(1, 2)
 
 
-def _mask(
-    attn: Any, mask: torch.Tensor | None, num_attend: int, tokens: int
-) -> torch.Tensor | None:
+def _mask(attn: Any, mask: torch.Tensor | None, rows: int, tokens: int) -> torch.Tensor | None:
     if mask is None:
         return None
-    mask = attn.prepare_attention_mask(mask[:num_attend], tokens, num_attend)
-    return mask.view(num_attend, attn.heads, -1, mask.shape[-1])
+    mask = attn.prepare_attention_mask(mask[:rows], tokens, rows)
+    return mask.view(rows, attn.heads, -1, mask.shape[-1])
