@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from .branches.invariant import invariant_modules
 from .branches.plan import BranchPlan
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
-from .flops import Cost, controlnet_cost, denoiser_cost
+from .flops import Cost, controlnet_cost, step_costs
+from .hosts import Host, denoiser_names, host_of
+from .inputs import Size
 from .installation import Installation, is_eager
 from .lean import Lean
+from .zoo import meta_twin
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Explanation:
         sites: modules whose rows are changed, with the levels they go through.
         calls: what each model call runs on.
         flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
-        size: ``(height, width)`` in pixels the prediction is for.
+        size, frames: ``(height, width)`` in pixels, and of a video the frames, the prediction is
+            for.
         steps: denoiser calls so far, by how they ran.
         fallbacks: reasons why something ran unshared, and how often.
         once: modules that run once per call, as they see nothing but the conditioning.
         launches: what is left out of every step without changing its result, by model.
+        source: where a choice of layers that nobody made comes from: a paper, an issue, or none.
     """
 
     pipeline: str
@@ -73,6 +76,8 @@ class Explanation:
     once: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    frames: int = 1
+    source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts and numbers, ready for JSON."""
@@ -86,13 +91,13 @@ class Explanation:
             f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
         )
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
-        lines += [f"perturbed layers ({len(self.layers)})", *_shorten(self.layers), ""]
+        source = f", by default: {self.source}" if self.source else ""
+        lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
         if self.flops:
-            height, width = self.size
-            lines += ["", f"TFLOPs per step, one image of {height}×{width}"]
+            lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
             lines += flops_table(
                 [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
                 "CFG",
@@ -110,13 +115,18 @@ class Explanation:
 
 
 def explain(
-    pipe: Any, *, height: int | None = None, width: int | None = None, flops: bool = True
+    pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    flops: bool = True,
 ) -> Explanation:
     """What ``pipe`` runs, patched or as it would be patched.
 
     Args:
         pipe: a pipeline that :func:`pag_fast.patch` takes.
-        height, width: pixels to predict FLOPs for; omitted, the pipeline's default size.
+        height, width, frames: what to predict FLOPs for; omitted, the pipeline's default size.
         flops: predict FLOPs too, by tracing the models' configurations on the meta device, which
             takes seconds.
 
@@ -132,9 +142,13 @@ def explain(
     layers = applied_layers(pipe)
     plan = Installation(model, layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    size = _size(pipe, model, height, width)
-    notes: list[str] = []
-    predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
+    size, host = Size.of(pipe, height, width, frames), host_of(pipe)
+    sequential = host is not None and host.sequential
+    notes = [
+        f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
+        for name in denoiser_names(pipe)[1:]
+    ]
+    predicted = _predict(model, nets, layers, config, size, host, notes) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
         denoiser=type(model).__name__,
@@ -142,16 +156,18 @@ def explain(
         backend=config.backend,
         layers=plan.order,
         fork=plan.fork,
-        tree=_tree(plan),
+        tree=_tree(plan, sequential),
         sites=tuple(str(site) for site in plan.sites),
-        calls=tuple(_calls(type(model).__name__, plan, nets)),
+        calls=tuple(_calls(type(model).__name__, plan, nets, sequential)),
         flops=predicted,
-        size=size,
+        size=(size.height, size.width),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
         launches=tuple(_launches(pipe, config, plan.order)),
         notes=tuple(notes),
+        frames=size.frames,
+        source=host.source if host is not None and tuple(layers) == host.layers else "",
     )
 
 
@@ -181,9 +197,15 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
 
 
-def _tree(plan: BranchPlan) -> tuple[str, ...]:
+def _tree(plan: BranchPlan, sequential: bool) -> tuple[str, ...]:
     if plan.reason:
         return (f"uncond, cond and perturbed run apart: {plan.reason}",)
+    if sequential:
+        return (
+            f"cond = perturbed   until {plan.fork}",
+            "cond | perturbed   from there on",
+            "uncond             a call of its own",
+        )
     lines = []
     if plan.merged_until:
         lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
@@ -193,68 +215,48 @@ def _tree(plan: BranchPlan) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _calls(denoiser: str, plan: BranchPlan, nets: Sequence[Any]) -> Iterable[ModelCall]:
+def _calls(
+    denoiser: str, plan: BranchPlan, nets: Sequence[Any], sequential: bool
+) -> Iterable[ModelCall]:
     for cfg in (True, False):
-        full = 3 if cfg else 2
+        together = cfg and not sequential
+        full = 3 if together else 2
         path = [full] if plan.reason else [full - 1, full]
-        if plan.merged and cfg:
+        if plan.merged and together:
             path.insert(0, 1)
-        if plan.fork and plan.fork == plan.merged_until and cfg:
+        if plan.fork and plan.fork == plan.merged_until and together:
             path = [1, full]
         yield ModelCall(denoiser, cfg, full, " → ".join(map(str, path)))
+        if cfg and sequential:
+            yield ModelCall(f"{denoiser}, uncond", cfg, 1, "1")
         for net in nets:
             merged = cfg and bool(plan_controlnet(net).merged_until)
             yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(full - 1))
 
 
-def _size(pipe: Any, model: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-    sample = model.config.get("sample_size") or 64
-    rows, columns = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
-    return height or rows * factor, width or columns * factor
-
-
 def _predict(
-    pipe: Any,
     model: Any,
     nets: Sequence[Any],
+    layers: Any,
     config: PatchConfig,
-    size: tuple[int, int],
+    size: Size,
+    host: Host | None,
     notes: list[str],
 ) -> tuple[Predicted, ...]:
-    from .zoo import forward_kwargs
-
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-
-    def inputs(twin: Any) -> Any:
-        return lambda rows: forward_kwargs(
-            twin, rows=rows, height=size[0], width=size[1], vae_scale_factor=factor
-        )
-
     try:
-        twin, net_twins = _meta_twin(model), [_meta_twin(net) for net in nets]
+        twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
+        sequential = host is not None and host.sequential
+        costs = step_costs(twin, layers, size.inputs(twin), sequential=sequential, config=config)
         predicted = []
-        for cfg in (True, False):
-            cost = denoiser_cost(
-                twin, pipe.pag_applied_layers, inputs(twin), cfg=cfg, config=config
-            )
+        for cfg, cost in zip((True, False), costs, strict=True):
             for net in net_twins:
-                cost = cost + controlnet_cost(net, inputs(net), cfg=cfg)
+                cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg)
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
     except Exception as error:
         # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained
         notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {error})")
         return ()
     return tuple(predicted)
-
-
-def _meta_twin(model: Any) -> Any:
-    config = dict(model.config)
-    if config.get("encoder_hid_dim_type") == "ip_image_proj":
-        config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
-    with torch.device("meta"):
-        twin = type(model).from_config(config).eval()
-    return torch.nn.Module.to(twin, torch.float16)
 
 
 def _shorten(names: Sequence[str]) -> list[str]:
