@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .compiling import CompileConfig
 from .config import PatchConfig
+from .costs import layer_costs
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
 from .version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "PatchConfig",
     "__version__",
     "explain",
+    "layer_costs",
     "patch",
     "patched",
     "supported_pipelines",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -64,7 +64,7 @@ class LayerCosts:
         """Lines of text: one for each layer, or for each transformer that holds some."""
         from .explain import table
 
-        unit = "classifier-free guidance" if self.cfg else "no guidance"
+        unit = "with CFG" if self.cfg else "without CFG"
         rows = []
         for group in [[x] for x in self.layers] if every else _groups(self.layers):
             costs = list(dict.fromkeys(f"{x.over_cfg:.3f}" for x in group))
@@ -72,8 +72,9 @@ class LayerCosts:
             mark = "default" if any(x.default for x in group) else ""
             rows.append((_label(group), f"{cost}×", f"{group[0].unshared_over_cfg:.3f}×", mark))
         lines = [
-            f"{self.title}, {self.size}; a step with PAG on one layer, at least,",
-            f"in steps of {unit} without PAG:\n",
+            f"{self.title}, {self.size}",
+            f"a step with PAG on one layer alone, in steps {unit} and without PAG;",
+            "what is least: a patched pipeline is within 1 % of it\n",
             *table(("layer", "branches shared", "unshared", ""), rows),
         ]
         if self.default_over_cfg is not None:
@@ -109,8 +110,7 @@ def layer_costs(
     config = PatchConfig()
     if isinstance(pipe, str):
         card = find_card(pipe)
-        given = {"height": height, "width": width, "frames": frames}
-        size = replace(card.size, **{k: v for k, v in given.items() if v is not None})
+        size = card.size
         host = HOSTS.get(card.pipeline)
         layers: tuple[str | int, ...] = card.documented_layers
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
@@ -118,12 +118,13 @@ def layer_costs(
         check_pipeline(pipe)
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
-        size = Size.of(pipe, height, width, frames)
+        size = Size.of(pipe)
         host, layers = host_of(pipe), tuple(as_list(applied_layers(pipe)))
         title, model = (
             type(pipe).__name__,
             meta_twin(uncompiled(getattr(pipe, denoiser_name(pipe)))),
         )
+    size = size.but(height, width, frames)
     try:
         chosen = tuple(resolve(model, layers, exact=config.exact_layers))
     except ValueError:  # a small model has not the layers that are named for the published one

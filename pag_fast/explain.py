@@ -142,7 +142,7 @@ def explain(
     layers = applied_layers(pipe)
     plan = Installation(model, layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    size, host = Size.of(pipe, height, width, frames), host_of(pipe)
+    size, host = Size.of(pipe).but(height, width, frames), host_of(pipe)
     sequential = host is not None and host.sequential
     notes = [
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"

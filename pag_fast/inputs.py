@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,10 +42,24 @@ class Size:
         size = f"{self.height}×{self.width}"
         return size if self.frames == 1 else f"{self.frames} frames of {size}"
 
-    @staticmethod
-    def of(
-        pipe: Any, height: int | None = None, width: int | None = None, frames: int | None = None
+    def but(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> Size:
+        """The same with other numbers, where they are given.
+
+        Raises:
+            ValueError: a number that is no size, or frames of a picture.
+        """
+        given = {"height": height, "width": width, "frames": frames}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if frames is not None and self.frames == 1:
+            raise ValueError("frames is for pipelines that make videos: this one makes pictures.")
+        return replace(self, **{k: v for k, v in given.items() if v is not None})
+
+    @staticmethod
+    def of(pipe: Any) -> Size:
         """What a call of ``pipe`` makes unless it is told otherwise."""
         model = getattr(pipe, "unet", None) or pipe.transformer
         factor = _first(pipe, _SPATIAL, 8)
@@ -59,9 +73,9 @@ class Size:
         rows, columns = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
         rows, columns = config.get("sample_height") or rows, config.get("sample_width") or columns
         return Size(
-            height or found["height"] or int(rows) * factor,
-            width or found["width"] or int(columns) * factor,
-            frames or found["num_frames"] or int(config.get("sample_frames") or 1),
+            found["height"] or int(rows) * factor,
+            found["width"] or int(columns) * factor,
+            found["num_frames"] or int(config.get("sample_frames") or 1),
             factor,
             _first(pipe, _TEMPORAL, 1),
         )

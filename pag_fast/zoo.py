@@ -6,6 +6,7 @@ diffusers' pipelines call them.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,8 +286,11 @@ def find_card(pipeline: str) -> ModelCard:
     if pipeline in CARDS:
         return CARDS[pipeline]
     if pipeline not in HOSTS:
-        names = ", ".join(dict.fromkeys([*CARDS, *HOSTS]))
-        raise ValueError(f"Unknown pipeline {pipeline!r}: choose from {names}.")
+        near = difflib.get_close_matches(pipeline, [*CARDS, *HOSTS], 4, 0.3) or ["FluxPipeline"]
+        raise ValueError(
+            f"Unknown pipeline {pipeline!r}: try {' or '.join(near)}, or one of those that "
+            "`pag-fast layers` lists."
+        )
     related = pipeline.replace("Alpha", "Sigma")
     if related not in _ALIKE:
         related = related.replace("Img2Img", "").replace("Inpaint", "")

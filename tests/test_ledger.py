@@ -193,7 +193,8 @@ def test_inputs_of_hosts_follow_from_any_config(name):
     """Real tensors of these shapes go through the model, and so do masks without values."""
     longer = {"axes_lens": (300, 128, 128)} if name == "Lumina2Pipeline" else {}
     pipe = tiny_hosts.build(name, **longer)
-    size = Size.of(pipe, 32, 32, 5)
+    size = replace(Size.of(pipe), height=32, width=32)
+    size = size if size.frames == 1 else size.but(frames=5)
     kwargs = size.inputs(pipe.transformer)(2)
     for key, value in kwargs.items():
         if isinstance(value, torch.Tensor) and "mask" not in key:

@@ -25,6 +25,7 @@ def test_public_names():
             "PatchConfig",
             "__version__",
             "explain",
+            "layer_costs",
             "patch",
             "patched",
             "supported_pipelines",
