@@ -158,11 +158,17 @@ def launch_counts(
         layers: perturbed layers; omitted, those that the documentation names.
 
     Raises:
-        ValueError: no such pipeline.
+        ValueError: no such pipeline, or one without PAG of its own: it has no stock to compare.
     """
+    from .hosts import HOSTS
     from .zoo import find_card, meta_model
 
     card = find_card(pipeline)
+    if card.pipeline in HOSTS:
+        raise ValueError(
+            f"{pipeline} has no PAG of its own, so that there are no launches of stock PAG to "
+            "count: choose a PAG pipeline such as StableDiffusionXLPAGPipeline."
+        )
     chosen = list(layers or card.documented_layers)
     model = meta_model(card, "denoiser")
     parts = [denoiser_launches(model, chosen, card.size.inputs(model), cfg=cfg)]

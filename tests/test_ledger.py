@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_hosts
@@ -209,3 +212,17 @@ def test_inputs_of_hosts_follow_from_any_config(name):
     with torch.no_grad():
         twin = meta_twin(pipe.transformer)
         assert twin(**size.inputs(twin)(2), return_dict=False)[0].shape == out.shape
+
+
+def test_readme_says_what_is_counted():
+    """Of pipelines without PAG: the committed counts, which `make counts` checks."""
+    root = Path(__file__).parent.parent
+    counted = json.loads((root / "benchmarks" / "counts.json").read_text("utf-8"))["flops"]
+    readme = (root / "README.md").read_text("utf-8")
+    for name in PARAMETERS:
+        label = f"{name} {','.join(CARDS[name].documented_layers)}"
+        on, off = counted[label], counted[f"{label}, CFG off"]
+        factors = 1.5 * on["patched"] / on["stock"], 2 * off["patched"] / off["stock"]
+        cells = f"| {on['patched'] / 1e12:.2f} | **{factors[0]:.2f} ×** | {factors[1]:.2f} × |"
+        model = CARDS[name].checkpoint.removesuffix(" 0.9").replace(" T2V", "")
+        assert re.search(rf"^\| {model}, .* {re.escape(cells)}$", readme, re.MULTILINE), name
