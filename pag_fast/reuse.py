@@ -1,9 +1,9 @@
 """Steps that use the guidance of an earlier step: faster, and no longer exact.
 
 ``cond − perturbed`` changes slowly over the steps of a call. A step that takes over the one of an
-earlier step runs without its perturbed rows and costs what a step without PAG costs. Reusing a
-difference of two branches is known from CFG (FasterCache, arXiv 2410.19355; adaptive guidance, arXiv
-2312.12487). How far the picture moves is measured in ``docs/lossy.md``.
+earlier step runs without its perturbed rows and costs what a step without PAG costs. Reusing the
+difference of two branches is known from CFG (FasterCache, arXiv 2410.19355; adaptive guidance,
+arXiv 2312.12487). How far the picture moves is measured in ``docs/lossy.md``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Reuse:
                 f"every={self.every!r} and drift={self.drift!r}."
             )
         if self.every is not None and not (type(self.every) is int and self.every >= 1):
-            raise ValueError(f"every must be a whole number of steps from 1 on; got {self.every!r}.")
+            raise ValueError(
+                f"every must be a whole number of steps from 1 on; got {self.every!r}."
+            )
         number = isinstance(self.drift, int | float) and not isinstance(self.drift, bool)
         if self.drift is not None and not (number and self.drift >= 0.0):
             raise ValueError(f"drift must be a number that is not negative; got {self.drift!r}.")
@@ -64,11 +66,10 @@ class Difference:
     def _is_near(self, latents: torch.Tensor) -> bool:
         if self.reuse.every is not None:
             return self._age < self.reuse.every
-        before = self._latents
-        if before is None or before.shape != latents.shape:
+        before, bound = self._latents, self.reuse.drift
+        if before is None or bound is None or before.shape != latents.shape:
             return False
-        moved = (latents - before).abs().mean() / before.abs().mean()
-        return bool(moved <= self.reuse.drift)
+        return bool((latents - before).abs().mean() <= bound * before.abs().mean())
 
     def hold(self, cond: torch.Tensor, perturbed: torch.Tensor) -> None:
         """Keep the difference of predictions ``[B, ...]``."""

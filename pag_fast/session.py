@@ -233,9 +233,7 @@ class Session:
             return True
         return False
 
-    def _perturbed(
-        self, branches: dict[str, torch.Tensor], scale: float
-    ) -> torch.Tensor | None:
+    def _perturbed(self, branches: dict[str, torch.Tensor], scale: float) -> torch.Tensor | None:
         """The perturbed prediction, from this step or by the difference of an earlier one."""
         cond, perturbed = branches[COND], branches.get(PERTURBED)
         if self._difference is None or scale == 0.0:
