@@ -14,11 +14,14 @@ from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
+from .schedules import Schedule, Step
 from .version import __version__
 
 __all__ = [
     "CompileConfig",
     "PatchConfig",
+    "Schedule",
+    "Step",
     "__version__",
     "explain",
     "patch",

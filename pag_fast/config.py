@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend
+from .schedules import Schedule
 
 PERTURBATIONS = ("identity",)
 
@@ -19,6 +20,8 @@ class PatchConfig:
         layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
             ``None`` keeps those that the pipeline has.
         perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
+        schedule: the PAG scale from step to step; ``None`` is the pipeline's ``pag_scale`` and
+            ``pag_adaptive_scale``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
@@ -35,6 +38,7 @@ class PatchConfig:
 
     layers: Layers | None = None
     perturbation: str = "identity"
+    schedule: Schedule | None = None
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
@@ -51,6 +55,8 @@ class PatchConfig:
                 f"Unknown perturbation {self.perturbation!r}: "
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
+        if not isinstance(self.schedule, Schedule | None):
+            raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
         check_backend(self.backend)
         for name in (
             "share_branches",
@@ -72,6 +78,11 @@ class PatchConfig:
         if isinstance(self.compile, bool):
             return CompileConfig() if self.compile else None
         return self.compile
+
+    @property
+    def installed(self) -> PatchConfig:
+        """What of it decides which processors, hooks and compiled models there are."""
+        return replace(self, layers=None, schedule=None, strict=False)
 
     @property
     def traces(self) -> bool:

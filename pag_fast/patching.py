@@ -27,7 +27,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
-            Patching it again replaces the earlier settings.
+            Patching it again replaces the earlier settings; if nothing but the ``schedule``
+            is another, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
@@ -48,10 +49,11 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     resolve(denoiser, wanted, exact=config.exact_layers)
 
     before = getattr(pipe, "_pag_fast", None)
-    if before is not None:
-        before.release()
     own = None if config.layers is None else wanted
     new = Patch(config, type(pipe) if before is None else before.original_class, original, own)
+    if before is not None:
+        new.inherit(before)
+        before.release()
     new.compile(pipe)
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]

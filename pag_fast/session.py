@@ -21,7 +21,7 @@ from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .families import controlnets, denoiser_name, uncompiled
-from .guidance import scale_at
+from .guidance import scale_at, scales_ahead
 from .installation import is_eager
 from .lean import Lean
 from .pipeline import RescalesOnce
@@ -62,6 +62,7 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._leans: list[Lean] = []
         self._scales: dict[Any, Any] = {}
+        self._looked_ahead: set[Any] = set()
         self._calls = 0
 
     # ---- installing and removing ----
@@ -204,13 +205,13 @@ class Session:
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
-        scale = scale_at(self.pipe, call["timestep"], self._scales)
+        scale = scale_at(self.pipe, call["timestep"], self._scales, self.patch.config.schedule)
+        if self.patch.compilation is not None and layout[-1] == PERTURBED:
+            self._warm(call, layout, frames, dropped=scale == 0.0)
         if layout[-1] == PERTURBED and scale == 0.0:
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
             self.patch.steps["perturbed branch dropped"] += 1
-        elif self.patch.compilation is not None and layout[-1] == PERTURBED:
-            self._warm(call, layout, frames)
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
@@ -222,22 +223,37 @@ class Session:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
 
-    def _warm(self, call: dict[str, Any], layout: tuple[str, ...], frames: int) -> None:
-        """Where a later step will drop the perturbed branch: compile that step now, not then."""
-        compilation, timesteps = self.patch.compilation, self.pipe.scheduler.timesteps
+    def _warm(
+        self, call: dict[str, Any], layout: tuple[str, ...], frames: int, *, dropped: bool
+    ) -> None:
+        """Compile now, not then, what a later step needs.
+
+        Where this step drops the perturbed branch that is the model with it, else without.
+        """
+        compilation, latents, full = self.patch.compilation, latents_of(call), len(layout)
         assert compilation is not None
-        latents, full = latents_of(call), len(layout)
         key = latents.shape, latents.dtype, full
-        if key in compilation.warmed or scale_at(self.pipe, timesteps[-1], self._scales) != 0.0:
+        if key in compilation.warmed or key in self._looked_ahead:
+            return
+        self._looked_ahead.add(key)
+        schedule = self.patch.config.schedule
+        ahead = scales_ahead(self.pipe, call["timestep"], self._scales, schedule)
+        if all((scale == 0.0) == dropped for scale in ahead):
             return
         compilation.warmed.add(key)
-        fewer = _change_rows(dict(call), latents.shape[0], frames, full, full - 1)
-        self.installed.state.slabs = None
-        self._advance(self._kept, fewer, False)
-        self._align_residuals(fewer, full - 1)
+        if dropped:
+            other, rows, counted = dict(call), full, self.patch.steps.copy()
+            self.installed.state.slabs = self._slabs(other, layout, frames, False)
+            self.patch.steps = counted
+        else:
+            rows = full - 1
+            other = _change_rows(dict(call), latents.shape[0], frames, full, rows)
+            self.installed.state.slabs = None
+        self._advance(self._kept, other, False)
+        self._align_residuals(other, rows)
         self._warming = True
         try:
-            getattr(self.pipe, denoiser_name(self.pipe))(**fewer)
+            getattr(self.pipe, denoiser_name(self.pipe))(**other)
         finally:
             self._warming = False
 
