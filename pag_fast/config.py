@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
-from .ops import check_backend
+from .ops import check_backend, check_rescale_mode
 from .schedules import Schedule
 
 PERTURBATIONS = ("identity",)
@@ -22,6 +22,10 @@ class PatchConfig:
         perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
         schedule: the PAG scale from step to step; ``None`` is the pipeline's ``pag_scale`` and
             ``pag_adaptive_scale``.
+        rescale_mode: what to do against the contrast that guidance adds, in place of the pipeline's
+            ``guidance_rescale``: ``"cfg"`` (all of the guidance), ``"full"``, ``"partial"`` or
+            ``"snf"`` (PAG's part), see :func:`pag_fast.reference.combine_guidance`.
+        rescale: how much of it, 0 to 1; ``"snf"`` has none.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
@@ -39,6 +43,8 @@ class PatchConfig:
     layers: Layers | None = None
     perturbation: str = "identity"
     schedule: Schedule | None = None
+    rescale_mode: str | None = None
+    rescale: float | None = None
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
@@ -57,6 +63,7 @@ class PatchConfig:
             )
         if not isinstance(self.schedule, Schedule | None):
             raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
+        _check_rescale(self.rescale_mode, self.rescale)
         check_backend(self.backend)
         for name in (
             "share_branches",
@@ -82,9 +89,26 @@ class PatchConfig:
     @property
     def installed(self) -> PatchConfig:
         """What of it decides which processors, hooks and compiled models there are."""
-        return replace(self, layers=None, schedule=None, strict=False)
+        return replace(
+            self, layers=None, schedule=None, rescale_mode=None, rescale=None, strict=False
+        )
 
     @property
     def traces(self) -> bool:
         """Whether compiled graphs hold whole models: repeated blocks share theirs."""
         return self.compilation is not None and not self.compilation.regional
+
+
+def _check_rescale(mode: str | None, rescale: float | None) -> None:
+    if mode is not None:
+        check_rescale_mode(mode)
+    if mode in (None, "snf"):
+        if rescale is not None:
+            missing = "a rescale_mode" if mode is None else "another rescale_mode than 'snf'"
+            raise ValueError(f'rescale={rescale!r} needs {missing}: "full", "partial" or "cfg".')
+        return
+    number = isinstance(rescale, int | float) and not isinstance(rescale, bool)
+    if not number or not 0.0 <= rescale <= 1.0:  # type: ignore[operator]
+        raise ValueError(
+            f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got {rescale!r}."
+        )

@@ -1,4 +1,4 @@
-"""The PAG scale of a step, without asking the device for it."""
+"""The PAG scale of a step, without asking the device for it; PAG as a part of CFG's input."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import ops, reference
 from .schedules import Schedule, Step
 
 
@@ -159,3 +160,75 @@ def _host_sigmas(scheduler: Any, timesteps: list[float]) -> list[float] | None:
     kept = alphas.tolist()
     signal = [kept[min(max(round(t), 0), len(kept) - 1)] for t in timesteps]
     return [((1.0 - a) / a) ** 0.5 if a > 0.0 else float("inf") for a in signal]
+
+
+# ---- for pipelines that combine the branches themselves ----
+
+
+def guided_cond(
+    uncond: torch.Tensor | None,
+    cond: torch.Tensor,
+    perturbed: torch.Tensor | None,
+    guidance_scale: float | None,
+    pag_scale: float,
+    *,
+    rescale: float = 0.0,
+    rescale_mode: str = "cfg",
+    from_cond: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The prediction that a pipeline without PAG has to be given in place of ``cond``.
+
+    Its own guidance, ``u + g·(c′ − u)``, is then what :func:`pag_fast.ops.combine_guidance` returns
+    for the three predictions: ``c′ = c + (s / g)·(c − p)``, written down for every mode without
+    the difference of ``u`` and the combination where there is another way.
+
+    Args:
+        uncond: may be ``None`` for pipelines that run it by itself; ``rescale`` with ``"cfg"`` or
+            ``"full"``, and ``"snf"``, cannot do without.
+        guidance_scale: ``g``; ``None`` where CFG is off: c′ is the combination.
+        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`.
+        from_cond: the pipeline computes ``c′ + g·(c′ − u)``, which is CFG with ``g + 1``.
+
+    Returns:
+        c′, of ``cond``'s shape and dtype; sums in fp32 or wider. ``cond`` itself where there is
+        nothing to add.
+
+    Raises:
+        ValueError: a guidance scale of zero, which leaves nothing of c′; ``uncond`` is missing; or
+            what the op refuses.
+    """
+    if perturbed is None and not (rescale and rescale_mode == "cfg"):
+        ops.check_rescale_mode(rescale_mode)
+        return cond
+    options: dict[str, Any] = {"rescale": rescale, "rescale_mode": rescale_mode, "backend": backend}
+    if guidance_scale is None:
+        return ops.combine_guidance(
+            None, cond, perturbed, guidance_scale=1.0, pag_scale=pag_scale, **options
+        )
+    g = guidance_scale + 1.0 if from_cond else float(guidance_scale)
+    if g == 0.0:
+        raise ValueError(
+            f"guidance_scale={guidance_scale!r} leaves nothing of the conditional prediction, and "
+            "so no place for PAG: use a larger one."
+        )
+    if rescale_mode != "snf" and not rescale:
+        return ops.combine_guidance(
+            None, cond, perturbed, guidance_scale=1.0, pag_scale=pag_scale / g, **options
+        )
+    if uncond is None and rescale_mode != "partial":
+        raise ValueError(
+            f"rescale_mode={rescale_mode!r} needs the unconditional prediction next to the others, "
+            "and this model is called without it: use rescale_mode='partial', or no rescale."
+        )
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    c, u = cond.to(wide), None if uncond is None else uncond.to(wide)
+    p = None if perturbed is None else perturbed.to(wide)
+    if p is None or rescale_mode in ("cfg", "snf"):
+        assert u is not None
+        whole = ops.combine_guidance(u, c, p, guidance_scale=g, pag_scale=pag_scale, **options)
+        return torch.lerp(u, whole, 1.0 / g).to(cond.dtype)
+    term = pag_scale * (c - p)
+    reached = term + (c if u is None or rescale_mode == "partial" else u + g * (c - u))
+    factor = reference.rescale_factor(reached, c, rescale)
+    return (c + factor / g * term).to(cond.dtype)

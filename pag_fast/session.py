@@ -90,11 +90,13 @@ class Session:
         """The pipeline is about to denoise with PAG: install processors and hooks.
 
         Raises:
-            ValueError: a layer that does not exist, or a model whose batch is split inside.
+            ValueError: a layer that does not exist, a model whose batch is split inside, or rescale
+            asked for twice.
         """
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
+        _refuse_two_rescales(self.pipe, self.patch.config.rescale_mode)
         eager = is_eager(denoiser, model)
         self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = Kept(self.installed.state)
@@ -398,8 +400,10 @@ class Session:
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
         branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
-        rescale = 0.0
-        if UNCOND in branches and isinstance(self.pipe, RescalesOnce):
+        config, rescale = self.patch.config, 0.0
+        if config.rescale_mode is not None:
+            rescale = config.rescale or 0.0
+        elif UNCOND in branches and isinstance(self.pipe, RescalesOnce):
             rescale = float(self.pipe._guidance_rescale)
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
@@ -409,7 +413,8 @@ class Session:
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,
-            backend=self.patch.config.backend,
+            rescale_mode=config.rescale_mode or "cfg",
+            backend=config.backend,
         )
         if sigma:
             # the pipeline splits the sigma channels off behind this point: give it some to split
@@ -464,4 +469,13 @@ def _refuse_split_inference(model: nn.Module) -> None:
             "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
             "perturbed rows can no longer be told apart (stock diffusers perturbs the wrong rows). "
             "Use enable_free_noise() without enable_free_noise_split_inference()."
+        )
+
+
+def _refuse_two_rescales(pipe: Any, mode: str | None) -> None:
+    own = getattr(pipe, "_guidance_rescale", 0.0)
+    if mode is not None and own > 0.0:
+        raise ValueError(
+            f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave one "
+            "of them out."
         )
