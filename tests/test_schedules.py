@@ -308,6 +308,38 @@ def test_outside_of_its_window_a_call_is_without_pag(name):
         assert rows == [2, 2, 2, 2] and relative(plain, stock) > 1e-3
 
 
+@pytest.mark.parametrize("name", [UNET, DIT])
+def test_a_window_that_opens_late(name):
+    """The other way round: what is kept from the steps without the perturbed rows still fits."""
+    pipe = build(name)
+
+    def begin_at_the_third_step(pipe, index, timestep, tensors):
+        # zero would turn PAG off for the whole call
+        pipe._pag_scale = 3.0 if index >= 1 else 1e-30
+        return tensors
+
+    kwargs = {"steps": 4, "callback_on_step_end": begin_at_the_third_step}
+    stock = latents(pipe, call_kwargs(name, pipe, pag_scale=1e-30, **kwargs))
+    pag_fast.patch(pipe, schedule=Schedule(start=2))
+    out, rows = _rows(pipe, name, steps=4)
+    assert relative(out, stock) < 1e-5
+    assert rows == [2, 2, 3, 3]
+
+
+def test_rows_where_the_model_is_called_twice_per_step():
+    pipe = pag_fast.patch(build(UNET), schedule=Schedule(start=1, stop=3))
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    assert _rows(pipe, UNET, steps=3)[1] == [2, 3, 3, 2, 2]
+
+
+def test_rows_of_image_to_image():
+    name = "StableDiffusionPAGImg2ImgPipeline"
+    pipe = pag_fast.patch(build(name), schedule=Schedule(start=0.5))
+    assert _rows(pipe, name, steps=8, strength=0.5)[1] == [2, 2, 3, 3]
+    pag_fast.patch(pipe, schedule=Schedule(per_step=[0, 1, 0, 1]))
+    assert _rows(pipe, name, steps=8, strength=0.5)[1] == [2, 3, 2, 3]
+
+
 def test_a_schedule_of_zeros_is_no_pag():
     pipe = build(UNET)
     plain = latents(pipe, call_kwargs(UNET, pipe, steps=3, pag_scale=0.0))
