@@ -145,7 +145,10 @@ def _step(pipe: Any, position: int, cache: dict[Any, Any]) -> Step:
 
 
 def _host_sigmas(scheduler: Any, timesteps: list[float]) -> list[float] | None:
-    """The noise level of each timestep, read from the device once per call."""
+    """The noise level of each timestep, read from the device once per call.
+
+    The midpoints of DPM++ SDE, which only its steps know, count as the level they lead to.
+    """
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
         host = sigmas.tolist()

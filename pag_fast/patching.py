@@ -27,8 +27,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
-            Patching it again replaces the earlier settings; if nothing but the ``schedule``
-            is another, compiled models keep their graphs.
+            Patching it again replaces the earlier settings; if nothing but schedule and rescale
+            are others, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
@@ -88,6 +88,9 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
     try:
         yield pipe
     finally:
+        inner = getattr(pipe, "_pag_fast", None)
+        if before is not None and inner is not None:
+            before.inherit(inner)
         unpatch(pipe)
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)

@@ -179,7 +179,7 @@ class Schedule:
 
 def _first(edge: float, count: int) -> int:
     """The first of ``count`` positions at or behind an edge of a window."""
-    # 0.3 of 10 steps is step 3, though 0.3 * 10 is a little more
+    # 0.28 of 25 steps is step 7, though 0.28 * 25 is a little more
     return int(edge) if _is_whole(edge) else math.ceil(edge * count - 1e-9)
 
 

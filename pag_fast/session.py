@@ -91,7 +91,7 @@ class Session:
 
         Raises:
             ValueError: a layer that does not exist, a model whose batch is split inside, or rescale
-            asked for twice.
+                asked for twice.
         """
         denoiser = getattr(self.pipe, denoiser_name(self.pipe))
         model = uncompiled(denoiser)

@@ -71,6 +71,7 @@ def test_comfyuis_form_falls_in_proportion_to_the_scale():
         ({"stop": 0.5}, 4, [0, 1]),
         ({"start": 0.3, "stop": 0.7}, 10, [3, 4, 5, 6]),
         ({"start": 0.25}, 10, [3, 4, 5, 6, 7, 8, 9]),
+        ({"start": 0.28, "stop": 0.4}, 25, [7, 8, 9]),
         ({"start": 2}, 5, [2, 3, 4]),
         ({"start": 1, "stop": 3}, 5, [1, 2]),
         ({"start": 1, "stop": 0.5}, 6, [1, 2]),
@@ -458,6 +459,9 @@ def test_another_schedule_keeps_the_graphs(ours):
         pag_fast.patch(pipe, schedule=schedule, **options)
         assert dict(pipe._pag_fast.steps) == {}
         out = latents(pipe, call_kwargs(SMALL, pipe, steps=4))
+    with pag_fast.patched(pipe, schedule=half, **options):
+        latents(pipe, call_kwargs(SMALL, pipe, steps=4))
+    latents(pipe, call_kwargs(SMALL, pipe, steps=4))
     assert _graphs() == 2
     pag_fast.patch(pipe, share_branches=False, **options)
     assert relative(latents(pipe, call_kwargs(SMALL, pipe, steps=4)), out) < 1e-5
