@@ -33,7 +33,7 @@ def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["full", "partial"])
 @pytest.mark.parametrize("which", BRANCHES.values(), ids=BRANCHES)
-@pytest.mark.parametrize("shape", [(3, 4, 33, 41), (2, 4, 3, 16, 24), (2, 70, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 33, 41), (2, 70, 16)], ids=str)
 def test_rescaling_the_term_alone(dtype, mode, which, shape, launches):  # noqa: F811
     branches = {name: torch.randn(shape).to(dtype) for name in which}
     inputs = [branches.get(name) for name in "ucp"]

@@ -10,7 +10,7 @@ from tiny import PIPELINES, build, call_kwargs, latents
 import pag_fast
 from pag_fast import reference
 
-UNET = "StableDiffusionPAGPipeline"
+UNET, DIT = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 MODES = {"cfg": 0.7, "full": 0.7, "partial": 0.7, "snf": None}
 
 
@@ -28,8 +28,10 @@ def _by_hand(pipe, mode, rescale):
 
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [UNET, "AnimateDiffPAGPipeline", "StableDiffusion3PAGPipeline"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*((UNET, m) for m in MODES), ("AnimateDiffPAGPipeline", "snf"), (DIT, "full"), (DIT, "snf")],
+)
 def test_modes_in_pipelines(name, mode, cfg):
     pipe = build(name, pag_applied_layers=PIPELINES[name].layers["all"])
     plain = latents(pipe, call_kwargs(name, pipe, cfg=cfg, batch=2))
