@@ -14,9 +14,11 @@ from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
+from .perturbations import Branch
 from .version import __version__
 
 __all__ = [
+    "Branch",
     "CompileConfig",
     "PatchConfig",
     "__version__",

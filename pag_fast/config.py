@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend
-
-PERTURBATIONS = ("identity",)
+from .perturbations import Branch, Perturbation, by_name
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,11 @@ class PatchConfig:
     Attributes:
         layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
             ``None`` keeps those that the pipeline has.
-        perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
+        perturbation: what happens there to the perturbed rows: a name or an object of
+            :mod:`pag_fast.perturbations`; ``"identity"`` is PAG.
+        branches: several perturbed branches, each with layers, a perturbation and a scale of its
+            own, instead of ``layers`` and ``perturbation``: the prediction is ``u + g·(c − u)``
+            and ``s·(c − p)`` of each branch p.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
@@ -34,7 +38,8 @@ class PatchConfig:
     """
 
     layers: Layers | None = None
-    perturbation: str = "identity"
+    perturbation: str | Perturbation = "identity"
+    branches: Sequence[Branch] | None = None
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
@@ -46,11 +51,9 @@ class PatchConfig:
     def __post_init__(self) -> None:
         if self.layers is not None:
             as_list(self.layers)
-        if self.perturbation not in PERTURBATIONS:
-            raise ValueError(
-                f"Unknown perturbation {self.perturbation!r}: "
-                f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
-            )
+        by_name(self.perturbation)
+        if self.branches is not None:
+            self._check_branches(self.branches)
         check_backend(self.backend)
         for name in (
             "share_branches",
@@ -65,6 +68,26 @@ class PatchConfig:
             raise ValueError(
                 f"compile must be True, False or a CompileConfig; got {self.compile!r}."
             )
+
+    def _check_branches(self, branches: Sequence[Branch]) -> None:
+        if self.layers is not None or self.perturbation != "identity":
+            raise ValueError(
+                "branches have layers and perturbations of their own: give branches, or layers and "
+                "a perturbation."
+            )
+        fits = not isinstance(branches, str) and isinstance(branches, Sequence) and branches
+        if not fits or not all(isinstance(branch, Branch) for branch in branches):
+            raise ValueError(
+                "branches must be a list of pag_fast.Branch(layers, perturbation, scale); got "
+                f"{branches!r}."
+            )
+        object.__setattr__(self, "branches", tuple(branches))
+
+    def branches_on(self, layers: Layers) -> tuple[Branch, ...]:
+        """The perturbed branches; ``layers`` are those of the one that there is by default."""
+        if self.branches is not None:
+            return tuple(self.branches)
+        return (Branch(layers, self.perturbation),)
 
     @property
     def compilation(self) -> CompileConfig | None:

@@ -129,7 +129,8 @@ def explain(
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
-    plan = Installation(model, pipe.pag_applied_layers, config).plan
+    installed = Installation(model, pipe.pag_applied_layers, config)
+    plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size = _size(pipe, model, height, width)
     notes: list[str] = []
@@ -149,7 +150,7 @@ def explain(
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
-        launches=tuple(_launches(pipe, config, plan.order)),
+        launches=tuple(_launches(pipe, config, installed.same_input())),
         notes=tuple(notes),
     )
 
@@ -164,12 +165,12 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
                 yield from (prefix + name for name in invariant_modules(net))
 
 
-def _launches(pipe: Any, config: PatchConfig, perturbed: Sequence[str]) -> Iterator[str]:
+def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iterator[str]:
     for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             if is_eager(model, net):
-                names = () if part == "controlnet" else perturbed
+                names = {} if part == "controlnet" else perturbed
                 for line in Lean(net, names, traced=config.traces).summary():
                     yield f"{type(net).__name__}: {line}"
 

@@ -24,6 +24,7 @@ from .families import family_of
 from .installation import Installation
 from .layers import self_attentions
 from .lean import Lean
+from .premise import latents_of
 
 Inputs = Callable[[int], dict[str, Any]]
 """Forward arguments of a model for a number of rows."""
@@ -123,11 +124,18 @@ def patched_step(
     """
     installation = Installation(model, layers, config, eager=eager)
     plan = installation.plan
-    full = 3 if cfg else 2
-    shared = full if plan.reason else full - 1
+    prompts = 2 if cfg else 1
+    full = prompts + len(installation.branches)
+    shared = full if plan.reason else prompts
     merged = 1 if plan.merged and shared == 2 else shared
     installation.state.slabs = (merged, shared, full)
+
+    def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        installation.prepare(args[0] if args else latents_of(kwargs), 0)
+
     with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
+        stack.callback(handle.remove)
         for handle in install(installation.hooks):
             stack.callback(handle.remove)
         for invariant in installation.invariants.values():

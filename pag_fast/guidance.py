@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 
-def scale_at(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
+def scale_at(pipe: Any, timestep: Any, cache: dict[Any, Any], scale: float | None = None) -> float:
     """The PAG scale at ``timestep``: ``max(0, s − a·(1000 − t))`` with adaptive scale ``a``.
+
+    s is ``scale`` or, without one, the call's.
 
     Diffusers' formula (``PAGMixin._get_pag_scale``). ``timestep`` is a number or a tensor of one
     repeated value on any device; ``cache`` lives as long as the pipeline call and holds the
     scheduler's timesteps on the host, read once.
     """
-    scale = float(pipe.pag_scale)
+    scale = float(pipe.pag_scale) if scale is None else scale
     adaptive = float(pipe.pag_adaptive_scale)
     if scale <= 0.0:
         return 0.0

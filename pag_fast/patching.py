@@ -15,8 +15,9 @@ from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
 from .families import SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
+from .installation import perturbed_branches
 from .lasting import Patch
-from .layers import Layers, as_list, resolve
+from .layers import Layers, as_list
 from .pipeline import mixins
 
 P = TypeVar("P")
@@ -45,12 +46,14 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     family_of(denoiser)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
-    resolve(denoiser, wanted, exact=config.exact_layers)
+    if config.branches is not None:
+        wanted = [layer for branch in config.branches for layer in as_list(branch.layers)]
+    perturbed_branches(denoiser, wanted, config)
 
     before = getattr(pipe, "_pag_fast", None)
     if before is not None:
         before.release()
-    own = None if config.layers is None else wanted
+    own = None if config.layers is None and config.branches is None else wanted
     new = Patch(config, type(pipe) if before is None else before.original_class, original, own)
     new.compile(pipe)
     unpatch(pipe)

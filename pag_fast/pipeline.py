@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .families import denoiser_name, uncompiled
-from .layers import Layers, as_list, resolve
+from .installation import perturbed_branches
+from .layers import Layers, as_list
 from .processors.rows import PerturbedProcessor
 
 if TYPE_CHECKING:
@@ -61,9 +62,15 @@ class PatchedPipeline:
         if pag_attn_processors is not None:
             _check_processors(pag_attn_processors)
             self._pag_attn_processors = pag_attn_processors
+        config = self._pag_fast.config
+        if config.branches is not None:
+            raise ValueError(
+                "This pipeline was patched with branches, each of which has layers of its own: "
+                "patch it again to change them."
+            )
         layers = as_list(pag_applied_layers)
         denoiser = uncompiled(getattr(self, denoiser_name(self)))
-        resolve(denoiser, layers, exact=self._pag_fast.config.exact_layers)
+        perturbed_branches(denoiser, layers, config)
         self.pag_applied_layers = layers
 
     @property

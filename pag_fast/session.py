@@ -40,7 +40,8 @@ class Session:
     """The state of one running call.
 
     Attributes:
-        ran: what the latest denoiser call returned: its branches in order, and the PAG scale.
+        ran: what the latest denoiser call returned: its branches in order, and the scale of each
+            perturbed one.
         rescaled: CFG rescale has been applied to the current prediction.
         freed: the pipeline has offloaded its models at the end of the call.
     """
@@ -49,7 +50,7 @@ class Session:
         self.pipe = pipe
         self.patch = patch
         self.watched = watched
-        self.ran: tuple[tuple[str, ...], float] | None = None
+        self.ran: tuple[tuple[str, ...], tuple[float, ...]] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
         self._residual_slabs: tuple[int, int] | None = None
@@ -164,7 +165,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         if self.pag:
-            self.installed.state.slabs = None
+            self.installed.forget()
 
     # ---- a step ----
 
@@ -204,8 +205,8 @@ class Session:
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
-        scale = scale_at(self.pipe, call["timestep"], self._scales)
-        if layout[-1] == PERTURBED and scale == 0.0:
+        scales = self._scales_at(call["timestep"])
+        if layout[-1] == PERTURBED and not any(scales):
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
             self.patch.steps["perturbed branch dropped"] += 1
@@ -213,10 +214,23 @@ class Session:
             self._warm(call, layout, frames)
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
+        more = len(scales) - 1
+        if more and layout[-1] == PERTURBED:
+            # the pipeline's batch has rows for one perturbed branch: the others begin as its copies
+            full = len(layout)
+            call = _change_rows(call, latents_of(call).shape[0], frames, full, full + more)
+            state.slabs = _with_branches(state.slabs, more)
+            layout += (PERTURBED,) * more
         self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
-        self.ran = layout, scale
+        self.installed.prepare(latents_of(call), self._calls - 1)
+        self.ran = layout, scales
         return call
+
+    def _scales_at(self, timestep: Any) -> tuple[float, ...]:
+        """The guidance scale of each perturbed branch."""
+        scales = [branch.scale for branch in self.installed.branches]
+        return tuple([scale_at(self.pipe, timestep, self._scales, scale) for scale in scales])
 
     def _begin_step(self) -> None:
         if self.patch.compilation is not None:
@@ -228,7 +242,7 @@ class Session:
         assert compilation is not None
         latents, full = latents_of(call), len(layout)
         key = latents.shape, latents.dtype, full
-        if key in compilation.warmed or scale_at(self.pipe, timesteps[-1], self._scales) != 0.0:
+        if key in compilation.warmed or any(self._scales_at(timesteps[-1])):
             return
         compilation.warmed.add(key)
         fewer = _change_rows(dict(call), latents.shape[0], frames, full, full - 1)
@@ -254,6 +268,12 @@ class Session:
             return None
         full = len(layout)
         if self.installed.plan.reason:
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        if self.installed.plan.shuffled and _has_masks(call):
+            self.patch.fall_back(
+                "IP-Adapter masks tell tokens apart by where they are: shuffled branches run apart"
+            )
             self.patch.steps["not shared"] += 1
             return full, full, full
         if call.get(_ADAPTER) is not None:
@@ -372,7 +392,7 @@ class Session:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
         assert self.ran is not None
-        layout, scale = self.ran
+        layout, scales = self.ran
         # what follows the last step, decoding, is where memory runs short
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
             self._calls = 0
@@ -381,7 +401,18 @@ class Session:
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
-        branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
+        slabs = useful.chunk(len(layout))
+        branches = dict(zip(layout, slabs, strict=True))
+        perturbed, scale = branches.get(PERTURBED), scales[0]
+        dtype = useful.dtype
+        if layout.count(PERTURBED) > 1:
+            # s·(c − p) of one p that stands for all; in fp32, to be rounded once
+            wide = torch.promote_types(dtype, torch.float32)
+            branches = {name: branch.to(wide) for name, branch in branches.items()}
+            scale = sum(scales)
+            weighted = zip(scales, slabs[-len(scales) :], strict=True)
+            parts = [s / scale * p.to(wide) for s, p in weighted]
+            perturbed = torch.stack(parts).sum(0)
         rescale = 0.0
         if UNCOND in branches and isinstance(self.pipe, RescalesOnce):
             rescale = float(self.pipe._guidance_rescale)
@@ -389,19 +420,19 @@ class Session:
         combined = ops.combine_guidance(
             branches.get(UNCOND),
             branches[COND],
-            branches.get(PERTURBED),
+            perturbed,
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,
             backend=self.patch.config.backend,
-        )
+        ).to(dtype)
         if sigma:
             # the pipeline splits the sigma channels off behind this point: give it some to split
             # off
             padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
             padded[:, : channels // 2] = combined
             combined = padded
-        return combined, branches[COND]
+        return combined, branches[COND].to(dtype)
 
 
 @functools.cache
@@ -430,6 +461,20 @@ def _change_rows(
     kept = (_RESIDUALS, _MID_RESIDUAL, _ADAPTER)
     changed = map_tensors({n: v for n, v in call.items() if n not in kept}, change)
     return {**call, **changed}
+
+
+def _has_masks(call: dict[str, Any]) -> bool:
+    return bool((call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks"))
+
+
+def _with_branches(slabs: tuple[int, int, int] | None, more: int) -> tuple[int, int, int] | None:
+    """Slabs at each level with ``more`` perturbed branches than one."""
+    if slabs is None:
+        return None
+    merged, shared, full = slabs
+    if shared == full:
+        return full + more, full + more, full + more
+    return merged, shared, full + more
 
 
 def _mend_rows(call: dict[str, Any], rows: int) -> None:

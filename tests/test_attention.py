@@ -307,8 +307,8 @@ def test_flops_of_stock_attention_are_counted_alike():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attend": 0}, "num_attend must be in 1..3"),
-        ({"num_attend": 4}, "num_attend must be in 1..3"),
+        ({"num_attend": -1}, "num_attend must be in 0..3"),
+        ({"num_attend": 4}, "num_attend must be in 0..3"),
         ({"num_context": 16}, "num_context must be in 0..15"),
         ({"num_forked": 1}, "num_forked=1 needs every row"),
         ({"backend": "cuda"}, "choose one of auto, torch, triton"),

@@ -20,6 +20,7 @@ NAME = "StableDiffusionXLPAGPipeline"
 def test_public_names():
     assert sorted(pag_fast.__all__) == sorted(
         [
+            "Branch",
             "CompileConfig",
             "PatchConfig",
             "__version__",
@@ -113,7 +114,7 @@ def test_layers_set_after_patching_survive():
         ({"layers": []}, "layers is empty"),
         ({"speed": 11}, "Unknown option 'speed': choose from layers, perturbation"),
         ({"backend": "cuda"}, "Unknown backend 'cuda': choose one of auto, torch, triton"),
-        ({"perturbation": "blur"}, "Unknown perturbation 'blur': choose one of 'identity'"),
+        ({"perturbation": "blurry"}, "Unknown perturbation 'blurry': choose one of 'identity'"),
         ({"share_branches": 1}, "share_branches must be True or False; got 1"),
         ({"config": "fast"}, "config must be a PatchConfig; got str"),
     ],

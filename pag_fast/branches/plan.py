@@ -54,7 +54,10 @@ class BranchPlan:
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
-        order: the perturbed attentions in execution order.
+        order: the perturbed attentions and blocks in execution order.
+        blocks: levels a perturbed block's input arrives at and that it runs on (both SPLIT if it is
+            not here).
+        shuffled: blocks from a shuffled fork on whose perturbed rows are a permutation of cond's.
         reason: why nothing can be shared, or ``""``.
     """
 
@@ -67,6 +70,8 @@ class BranchPlan:
     merged: bool = False
     merged_until: str = ""
     order: tuple[str, ...] = ()
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shuffled: tuple[str, ...] = ()
     reason: str = ""
 
     def hooks(

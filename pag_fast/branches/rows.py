@@ -34,12 +34,23 @@ class BranchState:
             numbers mean that nothing is shared there. ``None``: there is no perturbed branch.
         epoch: another number whenever the conditioning, or how many slabs it has, has changed.
         step: number of the forward that runs.
+        size: height and width of the latents.
+        clock: number of the step in its pipeline call, one int64 on the device: random numbers
+            start from it. A tensor, so that compiled graphs are the same in every step.
     """
 
     def __init__(self) -> None:
         self.slabs: tuple[int, int, int] | None = None
         self.epoch = 0
         self.step = 0
+        self.size: tuple[int, int] | None = None
+        self.clock: torch.Tensor | None = None
+
+    def clock_on(self, like: torch.Tensor) -> torch.Tensor:
+        """The clock; at its first step where nobody has set it."""
+        if self.clock is not None:
+            return self.clock
+        return torch.zeros(1, dtype=torch.int64, device=like.device)
 
 
 def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:

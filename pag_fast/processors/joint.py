@@ -48,7 +48,7 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         if num_forked:
-            text = torch.cat([text, text[-num_forked:]])
+            text = torch.cat([text] + [text[-num_forked:]] * len(self.branches))
         return image, text
 
     @staticmethod
