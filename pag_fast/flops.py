@@ -7,6 +7,7 @@ attention count, 2 FLOPs per multiply-add, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from .branches.rows import BranchState
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import family_of
-from .installation import Installation
+from .installation import Installation, perturbed_branches
 from .layers import self_attentions
 from .lean import Lean
+from .perturbations import Identity
 from .premise import latents_of
 
 Inputs = Callable[[int], dict[str, Any]]
@@ -32,7 +34,11 @@ Inputs = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound."""
+    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound.
+
+    Diffusers' pipelines know the identity on one branch alone. For everything else ``stock`` is
+    every branch in full, and ``bound`` is 0: none is derived.
+    """
 
     stock: int
     patched: int
@@ -44,7 +50,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.stock + other.stock, self.patched + other.patched, self.bound + other.bound
+            self.stock + other.stock,
+            self.patched + other.patched,
+            self.bound + other.bound if self.bound and other.bound else 0,
         )
 
 
@@ -184,9 +192,14 @@ def denoiser_cost(
 ) -> Cost:
     """What one denoiser call costs with PAG on ``layers``."""
     config = config or PatchConfig()
+    branches = perturbed_branches(model, layers, config)
+    patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
+    if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
+        return Cost(count(model, inputs((2 if cfg else 1) + len(branches))), patched, 0)
+    layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
     return Cost(
         stock_flops(model, layers, inputs, cfg=cfg),
-        patched_flops(model, layers, inputs, cfg=cfg, config=config),
+        patched,
         lower_bound(model, trace(model, inputs), layers, inputs, cfg=cfg),
     )
 

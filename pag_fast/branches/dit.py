@@ -99,6 +99,7 @@ def plan_dit(
             plan.sites.append(Site(name, block, arrives, SHARED, SPLIT if last else None, streams))
             if index >= fork_index:
                 plan.blocks[name] = arrives, SHARED
+                plan.extend(name)
             if merge and index == 0:
                 attn_name, attn = attentions[0]
                 plan.sites.append(Site(f"{name}.{attn_name}", attn, SHARED, MERGED, SHARED))

@@ -187,6 +187,8 @@ def plan_unet(
             if is_behind and name not in plan.blocks and runs_without(blocks.get(name)):
                 plan.sites.append(Site(name, block, SPLIT, SHARED))
                 plan.blocks[name] = SPLIT, SHARED
+                if index == fork_unit:
+                    plan.extend(name)
             is_split = is_behind or name == fork or fork.startswith(f"{name}.")
             if long_text and is_split and name not in plan.blocks:
                 plan.sites += text_key_sites(block, name)
@@ -237,6 +239,7 @@ def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
         plan.sites.append(Site(name, block, arrives, SHARED, leaves))
         if index >= begin.block:
             plan.blocks[name] = arrives, SHARED
+            plan.extend(name)
     if not begin.is_block:
         block, name = blocks[begin.block], f"{unit.name}.transformer_blocks.{begin.block}"
         attentions = [
