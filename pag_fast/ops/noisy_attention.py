@@ -46,7 +46,8 @@ def noisy_attention(
     if clock.dtype != torch.int64 or clock.numel() != 1:
         raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
     if not is_left_alone(backend, v):
-        fits = v.shape[-1] <= 256 and attn_mask is None
+        # registers: in fp32 a wider head would spill
+        fits = v.shape[-1] <= (64 if v.dtype == torch.float32 else 256) and attn_mask is None
         fits = fits and all(x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 for x in (k, v))
         default = "torch" if v.dtype == torch.float32 else "triton"
         backend = resolve_backend(backend, v, fits=fits, default=default)
