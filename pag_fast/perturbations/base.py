@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -204,7 +203,6 @@ def check_number(name: str, value: Any, *, least: float, most: float = float("in
         raise ValueError(f"{name} must be a number {limits}; got {value!r}.")
 
 
-@functools.cache
 def token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
     """``(rows, columns)`` of the image that ``tokens`` tokens are, of latents of ``size``.
 
