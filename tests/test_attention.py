@@ -77,6 +77,8 @@ PROBLEMS = [
     Problem(80, 2, 64, 2, 1, context=13),
     Problem(333, 2, 64, 4, 2, context=77),
     Problem(100, 2, 72, 2, 0, context=36, forked=1),
+    Problem(77, 2, 40, 0, 2),
+    Problem(80, 2, 64, 0, 1, context=13),
     Problem(4097, 1, 64, 2, 1),
 ]
 

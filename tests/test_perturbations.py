@@ -15,6 +15,8 @@ from tiny import unet as tiny_unet
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
+from pag_fast import ops
+from pag_fast.branches.blocks import PerturbedBlock
 from pag_fast.branches.rows import BranchState
 from pag_fast.flops import patched_flops
 from pag_fast.layers import resolve
@@ -26,6 +28,7 @@ from pag_fast.perturbations import (
     Identity,
     Layer,
     NoisyScores,
+    Rows,
     ShuffledTokens,
     SkippedBlock,
     SoftIdentity,
@@ -313,6 +316,50 @@ def test_explain_predicts_every_perturbation():
     assert [predicted.bound for predicted in found.flops] == [0, 0]
     assert 0 < found.flops[0].patched < found.flops[0].stock
     assert "–" in str(found)
+
+
+# ---- the parts alone ----
+
+
+@pytest.mark.parametrize("num_context", [0, 5])
+@pytest.mark.parametrize("how", EVERYWHERE[:7], ids=str)
+def test_a_fork_is_a_branch_of_its_own(how, num_context):
+    """Rows that are appended equal rows that were there, text included; and none need attend."""
+    layer = Layer(heads=2, state=BranchState())
+    layer.state.size = (4, 6)
+    q, k, v = torch.randn(3, 3, 24 + num_context, 2, 8, dtype=torch.float64).unbind()
+    constant = how.constant(layer)
+
+    def run(rows, **mix):
+        some = [x[rows].clone() for x in (q, k, v)]
+        if not (how.needs_scores or num_context):
+            some[:2] = [x[: mix["num_attend"]] for x in some[:2]]
+        constants = None if constant is None else torch.tensor(constant)
+        mix |= {"num_context": num_context, "layer": layer, "constant": constants}
+        return how.attend(Rows(*some, **mix))
+
+    apart = run([0, 1, 1], num_attend=2)
+    assert relative(run([0, 1], num_attend=2, num_forked=1), apart) < 1e-10
+    assert relative(run([1], num_attend=0), apart[2:]) < 1e-10
+    attending = ops.softmax_attention(q, k, v)
+    assert relative(apart[:2], attending[:2]) < 1e-10
+    assert relative(apart[2:, 24:], attending[1:2, 24:]) < 1e-10 or not num_context
+    assert relative(apart[2, :24], attending[1, :24]) > 1e-3
+
+
+def test_text_behind_a_shuffled_run_is_conds():
+    state = BranchState()
+    state.slabs = (2, 2, 3)
+    how = ShuffledTokens()
+    streams = ("encoder_hidden_states", "hidden_states")
+    block = PerturbedBlock(
+        state, [how], index=4, arrives=1, runs=1, shuffled=[(how, 4)], streams=streams
+    )
+    text, image = torch.randn(4, 3, 2), torch.randn(4, 9, 2)
+    out_text, out_image = block.leave(torch.nn.Identity(), (), (text, image))
+    assert torch.equal(out_text, torch.cat([text, text[2:]]))
+    order = how.permutation(9, 4, torch.tensor([0]))
+    assert torch.equal(out_image, torch.cat([image, image[2:, order]]))
 
 
 # ---- settings ----
