@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -268,6 +269,27 @@ def test_several_branches_share_the_way_to_the_first_fork():
     assert "SoftIdentity(strength=0.7): O' = (1 − λ)·O + λ·V" in text
     assert "uncond | cond | perturbed | perturbed | perturbed" in text
     assert "scale 0.5" in text
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_ip_adapter_masks_know_places(masks):
+    """A token's order is not free to choose then: shuffled branches run apart."""
+    from diffusers.image_processor import IPAdapterMaskProcessor
+    from test_features import _with_ip_adapter
+
+    pipe = _with_ip_adapter(build(SD))
+    mask = IPAdapterMaskProcessor().preprocess(torch.rand(1, 1, 16, 16), 16, 16)
+    embeds = torch.randn(2, 1, 6)
+    extra = {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}} if masks else {}
+    made = []
+    for share in (True, False):
+        pag_fast.patch(pipe, "mid", perturbation="shuffle", share_branches=share)
+        kwargs = call_kwargs(SD, pipe, ip_adapter_image_embeds=[embeds], **extra)
+        with pytest.warns(match="tell tokens apart") if masks and share else nullcontext():
+            made.append(latents(pipe, kwargs))
+        if share:
+            assert dict(pipe._pag_fast.steps) == {"not shared" if masks else "shared": 2}
+    assert relative(made[0], made[1]) < 1e-5
 
 
 # ---- what each costs ----
