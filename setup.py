@@ -11,6 +11,7 @@ PACKAGES = {
     "pag_fast.branches": "pag_fast/branches",
     "pag_fast.lean": "pag_fast/lean",
     "pag_fast.ops": "pag_fast/ops",
+    "pag_fast.perturbations": "pag_fast/perturbations",
     "pag_fast.processors": "pag_fast/processors",
     # never as "kernels": that is the name of a package that diffusers and transformers look for
     "pag_fast_kernels": "kernels/torch-ext/pag_fast_kernels",

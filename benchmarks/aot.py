@@ -25,6 +25,7 @@ import torch
 import triton
 from pag_fast_kernels import launch
 from pag_fast_kernels.linear_attention import tile as linear_tile
+from pag_fast_kernels.noisy_attention import tile as noisy_tile
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -123,6 +124,30 @@ def attention_build(
     )
 
 
+def noisy_builds(dtype: str, generation: str) -> Iterator[Build]:
+    """Attention with noise on its scores: a head dimension that is a power of two, and one not."""
+    for head_dim in (64, 80) if dtype != "fp32" else (64,):
+        dim_a, dim_b = launch.split_head_dim(head_dim)
+        config = noisy_tile(generation, DTYPES[dtype], head_dim, 4096)
+        yield Build(
+            f"noisy_attention {dtype} D={head_dim}",
+            "noisy_attention",
+            "_noisy_attention_fwd_kernel",
+            dtype,
+            {
+                "HEAD_DIM": head_dim,
+                "DIM_A": dim_a,
+                "DIM_B": dim_b,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "PRECISION": launch.dot_precision(generation, DTYPES[dtype]),
+            },
+            config.warps,
+            config.stages,
+            head_dim,
+        )
+
+
 def other_builds(dtype: str, generation: str) -> Iterator[Build]:
     """Sana's, HunyuanDiT's and the guidance's kernels, as the pipelines launch them."""
     precision = launch.dot_precision(generation, torch.float32)
@@ -176,7 +201,7 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
             )
 
 
-FLOATS = ("qk_scale", "g", "s", "rescale", "eps")
+FLOATS = ("qk_scale", "noise_scale", "g", "s", "rescale", "eps")
 
 
 def compile_for(build: Build, chip: int | str) -> dict[str, int]:
@@ -189,6 +214,8 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in build.fp32 else f"*{build.pointers}"
+            if name == "clock_ptr":
+                signature[name] = "*i64"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
             signature[name] = "fp32"
@@ -252,7 +279,7 @@ def all_builds() -> list[tuple[Build, int | str]]:
     return [
         (build, chip)
         for dtype in DTYPES
-        for builds in (attention_builds, other_builds)
+        for builds in (attention_builds, noisy_builds, other_builds)
         for chip in SHARED
         for build in builds(dtype, generation_of(chip))
     ]

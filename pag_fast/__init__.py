@@ -14,11 +14,13 @@ from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
+from .perturbations import Branch
 from .reuse import Reuse
 from .schedules import Schedule, Step
 from .version import __version__
 
 __all__ = [
+    "Branch",
     "CompileConfig",
     "PatchConfig",
     "Reuse",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend, check_rescale_mode
+from .perturbations import Branch, Perturbation, by_name
 from .reuse import Reuse
 from .schedules import Schedule
-
-PERTURBATIONS = ("identity",)
 
 
 def check_scale(name: str, value: Any) -> None:
@@ -31,9 +31,13 @@ class PatchConfig:
     Attributes:
         layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
             ``None`` keeps those that the pipeline has.
+        perturbation: what happens there to the perturbed rows: a name or an object of
+            :mod:`pag_fast.perturbations`; ``"identity"`` is PAG.
+        branches: several perturbed branches, each with layers, a perturbation and a scale of its
+            own, instead of ``layers`` and ``perturbation``: the prediction is ``u + g·(c − u)``
+            and ``s·(c − p)`` of each branch p.
         pag_scale, pag_adaptive_scale: for a pipeline that has no PAG of its own, where a call does
             not say otherwise: 3.0 and 0.0 if omitted. The PAG pipelines take both in every call.
-        perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
         schedule: the PAG scale from step to step; ``None`` is the pipeline's ``pag_scale`` and
             ``pag_adaptive_scale``.
         rescale_mode: what to do against the contrast that guidance adds, in place of the pipeline's
@@ -57,9 +61,10 @@ class PatchConfig:
     """
 
     layers: Layers | None = None
+    perturbation: str | Perturbation = "identity"
+    branches: Sequence[Branch] | None = None
     pag_scale: float | None = None
     pag_adaptive_scale: float | None = None
-    perturbation: str = "identity"
     schedule: Schedule | None = None
     rescale_mode: str | None = None
     rescale: float | None = None
@@ -75,11 +80,9 @@ class PatchConfig:
     def __post_init__(self) -> None:
         if self.layers is not None:
             as_list(self.layers)
-        if self.perturbation not in PERTURBATIONS:
-            raise ValueError(
-                f"Unknown perturbation {self.perturbation!r}: "
-                f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
-            )
+        by_name(self.perturbation)
+        if self.branches is not None:
+            self._check_branches(self.branches)
         if not isinstance(self.schedule, Schedule | None):
             raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
         _check_rescale(self.rescale_mode, self.rescale)
@@ -102,6 +105,26 @@ class PatchConfig:
 
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
             raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
+
+    def _check_branches(self, branches: Sequence[Branch]) -> None:
+        if self.layers is not None or self.perturbation != "identity":
+            raise ValueError(
+                "branches have layers and perturbations of their own: give branches, or layers and "
+                "a perturbation."
+            )
+        fits = not isinstance(branches, str) and isinstance(branches, Sequence) and branches
+        if not fits or not all(isinstance(branch, Branch) for branch in branches):
+            raise ValueError(
+                "branches must be a list of pag_fast.Branch(layers, perturbation, scale); got "
+                f"{branches!r}."
+            )
+        object.__setattr__(self, "branches", tuple(branches))
+
+    def branches_on(self, layers: Layers) -> tuple[Branch, ...]:
+        """The perturbed branches; ``layers`` are those of the one that there is by default."""
+        if self.branches is not None:
+            return tuple(self.branches)
+        return (Branch(layers, self.perturbation),)
 
     @property
     def compilation(self) -> CompileConfig | None:

@@ -15,7 +15,7 @@ from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, denoiser_cost
-from .installation import Installation, is_eager
+from .installation import Installation, PerturbedBranch, is_eager
 from .lean import Lean
 
 _PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
@@ -46,8 +46,9 @@ class Explanation:
     """The answer of :func:`explain`: attributes are the data, ``str()`` is the table.
 
     Attributes:
-        layers: perturbed attention modules in execution order.
+        layers: perturbed attention modules, or blocks, in execution order.
         fork: the first of them, where the perturbed branch begins.
+        perturbations: each perturbed branch: what sets it apart, where, and how strongly it guides.
         tree: where uncond, cond and perturbed part, in words.
         sites: modules whose rows are changed, with the levels they go through.
         calls: what each model call runs on.
@@ -77,6 +78,7 @@ class Explanation:
     once: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    perturbations: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts and numbers, ready for JSON."""
@@ -91,6 +93,7 @@ class Explanation:
         )
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
         lines += [f"perturbed layers ({len(self.layers)})", *_shorten(self.layers), ""]
+        lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
@@ -134,8 +137,8 @@ def explain(
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
-    layers = applied_layers(pipe)
-    plan = Installation(model, layers, config).plan
+    installed = Installation(model, applied_layers(pipe), config)
+    plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size = _size(pipe, model, height, width)
     notes: list[str] = []
@@ -147,18 +150,26 @@ def explain(
         backend=config.backend,
         layers=plan.order,
         fork=plan.fork,
-        tree=_tree(plan),
+        tree=_tree(plan, len(installed.branches)),
         sites=tuple(str(site) for site in plan.sites),
-        calls=tuple(_calls(type(model).__name__, plan, nets)),
+        calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches))),
         flops=predicted,
         size=size,
         schedule=_PIPELINES_SCALE if config.schedule is None else str(config.schedule),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
-        launches=tuple(_launches(pipe, config, plan.order)),
+        launches=tuple(_launches(pipe, config, installed.same_input())),
         notes=tuple(notes),
+        perturbations=tuple(map(_describe, installed.branches)),
     )
+
+
+def _describe(branch: PerturbedBranch) -> str:
+    layers, scale = branch.layers, branch.scale
+    where = layers[0] if len(layers) == 1 else f"{len(layers)} layers"
+    strength = "the call's pag_scale" if scale is None else f"scale {scale:g}"
+    return f"{branch.perturbation.describe()}, in {where}, {strength}"
 
 
 def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
@@ -171,12 +182,12 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
                 yield from (prefix + name for name in invariant_modules(net))
 
 
-def _launches(pipe: Any, config: PatchConfig, perturbed: Sequence[str]) -> Iterator[str]:
+def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iterator[str]:
     for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             if is_eager(model, net):
-                names = () if part == "controlnet" else perturbed
+                names = {} if part == "controlnet" else perturbed
                 for line in Lean(net, names, traced=config.traces).summary():
                     yield f"{type(net).__name__}: {line}"
 
@@ -187,22 +198,27 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
 
 
-def _tree(plan: BranchPlan) -> tuple[str, ...]:
+def _tree(plan: BranchPlan, branches: int) -> tuple[str, ...]:
+    apart = " | ".join(["uncond", "cond", *["perturbed"] * branches])
     if plan.reason:
-        return (f"uncond, cond and perturbed run apart: {plan.reason}",)
+        return (f"{apart} run apart: {plan.reason}",)
     lines = []
     if plan.merged_until:
         lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
     if plan.fork != plan.merged_until:
-        lines.append(f"uncond | cond = perturbed   until {plan.fork}")
-    lines.append("uncond | cond | perturbed   from there on")
+        end = f"the end of {plan.begins}" if plan.begins else plan.fork
+        lines.append(f"uncond | cond = perturbed   until {end}")
+    lines.append(f"{apart}   from there on")
     return tuple(lines)
 
 
-def _calls(denoiser: str, plan: BranchPlan, nets: Sequence[Any]) -> Iterable[ModelCall]:
+def _calls(
+    denoiser: str, plan: BranchPlan, nets: Sequence[Any], branches: int
+) -> Iterable[ModelCall]:
     for cfg in (True, False):
-        full = 3 if cfg else 2
-        path = [full] if plan.reason else [full - 1, full]
+        prompts = 2 if cfg else 1
+        full = prompts + branches
+        path = [full] if plan.reason else [prompts, full]
         if plan.merged and cfg:
             path.insert(0, 1)
         if plan.fork and plan.fork == plan.merged_until and cfg:
@@ -210,7 +226,7 @@ def _calls(denoiser: str, plan: BranchPlan, nets: Sequence[Any]) -> Iterable[Mod
         yield ModelCall(denoiser, cfg, full, " → ".join(map(str, path)))
         for net in nets:
             merged = cfg and bool(plan_controlnet(net).merged_until)
-            yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(full - 1))
+            yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(prompts))
 
 
 def _size(pipe: Any, model: Any, height: int | None, width: int | None) -> tuple[int, int]:
@@ -291,9 +307,9 @@ def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
                 label,
                 f"{cost.stock / 1e12:.3f}",
                 f"{cost.patched / 1e12:.3f}",
-                f"{cost.bound / 1e12:.3f}",
+                f"{cost.bound / 1e12:.3f}" if cost.bound else "–",
                 f"{cost.speedup:.3f}×",
-                f"{100 * (cost.patched / cost.bound - 1):.2f} %",
+                f"{100 * (cost.patched / cost.bound - 1):.2f} %" if cost.bound else "–",
             )
             for label, cost in costs
         ],

@@ -7,6 +7,7 @@ attention count, 2 FLOPs per multiply-add, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from .branches.rows import BranchState
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import family_of
-from .installation import Installation
+from .installation import Installation, perturbed_branches
 from .layers import self_attentions
 from .lean import Lean
+from .perturbations import Identity
+from .premise import latents_of
 
 Inputs = Callable[[int], dict[str, Any]]
 """Forward arguments of a model for a number of rows."""
@@ -31,7 +34,11 @@ Inputs = Callable[[int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound."""
+    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound.
+
+    Diffusers' pipelines know the identity on one branch alone. For everything else ``stock`` is
+    every branch in full, and ``bound`` is 0: none is derived.
+    """
 
     stock: int
     patched: int
@@ -43,7 +50,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.stock + other.stock, self.patched + other.patched, self.bound + other.bound
+            self.stock + other.stock,
+            self.patched + other.patched,
+            self.bound + other.bound if self.bound and other.bound else 0,
         )
 
 
@@ -129,11 +138,18 @@ def patched_step(
     """
     installation = Installation(model, layers, config, eager=eager)
     plan = installation.plan
-    full = 3 if cfg else 2
-    shared = full if plan.reason else full - 1
+    prompts = 2 if cfg else 1
+    full = prompts + len(installation.branches)
+    shared = full if plan.reason else prompts
     merged = 1 if plan.merged and shared == 2 else shared
     installation.state.slabs = (merged, shared, full)
+
+    def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        installation.prepare(args[0] if args else latents_of(kwargs), 0)
+
     with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
+        stack.callback(handle.remove)
         for handle in install(installation.hooks):
             stack.callback(handle.remove)
         for invariant in installation.invariants.values():
@@ -182,9 +198,14 @@ def denoiser_cost(
 ) -> Cost:
     """What one denoiser call costs with PAG on ``layers``."""
     config = config or PatchConfig()
+    branches = perturbed_branches(model, layers, config)
+    patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
+    if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
+        return Cost(count(model, inputs((2 if cfg else 1) + len(branches))), patched, 0)
+    layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
     return Cost(
         stock_flops(model, layers, inputs, cfg=cfg),
-        patched_flops(model, layers, inputs, cfg=cfg, config=config),
+        patched,
         lower_bound(model, trace(model, inputs), layers, inputs, cfg=cfg),
     )
 

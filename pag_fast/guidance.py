@@ -12,42 +12,54 @@ from .schedules import Schedule, Step
 
 
 def scale_at(
-    pipe: Any, timestep: Any, cache: dict[Any, Any], schedule: Schedule | None = None
+    pipe: Any,
+    timestep: Any,
+    cache: dict[Any, Any],
+    schedule: Schedule | None = None,
+    scale: float | None = None,
 ) -> float:
     """The PAG scale at ``timestep``: ``max(0, s − a·(1000 − t))`` with adaptive scale ``a``.
 
-    Diffusers' formula (``PAGMixin._get_pag_scale``), and what a ``schedule`` makes of it.
-    ``timestep`` is a number or a tensor of one repeated value on any device; ``cache`` lives as
-    long as the pipeline call and holds the scheduler's timesteps and noise levels on the host, read
-    once.
+    s is ``scale`` or, without one, the call's. Diffusers' formula (``PAGMixin._get_pag_scale``),
+    and what a ``schedule`` makes of it. ``timestep`` is a number or a tensor of one repeated value
+    on any device; ``cache`` lives as long as the pipeline call and holds the scheduler's timesteps
+    and noise levels on the host, read once.
 
     Raises:
         ValueError: a schedule that does not fit the call (:meth:`Schedule.scale`), or both it and
             the pipeline have an adaptive scale.
     """
-    if schedule is None or float(pipe.pag_scale) <= 0.0:
-        return _own_scale(pipe, lambda: timestep_value(pipe, timestep, cache))
+    if schedule is None or _base(pipe, scale) <= 0.0:
+        return _own_scale(pipe, lambda: timestep_value(pipe, timestep, cache), scale)
     _check_adaptive(pipe, schedule)
-    return schedule.scale(_step(pipe, _position(pipe, timestep, cache), cache))
+    return schedule.scale(_step(pipe, _position(pipe, timestep, cache), cache, scale))
 
 
 def scales_ahead(
-    pipe: Any, timestep: Any, cache: dict[Any, Any], schedule: Schedule | None = None
+    pipe: Any,
+    timestep: Any,
+    cache: dict[Any, Any],
+    schedule: Schedule | None = None,
+    scale: float | None = None,
 ) -> Iterator[float]:
     """The scales of ``timestep`` and of all that follow in the call, as far as can be told now."""
     if schedule is None and float(pipe.pag_adaptive_scale) <= 0.0:
-        yield _own_scale(pipe, lambda: 0.0)
+        yield _own_scale(pipe, lambda: 0.0, scale)
         return
     position = _position(pipe, timestep, cache)
     first, count = cache["first"], _step(pipe, position, cache).count
     for at in range(position, first + count):
-        step = _step(pipe, at, cache)
+        step = _step(pipe, at, cache, scale)
         yield step.scale if schedule is None else schedule.scale(step)
 
 
-def _own_scale(pipe: Any, timestep: Any) -> float:
+def _base(pipe: Any, scale: float | None) -> float:
+    return float(pipe.pag_scale) if scale is None else scale
+
+
+def _own_scale(pipe: Any, timestep: Any, scale: float | None = None) -> float:
     """The pipeline's scale; ``timestep()`` is asked for only where it matters."""
-    scale = float(pipe.pag_scale)
+    scale = _base(pipe, scale)
     adaptive = float(pipe.pag_adaptive_scale)
     if scale <= 0.0:
         return 0.0
@@ -128,7 +140,7 @@ def _find(host: list[float], value: float, last: int) -> int:
     )
 
 
-def _step(pipe: Any, position: int, cache: dict[Any, Any]) -> Step:
+def _step(pipe: Any, position: int, cache: dict[Any, Any], scale: float | None = None) -> Step:
     host = cache["host"]
     if "sigmas" not in cache:
         cache["sigmas"] = _host_sigmas(pipe.scheduler, host)
@@ -141,7 +153,7 @@ def _step(pipe: Any, position: int, cache: dict[Any, Any]) -> Step:
         count=count,
         timestep=timestep,
         sigma=None if sigmas is None else sigmas[position],
-        scale=_own_scale(pipe, lambda: timestep),
+        scale=_own_scale(pipe, lambda: timestep, scale),
     )
 
 

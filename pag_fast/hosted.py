@@ -12,7 +12,7 @@ import torch
 
 from .branches.rows import change_level
 from .families import family_of, uncompiled
-from .guidance import guided_cond, host_timesteps, scale_at
+from .guidance import guided_cond, host_timesteps
 from .hosts import Host
 from .premise import batched, latents_of
 from .session import COND, PERTURBED, UNCOND, Session, change_arguments, mend_rows
@@ -145,13 +145,12 @@ class HostedSession(Session):
         mend_rows(call, rows)
         if not same:
             self._decided_for = ()
-        schedule = self.patch.config.schedule
-        scale = scale_at(self.pipe, self._scheduled(call), self._scales, schedule)
+        scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
         state.slabs = None
-        drops = self._drops(scale, sample)
+        drops = self._drops(scales, sample)
         if self.patch.compilation is not None or not drops:
-            extended = self._extend(call, rows, frames, len(layout))
-            everything = (*layout, PERTURBED)
+            extended = self._extend(call, rows, frames, len(layout), branches)
+            everything = layout + (PERTURBED,) * branches
             if self.patch.compilation is not None:
                 self._warm(extended, everything, frames, dropped=drops)
             if not drops:
@@ -159,7 +158,8 @@ class HostedSession(Session):
                 state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
-        self.ran = layout, scale
+        self.installed.prepare(latents_of(call), self.loop.step)
+        self.ran = layout, scales
         return call
 
     def _scheduled(self, call: dict[str, Any]) -> Any:
@@ -173,8 +173,10 @@ class HostedSession(Session):
         host = host_timesteps(self.pipe, self._scales)
         return host[min(index, len(host) - 1)]
 
-    def _extend(self, call: dict[str, Any], rows: int, frames: int, have: int) -> dict[str, Any]:
-        """Every batched argument with a copy of its cond rows; the same copy in every step."""
+    def _extend(
+        self, call: dict[str, Any], rows: int, frames: int, have: int, more: int
+    ) -> dict[str, Any]:
+        """Every batched argument with copies of its cond rows; the same copies in every step."""
         extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
         def extend(x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +186,7 @@ class HostedSession(Session):
             # a tensor made in inference mode does not tell whether a callback has written into it
             now = -1 if x.is_inference() and self.watched else 0 if x.is_inference() else x._version
             if own is not x or version != now or now < 0:
-                copy = change_level(x, have, have + 1)
+                copy = change_level(x, have, have + more)
             extended[id(x)] = x, now, copy
             return copy
 
@@ -197,7 +199,8 @@ class HostedSession(Session):
         self.patch.steps["shared"] += 1
         recheck = self.watched and self.installed.denoiser.config.get("in_channels") == 9
         everything = batched(call, full * self.unit, frames)
-        return self._merged(everything, full, recheck), full - 1, full
+        shared = full - len(self.installed.branches)
+        return self._merged(everything, full, recheck), shared, full
 
     # ---- the combination ----
 
@@ -224,12 +227,10 @@ class HostedSession(Session):
                 return out
             return _with_prediction(out, prediction + self._pending)
         self._pending = None
-        layout, scale = self.ran
-        branches = dict(zip(layout, prediction.chunk(len(layout)), strict=True))
-        perturbed = self._perturbed(branches, scale)
+        uncond, cond, perturbed, scale = self._predictions(prediction)
         if perturbed is None:
             return out
-        config, uncond = self.patch.config, branches.get(UNCOND)
+        config = self.patch.config
         cfg = self.host.cfg(self.pipe, self.arguments)
         g = None
         if cfg:
@@ -239,9 +240,9 @@ class HostedSession(Session):
                     f"rescale_mode={config.rescale_mode!r} needs the scale of CFG, which this call "
                     "decides on later: use use_dynamic_cfg=False, or no rescale_mode."
                 )
-        cond = guided_cond(
+        guided = guided_cond(
             uncond,
-            branches[COND],
+            cond,
             perturbed,
             g,
             scale,
@@ -250,10 +251,11 @@ class HostedSession(Session):
             backend=config.backend,
         )
         if cfg and g is None:
-            difference = cond - branches[COND]
+            difference = guided - cond
             uncond = None if uncond is None else uncond + difference
             self._pending = difference if self.host.sequential else None
-        return _with_prediction(out, cond if uncond is None else torch.cat([uncond, cond]))
+        both = guided if uncond is None else torch.cat([uncond, guided])
+        return _with_prediction(out, both.to(prediction.dtype))
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):

@@ -16,8 +16,9 @@ from typing import Any, TypeVar, cast
 from .config import PatchConfig
 from .families import PAG_PIPELINES, family_of, uncompiled
 from .hosts import HOSTS, Host, denoiser_names, host_of
+from .installation import perturbed_branches
 from .lasting import Patch
-from .layers import Layers, as_list, resolve
+from .layers import Layers, as_list
 from .pipeline import mixins
 
 P = TypeVar("P")
@@ -51,13 +52,16 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     _check_scales(config, host)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
+    if config.branches is not None:
+        wanted = [layer for branch in config.branches for layer in as_list(branch.layers)]
     for name in denoiser_names(pipe):
         denoiser = uncompiled(getattr(pipe, name))
         family_of(denoiser)
-        resolve(denoiser, wanted, exact=config.exact_layers)
+        perturbed_branches(denoiser, wanted, config)
 
     before = getattr(pipe, "_pag_fast", None)
-    own = None if config.layers is None and host is None else wanted
+    chosen = config.layers is not None or config.branches is not None or host is not None
+    own = wanted if chosen else None
     cls = type(pipe) if before is None else before.original_class
     new = Patch(config, cls, original, own, host)
     if before is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,8 @@ class Session:
     """The state of one running call.
 
     Attributes:
-        ran: what the latest denoiser call returned: its branches in order, and the PAG scale.
+        ran: what the latest denoiser call returned: its branches in order, and the scale of each
+            perturbed one.
         rescaled: CFG rescale has been applied to the current prediction.
         freed: the pipeline has offloaded its models at the end of the call.
     """
@@ -51,7 +52,7 @@ class Session:
         self.denoiser = denoiser or denoiser_name(pipe)
         self.patch = patch
         self.watched = watched
-        self.ran: tuple[tuple[str, ...], float] | None = None
+        self.ran: tuple[tuple[str, ...], tuple[float, ...]] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
         self._residual_slabs: tuple[int, int] | None = None
@@ -177,7 +178,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         if self.pag:
-            self.installed.state.slabs = None
+            self.installed.forget()
 
     # ---- a step ----
 
@@ -217,23 +218,40 @@ class Session:
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
-        scale = scale_at(self.pipe, call["timestep"], self._scales, self.patch.config.schedule)
-        drops = layout[-1] == PERTURBED and self._drops(scale, sample)
+        scales, branches = self._scales_at(call["timestep"]), len(self.installed.branches)
+        if layout[-1] == PERTURBED and branches > 1:
+            # the pipeline's batch has rows for one perturbed branch: the others begin as its copies
+            full = len(layout)
+            call = _change_rows(call, rows, frames, full, full + branches - 1)
+            layout += (PERTURBED,) * (branches - 1)
+        rows = latents_of(call).shape[0]
+        drops = layout[-1] == PERTURBED and self._drops(scales, sample)
         if self.patch.compilation is not None and layout[-1] == PERTURBED:
             self._warm(call, layout, frames, dropped=drops)
         if drops:
-            call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
-            layout = layout[:-1]
+            call = _change_rows(call, rows, frames, len(layout), len(layout) - branches)
+            layout = layout[:-branches]
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
-        self.ran = layout, scale
+        self.installed.prepare(latents_of(call), self._calls - 1)
+        self.ran = layout, scales
         return call
 
-    def _drops(self, scale: float, latents: torch.Tensor) -> bool:
+    def _scales_at(self, timestep: Any) -> tuple[float, ...]:
+        """The guidance scale of each perturbed branch."""
+        schedule = self.patch.config.schedule
+        return tuple(
+            [
+                scale_at(self.pipe, timestep, self._scales, schedule, branch.scale)
+                for branch in self.installed.branches
+            ]
+        )
+
+    def _drops(self, scales: tuple[float, ...], latents: torch.Tensor) -> bool:
         """Whether a step does without the perturbed rows."""
-        if scale == 0.0:
+        if not any(scales):
             self.patch.steps["perturbed branch dropped"] += 1
             return True
         if self._difference is not None and self._difference.serves(latents[-self.unit :]):
@@ -241,15 +259,32 @@ class Session:
             return True
         return False
 
-    def _perturbed(self, branches: dict[str, torch.Tensor], scale: float) -> torch.Tensor | None:
-        """The perturbed prediction, from this step or by the difference of an earlier one."""
-        cond, perturbed = branches[COND], branches.get(PERTURBED)
-        if self._difference is None or scale == 0.0:
-            return perturbed
-        if perturbed is None:
-            return self._difference.perturbed(cond)
-        self._difference.hold(cond, perturbed)
-        return perturbed
+    def _predictions(
+        self, prediction: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, float]:
+        """Uncond, cond, one perturbed prediction that stands for all, and its scale.
+
+        With several branches in fp32, to be rounded once. What was not run may be had by the
+        difference of an earlier step.
+        """
+        assert self.ran is not None
+        layout, scales = self.ran
+        slabs = prediction.chunk(len(layout))
+        branches, scale = dict(zip(layout, slabs, strict=True)), sum(scales)
+        uncond, cond, perturbed = branches.get(UNCOND), branches[COND], branches.get(PERTURBED)
+        if len(scales) > 1:
+            wide = torch.promote_types(prediction.dtype, torch.float32)
+            uncond, cond = None if uncond is None else uncond.to(wide), cond.to(wide)
+            if perturbed is not None:
+                # s·(c − p) of one p is the sum over all
+                weighted = zip(scales, slabs[-len(scales) :], strict=True)
+                perturbed = torch.stack([s / scale * p.to(wide) for s, p in weighted]).sum(0)
+        if self._difference is not None and scale:
+            if perturbed is None:
+                perturbed = self._difference.perturbed(cond)
+            else:
+                self._difference.hold(cond, perturbed)
+        return uncond, cond, perturbed, scale
 
     def _begin_step(self) -> None:
         if self.patch.compilation is not None:
@@ -268,9 +303,7 @@ class Session:
         if key in compilation.warmed or key in self._looked_ahead:
             return
         self._looked_ahead.add(key)
-        schedule = self.patch.config.schedule
-        ahead = scales_ahead(self.pipe, call["timestep"], self._scales, schedule)
-        if self._difference is None and all((scale == 0.0) == dropped for scale in ahead):
+        if self._difference is None and all(runs != dropped for runs in self._ahead(call)):
             return
         compilation.warmed.add(key)
         if dropped:
@@ -278,7 +311,7 @@ class Session:
             self.installed.state.slabs = self._slabs(other, layout, frames, False)
             self.patch.steps = counted
         else:
-            rows = full - 1
+            rows = full - len(self.installed.branches)
             other = _change_rows(dict(call), latents.shape[0], frames, full, rows)
             self.installed.state.slabs = None
         self._advance(self._kept, other, False)
@@ -288,6 +321,19 @@ class Session:
             getattr(self.pipe, self.denoiser)(**other)
         finally:
             self._warming = False
+
+    def _ahead(self, call: dict[str, Any]) -> Iterator[bool]:
+        """Of this step and those that follow, as far as can be told: do they have a scale?"""
+        schedule = self.patch.config.schedule
+        scales = [
+            scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
+            for branch in self.installed.branches
+        ]
+        return (any(step) for step in zip(*scales, strict=True))
+
+    def _scheduled(self, call: dict[str, Any]) -> Any:
+        """The scheduler's timestep of a model call."""
+        return call["timestep"]
 
     def _advance(self, kept: Kept, call: dict[str, Any], same: bool) -> None:
         kept.advance(latents_of(call), same=same, watched=self.watched)
@@ -302,6 +348,12 @@ class Session:
             return None
         full = len(layout)
         if self.installed.plan.reason:
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        if self.installed.plan.shuffled and _has_masks(call):
+            self.patch.fall_back(
+                "IP-Adapter masks tell tokens apart by where they are: shuffled branches run apart"
+            )
             self.patch.steps["not shared"] += 1
             return full, full, full
         if call.get(_ADAPTER) is not None:
@@ -322,7 +374,10 @@ class Session:
         everything = batched(call, full * self.unit, frames)
         # a mask concatenated to the latents can be replaced by a callback; the latents cannot
         recheck = self.watched and self.installed.denoiser.config.in_channels == 9
-        differing = premise.differing(everything, full, -2, -1, key="cond", recheck=recheck)
+        shared = full - len(self.installed.branches)
+        differing = premise.differing(
+            everything, full, shared - 1, shared, key="cond", recheck=recheck
+        )
         if differing:
             self.patch.fall_back(
                 f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
@@ -330,12 +385,13 @@ class Session:
             self.patch.steps["not shared"] += 1
             return full, full, full
         self.patch.steps["shared"] += 1
-        return self._merged(everything, full, recheck), full - 1, full
+        return self._merged(everything, full, recheck), shared, full
 
     def _merged(self, everything: dict[str, torch.Tensor], full: int, recheck: bool) -> int:
         """Slabs at MERGED: one, where uncond and cond differ in their text alone."""
-        if not (self.installed.plan.merged and full == 3):
-            return full - 1
+        shared = full - len(self.installed.branches)
+        if not (self.installed.plan.merged and shared == 2):
+            return shared
         others = {
             n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
         }
@@ -423,7 +479,7 @@ class Session:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
         assert self.ran is not None
-        layout, scale = self.ran
+        layout, scales = self.ran
         # what follows the last step, decoding, is where memory runs short
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
             self._calls = 0
@@ -432,30 +488,30 @@ class Session:
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
-        branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
         config, rescale = self.patch.config, 0.0
+        uncond, cond, perturbed, scale = self._predictions(useful)
         if config.rescale_mode is not None:
             rescale = config.rescale or 0.0
-        elif UNCOND in branches and isinstance(self.pipe, RescalesOnce):
+        elif uncond is not None and isinstance(self.pipe, RescalesOnce):
             rescale = float(self.pipe._guidance_rescale)
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
-            branches.get(UNCOND),
-            branches[COND],
-            self._perturbed(branches, scale),
+            uncond,
+            cond,
+            perturbed,
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,
             rescale_mode=config.rescale_mode or "cfg",
             backend=config.backend,
-        )
+        ).to(useful.dtype)
         if sigma:
             # the pipeline splits the sigma channels off behind this point: give it some to split
             # off
             padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
             padded[:, : channels // 2] = combined
             combined = padded
-        return combined, branches[COND]
+        return combined, cond.to(useful.dtype)
 
 
 @functools.cache
@@ -490,6 +546,10 @@ def _change_rows(
         return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
 
     return change_arguments(call, change)
+
+
+def _has_masks(call: dict[str, Any]) -> bool:
+    return bool((call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks"))
 
 
 def mend_rows(call: dict[str, Any], rows: int) -> None:

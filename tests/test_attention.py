@@ -77,6 +77,8 @@ PROBLEMS = [
     Problem(80, 2, 64, 2, 1, context=13),
     Problem(333, 2, 64, 4, 2, context=77),
     Problem(100, 2, 72, 2, 0, context=36, forked=1),
+    Problem(77, 2, 40, 0, 2),
+    Problem(80, 2, 64, 0, 1, context=13),
     Problem(4097, 1, 64, 2, 1),
 ]
 
@@ -307,8 +309,8 @@ def test_flops_of_stock_attention_are_counted_alike():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attend": 0}, "num_attend must be in 1..3"),
-        ({"num_attend": 4}, "num_attend must be in 1..3"),
+        ({"num_attend": -1}, "num_attend must be in 0..3"),
+        ({"num_attend": 4}, "num_attend must be in 0..3"),
         ({"num_context": 16}, "num_context must be in 0..15"),
         ({"num_forked": 1}, "num_forked=1 needs every row"),
         ({"backend": "cuda"}, "choose one of auto, torch, triton"),

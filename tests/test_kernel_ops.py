@@ -51,6 +51,12 @@ def _blur(backend):
     )
 
 
+def _noisy(backend):
+    q, k, v = torch.randn(3, *QKV).unbind()
+    clock = torch.zeros(1, dtype=torch.int64)
+    return lambda: ops.noisy_attention(q, k, v, clock=clock, seed=3, backend=backend)
+
+
 def _masked(backend):
     q, k, v = torch.randn(3, *QKV).unbind()
     mask = torch.randn(1, 1, 1, QKV[1])
@@ -84,7 +90,7 @@ def _combine(backend):
     )
 
 
-CALLS = [_attention, _attention_, _fork, _soft, _blur, _masked, _linear, _norm, _combine]
+CALLS = [_attention, _attention_, _fork, _soft, _blur, _noisy, _masked, _linear, _norm, _combine]
 by_name = pytest.mark.parametrize("make", CALLS, ids=lambda make: make.__name__.strip("_"))
 
 
@@ -116,6 +122,7 @@ def test_opcheck(launches):  # noqa: F811
         (op.perturbed_attention, (q, k, v, 2, 5, None, None, 1, "identity", None)),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "soft", torch.rand(2))),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "blur", None)),
+        (op.noisy_attention, (q, k, v, torch.zeros(1).long(), 2, 3, 0.5, None, 0.3)),
         (op.linear_attention, (q[:1], k[:1], v, 1, 0)),
         (op.combine_guidance, (q, k, v, 7.0, 3.0, 0.7)),
         (op.qk_norm_rope_, (q.clone(), k.clone(), *(None,) * 6, True, 1e-6)),

@@ -21,6 +21,7 @@ NAME = "StableDiffusionXLPAGPipeline"
 def test_public_names():
     assert sorted(pag_fast.__all__) == sorted(
         [
+            "Branch",
             "CompileConfig",
             "PatchConfig",
             "Schedule",
@@ -117,9 +118,9 @@ def test_layers_set_after_patching_survive():
     [
         ({"layers": ["nothing"]}, "matches none of the"),
         ({"layers": []}, "layers is empty"),
-        ({"speed": 11}, "Unknown option 'speed': choose from layers, pag_scale"),
+        ({"speed": 11}, "Unknown option 'speed': choose from layers, perturbation"),
         ({"backend": "cuda"}, "Unknown backend 'cuda': choose one of auto, torch, triton"),
-        ({"perturbation": "blur"}, "Unknown perturbation 'blur': choose one of 'identity'"),
+        ({"perturbation": "blurry"}, "Unknown perturbation 'blurry': choose one of 'identity'"),
         ({"share_branches": 1}, "share_branches must be True or False; got 1"),
         ({"config": "fast"}, "config must be a PatchConfig; got str"),
     ],

@@ -13,7 +13,8 @@ from __future__ import annotations
 from .backend import BACKENDS, check_backend, resolve_backend
 from .combine_guidance import check_rescale_mode, combine_guidance
 from .linear_attention import linear_attention
-from .perturbed_attention import perturbed_attention, perturbed_attention_
+from .noisy_attention import noisy_attention
+from .perturbed_attention import perturbed_attention, perturbed_attention_, softmax_attention
 from .qk_norm_rope import qk_norm_rope_
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "check_rescale_mode",
     "combine_guidance",
     "linear_attention",
+    "noisy_attention",
     "perturbed_attention",
     "perturbed_attention_",
     "qk_norm_rope_",
     "resolve_backend",
+    "softmax_attention",
 ]

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from .rows import PerturbedProcessor, heads_last, project_out
 
 
 class PerturbedLinearAttention(PerturbedProcessor):
     """Replaces ``PAG(CFG)…SanaLinearAttnProcessor2_0`` of diffusers, and QK-norm is applied."""
+
+    linear = True
 
     def __call__(
         self,
@@ -21,20 +22,21 @@ class PerturbedLinearAttention(PerturbedProcessor):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_attend, num_forked = self.rows(hidden_states.shape[0])
-        attending = hidden_states[:num_attend]
-        query, key = attn.to_q(attending), attn.to_k(attending)
+        total = hidden_states.shape[0]
+        num_scored = self.scored(num_attend, total)
+        scored = hidden_states if num_scored == total else hidden_states[:num_scored]
+        query, key = attn.to_q(scored), attn.to_k(scored)
         value = attn.to_v(hidden_states)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        out = ops.linear_attention(
+        out = self.attention(
             heads_last(query, attn.heads),
             heads_last(key, attn.heads),
             heads_last(value, attn.heads),
             num_attend=num_attend,
             num_forked=num_forked,
-            backend=self.backend,
         )
         out = self.spread(project_out(attn, out), num_forked)
         # diffusers keeps an fp16 model's residual stream finite here

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from .combine_guidance import combine_guidance
 from .linear_attention import linear_attention
+from .noisy_attention import noisy_attention
 from .perturbed_attention import perturbed_attention
 from .qk_norm_rope import qk_norm_rope
 
-__all__ = ["combine_guidance", "linear_attention", "perturbed_attention", "qk_norm_rope"]
+__all__ = [
+    "combine_guidance",
+    "linear_attention",
+    "noisy_attention",
+    "perturbed_attention",
+    "qk_norm_rope",
+]
