@@ -124,8 +124,11 @@ def explain(
         ValueError: a pipeline that cannot be patched.
     """
     from .patching import _check_pipeline
+    from .sag import explain_sag, is_sag
 
     _check_pipeline(pipe)
+    if is_sag(pipe):
+        return explain_sag(pipe, size=(height, width))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))

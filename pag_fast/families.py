@@ -66,6 +66,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+SAG_PIPELINES = ("StableDiffusionSAGPipeline",)
+
 SUPPORTED_PIPELINES = (
     "AnimateDiffPAGPipeline",
     "HunyuanDiTPAGPipeline",

@@ -14,22 +14,24 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .families import SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
+from .families import SAG_PIPELINES, SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
 from .lasting import Patch
 from .layers import Layers, as_list, resolve
 from .pipeline import mixins
+from .sag import SagPatch, is_sag
 
 P = TypeVar("P")
 
 
 def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
-    """Make a diffusers PAG pipeline fast; the picture stays the same.
+    """Make a diffusers PAG or SAG pipeline fast; the picture stays the same.
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
             Patching it again replaces the earlier settings.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
+            Self-Attention Guidance has none.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
 
     Returns:
@@ -41,6 +43,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     """
     config = _config(layers, options)
     _check_pipeline(pipe)
+    if is_sag(pipe):
+        return _put_on(pipe, SagPatch(pipe, config))
     denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
     family_of(denoiser)
     original = _users_layers(pipe)
@@ -53,11 +57,16 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     own = None if config.layers is None else wanted
     new = Patch(config, type(pipe) if before is None else before.original_class, original, own)
     new.compile(pipe)
+    _put_on(pipe, new)
+    if own is not None:
+        pipe.pag_applied_layers = own  # type: ignore[attr-defined]
+    return pipe
+
+
+def _put_on(pipe: P, new: Patch | SagPatch) -> P:
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
-    if own is not None:
-        pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
 
 
@@ -70,7 +79,8 @@ def unpatch(pipe: P) -> P:
     found = getattr(pipe, "_pag_fast", None)
     if found is None:
         return pipe
-    pipe.pag_applied_layers = _users_layers(pipe)  # type: ignore[attr-defined]
+    if hasattr(pipe, "pag_applied_layers"):
+        pipe.pag_applied_layers = _users_layers(pipe)
     found.release()
     pipe.__class__ = found.original_class
     del pipe._pag_fast  # type: ignore[attr-defined]
@@ -90,14 +100,16 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
-            pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
+            if layers_before is not None:
+                pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 
 
 def supported_pipelines() -> tuple[str, ...]:
     """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
     import diffusers
 
-    return tuple(name for name in SUPPORTED_PIPELINES if hasattr(diffusers, name))
+    names = (*SUPPORTED_PIPELINES, *SAG_PIPELINES)
+    return tuple(name for name in names if hasattr(diffusers, name))
 
 
 def _config(layers: Layers | None, options: dict[str, Any]) -> PatchConfig:
@@ -125,11 +137,12 @@ def _users_layers(pipe: Any) -> Any:
 
 def _check_pipeline(pipe: Any) -> None:
     names = {cls.__name__ for cls in type(pipe).__mro__}
-    if not names & set(SUPPORTED_PIPELINES):
+    if not names & {*SUPPORTED_PIPELINES, *SAG_PIPELINES}:
         raise ValueError(
             f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
             f"pipelines of diffusers: {', '.join(SUPPORTED_PIPELINES)}; AutoPipelineForText2Image"
-            ".from_pretrained(..., enable_pag=True) makes one."
+            ".from_pretrained(..., enable_pag=True) makes one. It also takes "
+            f"{', '.join(SAG_PIPELINES)}."
         )
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .families import denoiser_name, uncompiled
+from .families import SAG_PIPELINES, denoiser_name, uncompiled
 from .layers import Layers, as_list, resolve
 from .processors.rows import PerturbedProcessor
+from .sag.pipeline import PatchedSagPipeline
 
 if TYPE_CHECKING:
     from .lasting import Patch
@@ -131,6 +132,8 @@ _RESCALING = (
 def mixins(cls: type) -> tuple[type, ...]:
     """The overrides that a pipeline class needs, in the order of inheritance."""
     names = {base.__name__ for base in cls.__mro__}
+    if names & set(SAG_PIPELINES):
+        return (PatchedSagPipeline,)
     found: list[type] = [PatchedPipeline]
     if names & set(_RESCALING):
         found.append(RescalesOnce)
