@@ -112,9 +112,7 @@ def test_no_work_hides_from_the_flop_counter(shape):
 def test_opcheck():
     for scale in (None, 0.3):
         q, k = _pair(SHAPES[1], torch.float32)
-        torch.library.opcheck(
-            torch.ops.pag_fast.received_attention.default, (q, k, scale, "torch")
-        )
+        torch.library.opcheck(torch.ops.pag_fast.received_attention.default, (q, k, scale, "torch"))
 
 
 def test_bad_arguments():

@@ -23,7 +23,7 @@ class NoiseSchedule:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self._cache: dict[Any, Any] = {}
-        self._alphas: tuple[Any, torch.Tensor] | None = None
+        self._table: tuple[Any, Any, dict[int, tuple[float, float, float]]] | None = None
 
     def weights(self, timestep: Any) -> tuple[Weights, Weights]:
         """``(clean, noise)`` for :func:`pag_fast.reference.degrade_latents`.
@@ -31,38 +31,39 @@ class NoiseSchedule:
         Raises:
             ValueError: a prediction type that Self-Attention Guidance does not know.
         """
+        scheduler = self.pipe.scheduler
         value = int(timestep_value(self.pipe, timestep, self._cache))
-        alphas = self._host_alphas()
-        original, noise = _predictions(
-            self.pipe.scheduler.config.prediction_type, float(alphas[value])
-        )
-        signal_level, noise_level = self._levels(value, alphas)
+        steps, alphas = scheduler.timesteps, scheduler.alphas_cumprod
+        # a scheduler that has been told where to begin looks at its own step instead
+        told = getattr(scheduler, "begin_index", None) is not None
+        table = self._table
+        if told or table is None or table[0] is not steps or table[1] is not alphas:
+            self._table = table = steps, alphas, _read(scheduler)
+        alpha, signal_level, noise_level = table[2][value]
+        original, noise = _predictions(scheduler.config.prediction_type, alpha)
         return (
             (signal_level * original[0], signal_level * original[1]),
             (noise_level * noise[0], noise_level * noise[1]),
         )
 
-    def _host_alphas(self) -> torch.Tensor:
-        alphas = self.pipe.scheduler.alphas_cumprod
-        if self._alphas is None or self._alphas[0] is not alphas:
-            self._alphas = alphas, alphas.to("cpu", torch.float64)
-        return self._alphas[1]
 
-    def _levels(self, value: int, alphas: torch.Tensor) -> Weights:
-        """What the scheduler's ``add_noise`` multiplies the signal and the noise with."""
-        scheduler = self.pipe.scheduler
-        # it moves its tables to the device of what it is given: a copy leaves the user's alone
-        twin = copy.copy(scheduler)
-        twin.alphas_cumprod = alphas
-        for name in ("timesteps", "sigmas"):
-            table = getattr(scheduler, name, None)
-            if isinstance(table, torch.Tensor):
-                if self._cache.get(name, (None,))[0] is not table:
-                    self._cache[name] = table, table.cpu()
-                setattr(twin, name, self._cache[name][1])
-        one = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        levels = twin.add_noise(one, one.flip(0), torch.tensor([value, value]))
-        return float(levels[0]), float(levels[1])
+def _read(scheduler: Any) -> dict[int, tuple[float, float, float]]:
+    """Of every timestep: ᾱ, and what ``add_noise`` multiplies the signal and the noise with."""
+    # it moves its tables to the device of what it is given: a copy leaves the user's alone
+    twin = copy.copy(scheduler)
+    for name in ("alphas_cumprod", "timesteps", "sigmas"):
+        table = getattr(scheduler, name, None)
+        if isinstance(table, torch.Tensor):
+            setattr(twin, name, table.cpu())
+    steps = twin.timesteps.long()
+    ones = torch.ones(len(steps), dtype=torch.float64)
+    zeros = torch.zeros_like(ones)
+    columns = (
+        twin.alphas_cumprod[steps].tolist(),
+        twin.add_noise(ones, zeros, steps).tolist(),
+        twin.add_noise(zeros, ones, steps).tolist(),
+    )
+    return dict(zip(steps.tolist(), zip(*columns, strict=True), strict=True))
 
 
 def _predictions(kind: str, alpha: float) -> tuple[Weights, Weights]:

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import INTERPRETED, on_device
 
-BLOCK = 256  # pixels
+# elements of a program; the interpreter's time is per program
+BLOCK, INTERPRETED_BLOCK = 256, 1 << 14
 
 
 @triton.jit
@@ -55,25 +56,26 @@ def _degrade_latents_kernel(
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = (tl.program_id(1) // channels).to(tl.int64)
-    channel = tl.program_id(1) % channels
-    pixels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    numel = height * width
-    mask = pixels < numel
-    y, x = pixels // width, pixels % width
-    x_base = x_ptr + sample * stride_x + channel * numel
-    output_base = output_ptr + sample * stride_output + channel * numel
+    sample = tl.program_id(1).to(tl.int64)
+    elements = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    numel = channels * height * width
+    mask = elements < numel
+    y, x = elements // width % height, elements % width
+    # the channel's first pixel
+    first = elements - y * width - x
+    x_base = x_ptr + sample * stride_x
+    output_base = output_ptr + sample * stride_output
     blurred = tl.zeros((BLOCK,), tl.float32)
     for down in range(KERNEL):
-        line = _reflected(y + down - KERNEL // 2, height) * width
+        line = first + _reflected(y + down - KERNEL // 2, height) * width
         for right in tl.static_range(KERNEL):
             near = line + _reflected(x + right - KERNEL // 2, width)
             latent = tl.load(x_base + near, mask=mask, other=0.0).to(tl.float32)
             predicted = tl.load(output_base + near, mask=mask, other=0.0).to(tl.float32)
             weight = tl.load(blur_ptr + down * KERNEL + right)
             blurred += weight * (clean_x * latent + clean_output * predicted)
-    latent = tl.load(x_base + pixels, mask=mask, other=0.0).to(tl.float32)
-    predicted = tl.load(output_base + pixels, mask=mask, other=0.0).to(tl.float32)
+    latent = tl.load(x_base + elements, mask=mask, other=0.0).to(tl.float32)
+    predicted = tl.load(output_base + elements, mask=mask, other=0.0).to(tl.float32)
     original = clean_x * latent + clean_output * predicted
     # PyTorch's nearest neighbour, rounding included
     map_y = tl.minimum((y.to(tl.float32) * scale_y).to(tl.int32), map_height - 1)
@@ -82,8 +84,8 @@ def _degrade_latents_kernel(
     received = tl.load(received_ptr + token, mask=mask, other=0.0)
     out = tl.where(received > 1.0, blurred, original)
     out += noise_x * latent + noise_output * predicted
-    base = out_ptr + tl.program_id(1).to(tl.int64) * numel
-    tl.store(base + pixels, out.to(out_ptr.dtype.element_ty), mask=mask)
+    base = out_ptr + sample * numel
+    tl.store(base + elements, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def degrade_latents(
@@ -105,9 +107,10 @@ def degrade_latents(
     noise.
     """
     batch, channels, height, width = sample.shape
+    block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
     out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     with on_device(sample):
-        _degrade_latents_kernel[(triton.cdiv(height * width, BLOCK), batch * channels)](
+        _degrade_latents_kernel[(triton.cdiv(sample[0].numel(), block), batch)](
             sample,
             model_output,
             received,
@@ -124,6 +127,6 @@ def degrade_latents(
             *clean,
             *noise,
             KERNEL=blur.shape[-1],
-            BLOCK=BLOCK,
+            BLOCK=block,
         )
     return out

@@ -165,6 +165,8 @@ def tile(chip: str, dtype: torch.dtype, head_dim: int) -> Config:
         return Config(16 if chip == "wmma" else 32, 16, 8, 1)
     if chip == "wmma":
         return Config(64, 32, 4, 1) if wide <= 96 else Config(32, 32, 4, 1)
+    if chip == "mma" and wide <= 128:
+        return Config(32, 64, 4, 1) if wide <= 64 else Config(64, 32, 4, 1)
     return Config(64, 64, 4, 1)
 
 
