@@ -157,8 +157,9 @@ def _received_attention_kernel(
 
 
 def tile(chip: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """The largest tile that does not spill; unmeasured. A software pipeline would make it spill."""
-    wide = sum(split_head_dim(head_dim))
+    """A tile that spills on no chip of its generation, as pipelined loads would; unmeasured."""
+    dim_a, dim_b = split_head_dim(head_dim)
+    wide = dim_a + dim_b
     if chip == "cpu":
         return Config(64, 64, 4, 1)
     if dtype == torch.float32:
@@ -166,7 +167,9 @@ def tile(chip: str, dtype: torch.dtype, head_dim: int) -> Config:
     if chip == "wmma":
         return Config(64, 32, 4, 1) if wide <= 96 else Config(32, 32, 4, 1)
     if chip == "mma" and wide <= 128:
-        return Config(32, 64, 4, 1) if wide <= 64 else Config(64, 32, 4, 1)
+        if dim_b == 0:
+            return Config(32, 64, 8, 1)
+        return Config(64, 64, 8, 1) if wide < 64 else Config(64, 32, 4, 1)
     return Config(64, 64, 4, 1)
 
 
