@@ -92,12 +92,20 @@ def test_reference_equals_diffusers(scheduler, kind):
         torch.set_default_dtype(torch.float32)
 
 
-def test_the_schedulers_tables_stay_where_they_are():
-    scheduler = diffusers.DPMSolverMultistepScheduler()
+def test_the_schedulers_tables_stay_where_they_are(monkeypatch):
+    """``add_noise`` moves tables to the device of what it is given: it is called on a copy."""
+    scheduler, asked = diffusers.DDIMScheduler(), []
     scheduler.set_timesteps(4)
+    run = diffusers.DDIMScheduler.add_noise
+    monkeypatch.setattr(
+        diffusers.DDIMScheduler,
+        "add_noise",
+        lambda self, *args: asked.append(self) or run(self, *args),
+    )
     before = dict(vars(scheduler))
     pipe = type("Pipeline", (), {"scheduler": scheduler})()
     NoiseSchedule(pipe).weights(scheduler.timesteps[1])
+    assert asked and all(one is not scheduler for one in asked)
     after = vars(scheduler)
     assert after.keys() == before.keys()
     assert all(after[name] is value for name, value in before.items())

@@ -134,16 +134,21 @@ def test_triton_backend(monkeypatch):
     assert relative(_latents(pag_fast.patch(pipe, backend="triton"), **kwargs), stock) < 1e-5
 
 
-def test_lora_scale_reaches_the_guided_pass_alone():
-    """As in stock: then the two passes cannot have text keys in common."""
+def _add_lora(pipe):
     peft = pytest.importorskip("peft")
-    pipe = _build()
     config = peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
     torch.manual_seed(3)
     pipe.unet.add_adapter(config)
-    kwargs = {"cross_attention_kwargs": {"scale": 0.3}}
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
+def test_lora_scale_reaches_the_guided_pass_alone(cfg):
+    """As in stock: then the two passes cannot have text keys in common."""
+    pipe = _build()
+    _add_lora(pipe)
+    kwargs = {"cfg": cfg, "cross_attention_kwargs": {"scale": 0.3}}
     stock = _latents(pipe, **kwargs)
-    assert relative(_latents(pipe), stock) > 1e-3
+    assert relative(_latents(pipe, cfg=cfg), stock) > 1e-3
     pag_fast.patch(pipe)
     assert relative(_latents(pipe, **kwargs), stock) < 1e-5
 
@@ -380,21 +385,25 @@ def test_ip_adapter(cfg, batch):
 # ---- callbacks ----
 
 
-def test_a_callback_that_changes_prompts_and_latents():
+def test_a_callback_that_changes_weights_and_latents():
     pipe = _build()
+    key = pipe.unet.get_submodule(ATTENTION.replace("attn1", "attn2")).to_v.weight
+    original = key.detach().clone()
 
-    def run():
-        kwargs = _kwargs(num_inference_steps=3, cfg=False)
-
+    def run(factor=20.0):
         def callback(step, t, latents):
             if step == 0:
-                kwargs["prompt_embeds"].neg_()
+                key.mul_(factor)
                 latents.mul_(0.9)
 
-        return pipe(**kwargs, callback=callback).images
+        try:
+            return _latents(pipe, num_inference_steps=3, callback=callback)
+        finally:
+            with torch.no_grad():
+                key.copy_(original)
 
     stock = run()
-    assert relative(_latents(pipe, num_inference_steps=3, cfg=False), stock) > 1e-3
+    assert relative(run(factor=1.0), stock) > 1e-3
     pag_fast.patch(pipe)
     assert relative(run(), stock) < 1e-5
 
@@ -426,6 +435,18 @@ def test_unpatch_leaves_what_was_there():
     storages = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
     assert len(storages) == len(list(pipe.unet.parameters()))
     assert torch.equal(_latents(pipe), stock)
+
+
+def test_adapters_loaded_between_calls():
+    """Weights that were joined before part again."""
+    pipe = pag_fast.patch(_build())
+    _latents(pipe)
+    _add_lora(pipe)
+    patched = _latents(pipe)
+    pag_fast.unpatch(pipe)
+    storages = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
+    assert len(storages) == len(list(pipe.unet.parameters()))
+    assert relative(patched, _latents(pipe)) < 1e-5
 
 
 def test_patched_and_deep_copies():

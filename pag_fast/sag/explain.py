@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..branches.invariant import invariant_modules
+from ..branches.plan import is_compiled
 from ..config import PatchConfig
 from ..explain import Explanation, ModelCall
 from ..families import has_compiled, uncompiled
@@ -22,7 +23,7 @@ def explain_sag(pipe: Any, *, size: tuple[int | None, int | None] = (None, None)
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(pipe.unet)
-    compiled = has_compiled(pipe.unet)
+    compiled = has_compiled(pipe.unet) or is_compiled(model)
     eager = not (compiled or model.training)
     side = (model.config.get("sample_size") or 64) * pipe.vae_scale_factor
     keeps = config.cache_conditioning and eager

@@ -23,7 +23,7 @@ import triton.language as tl
 from .launch import INTERPRETED, on_device
 
 # elements of a program; the interpreter's time is per program
-BLOCK, INTERPRETED_BLOCK = 256, 1 << 14
+BLOCK, INTERPRETED_BLOCK = 256, 2048
 
 
 @triton.jit
