@@ -26,6 +26,7 @@ import triton
 from pag_fast_kernels import launch
 from pag_fast_kernels.linear_attention import tile as linear_tile
 from pag_fast_kernels.noisy_attention import tile as noisy_tile
+from pag_fast_kernels.received_attention import tile as received_tile
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -148,8 +149,43 @@ def noisy_builds(dtype: str, generation: str) -> Iterator[Build]:
         )
 
 
+def received_builds(dtype: str, generation: str) -> Iterator[Build]:
+    """Self-Attention Guidance's column sums: both launches, and the one of a small map."""
+    for head_dim in HEAD_DIMS:
+        if dtype == "fp32" and generation == "wmma" and head_dim > 96:
+            continue  # the op does not ask for it
+        dim_a, dim_b = launch.split_head_dim(head_dim)
+        config = received_tile(generation, DTYPES[dtype], head_dim)
+        tiles = {
+            "HEAD_DIM": head_dim,
+            "DIM_A": dim_a,
+            "DIM_B": dim_b,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "PRECISION": launch.dot_precision(generation, DTYPES[dtype]),
+        }
+        columns = "_received_attention_kernel"
+        kernels: list[tuple[str, str, dict[str, Any]]] = [
+            ("lse", "_attention_lse_kernel", {}),
+            ("columns", columns, {"IS_WHOLE": False}),
+            ("whole", columns, {"IS_WHOLE": True}),
+        ]
+        for part, kernel, flags in kernels:
+            yield Build(
+                f"received_attention {dtype} {part} D={head_dim}",
+                "received_attention",
+                kernel,
+                dtype,
+                {**tiles, **flags},
+                config.warps,
+                config.stages,
+                head_dim,
+                fp32=("lse_ptr", "out_ptr"),
+            )
+
+
 def other_builds(dtype: str, generation: str) -> Iterator[Build]:
-    """Sana's, HunyuanDiT's and the guidance's kernels, as the pipelines launch them."""
+    """Sana's, HunyuanDiT's and the guidances' kernels, as the pipelines launch them."""
     precision = launch.dot_precision(generation, torch.float32)
     block, warps = linear_tile(generation, DTYPES[dtype])
     tiles = {"HEAD_DIM": 32, "BLOCK_D": 32, "BLOCK_N": block, "PRECISION": precision}
@@ -178,6 +214,14 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
         },
         fp32=("cos_ptr", "sin_ptr"),
     )
+    yield Build(
+        f"degrade_latents {dtype}",
+        "degrade_latents",
+        "_degrade_latents_kernel",
+        dtype,
+        {"KERNEL": 9, "BLOCK": 256},
+        fp32=("received_ptr", "blur_ptr"),
+    )
     for size, chunk, warps in (("", 1024, 4), (" large", 4096, 16)):
         flags = {"HAS_U": True, "HAS_P": True, "BLOCK": chunk}
         yield Build(
@@ -201,7 +245,20 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
             )
 
 
-FLOATS = ("qk_scale", "noise_scale", "g", "s", "rescale", "eps")
+FLOATS = (
+    "qk_scale",
+    "noise_scale",
+    "g",
+    "s",
+    "rescale",
+    "eps",
+    "scale_y",
+    "scale_x",
+    "clean_x",
+    "clean_output",
+    "noise_x",
+    "noise_output",
+)
 
 
 def compile_for(build: Build, chip: int | str) -> dict[str, int]:
@@ -261,7 +318,8 @@ def faults(build: Build, chip: int | str, found: dict[str, int]) -> Iterator[str
     spilled = found.get("stack", 0) + found.get("local", 0)
     if build.head_dim <= 128 and spilled:
         yield f"{where}: spills {spilled} bytes"
-    if build.module == "perturbed_attention" and build.pointers != "fp32":
+    scores = build.module in ("perturbed_attention", "received_attention")
+    if scores and build.pointers != "fp32":
         if chip == 90 and not found["wgmma.mma_async"]:
             yield f"{where}: no wgmma"
         if chip == 100 and not found["tcgen05.mma"]:
@@ -279,7 +337,7 @@ def all_builds() -> list[tuple[Build, int | str]]:
     return [
         (build, chip)
         for dtype in DTYPES
-        for builds in (attention_builds, noisy_builds, other_builds)
+        for builds in (attention_builds, noisy_builds, received_builds, other_builds)
         for chip in SHARED
         for build in builds(dtype, generation_of(chip))
     ]
@@ -302,7 +360,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--only", default="", help="builds whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="builds whose name contains this; no comparison with the table"
+    )
     arguments = parser.parse_args()
     jobs = [job for job in all_builds() if arguments.only in f"{job[0].name} {job[1]}"]
     rows: dict[str, dict[str, int]] = {}

@@ -132,8 +132,11 @@ def explain(
         ValueError: a pipeline that cannot be patched.
     """
     from .patching import applied_layers, check_pipeline
+    from .sag import explain_sag, is_sag
 
     check_pipeline(pipe)
+    if is_sag(pipe):
+        return explain_sag(pipe, size=(height, width))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .families import PAG_PIPELINES, denoiser_name, uncompiled
+from .families import PAG_PIPELINES, SAG_PIPELINES, denoiser_name, uncompiled
 from .hosts import denoiser_names
 from .installation import perturbed_branches
 from .layers import Layers, as_list
 from .processors.rows import PerturbedProcessor
+from .sag.pipeline import PatchedSagPipeline
 
 if TYPE_CHECKING:
     from .lasting import Patch
@@ -178,6 +179,8 @@ _RESCALING = (
 def mixins(cls: type) -> tuple[type, ...]:
     """The overrides that a pipeline class needs, in the order of inheritance."""
     names = {base.__name__ for base in cls.__mro__}
+    if names & set(SAG_PIPELINES):
+        return (PatchedSagPipeline,)
     if not names & set(PAG_PIPELINES):
         return (HostedPipeline,)
     found: list[type] = [PatchedPipeline]

@@ -183,7 +183,8 @@ class Kept:
             same = same and not latents.is_inference()
             self._weights = weights
         if not same:
-            self._epochs = epoch = self._epochs + 1
+            # others may have counted on, too
+            self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
 

@@ -93,9 +93,9 @@ def _combine_guidance(
         from pag_fast_kernels import combine_guidance as kernel
 
         return kernel(
-            None if uncond is None else _flat_samples(uncond),
-            _flat_samples(cond),
-            None if perturbed is None else _flat_samples(perturbed),
+            None if uncond is None else flat_samples(uncond),
+            flat_samples(cond),
+            None if perturbed is None else flat_samples(perturbed),
             guidance_scale=guidance_scale,
             pag_scale=pag_scale,
             rescale=rescale,
@@ -126,7 +126,7 @@ def _own(out: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     return out.clone() if out is cond else out
 
 
-def _flat_samples(x: torch.Tensor) -> torch.Tensor:
+def flat_samples(x: torch.Tensor) -> torch.Tensor:
     """``x`` with contiguous samples, as a slice of a batch and of its channels has them already."""
     return x if x[0].is_contiguous() else x.contiguous()
 
