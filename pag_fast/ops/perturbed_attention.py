@@ -158,8 +158,8 @@ def check_attention(
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
     rows, tokens = v.shape[:2]
-    if not 0 < num_attend <= rows:
-        raise ValueError(f"num_attend must be in 1..{rows} (the rows of v); got {num_attend}.")
+    if not 0 <= num_attend <= rows:
+        raise ValueError(f"num_attend must be in 0..{rows} (the rows of v); got {num_attend}.")
     if not 0 <= num_context < tokens:
         raise ValueError(f"num_context must be in 0..{tokens - 1}; got {num_context}.")
     if num_forked and (rows != num_attend or not 0 < num_forked <= rows):
@@ -215,8 +215,9 @@ def torch_perturbed_attention(
         image = out[num_attend:, :num_image]
         image.lerp_(v[source, :num_image], strength.to(v.dtype)[:, None])
         return out
-    mask = attn_mask if attn_mask is None else attn_mask[:num_attend]
-    out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
+    if num_attend:
+        mask = attn_mask if attn_mask is None else attn_mask[:num_attend]
+        out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
     if out.shape[0] == num_attend:
         return out
     if perturbation == "blur":
@@ -286,7 +287,9 @@ def _torch_perturbed_attention_(
     attn_mask: torch.Tensor | None,
     scale: float | None,
 ) -> None:
-    v[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], attn_mask, scale))
+    attending = slice(0, num_attend)
+    if num_attend:
+        v[attending].copy_(_sdpa(q[attending], k[attending], v[attending], attn_mask, scale))
     if num_context == 0 or num_attend == v.shape[0]:
         return
     num_image = v.shape[1] - num_context

@@ -21,21 +21,24 @@ class PerturbedLinearAttention(PerturbedProcessor):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         num_attend, num_forked = self.rows(hidden_states.shape[0])
-        attending = hidden_states[:num_attend]
-        query, key = attn.to_q(attending), attn.to_k(attending)
-        value = attn.to_v(hidden_states)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        out = ops.linear_attention(
-            heads_last(query, attn.heads),
-            heads_last(key, attn.heads),
-            heads_last(value, attn.heads),
-            num_attend=num_attend,
-            num_forked=num_forked,
-            backend=self.backend,
-        )
+        if num_attend:
+            attending = hidden_states[:num_attend]
+            query, key = attn.to_q(attending), attn.to_k(attending)
+            value = attn.to_v(hidden_states)
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            if attn.norm_k is not None:
+                key = attn.norm_k(key)
+            out = ops.linear_attention(
+                heads_last(query, attn.heads),
+                heads_last(key, attn.heads),
+                heads_last(value, attn.heads),
+                num_attend=num_attend,
+                num_forked=num_forked,
+                backend=self.backend,
+            )
+        else:
+            out = heads_last(attn.to_v(hidden_states), attn.heads)
         out = self.spread(project_out(attn, out), num_forked)
         # diffusers keeps an fp16 model's residual stream finite here
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out

@@ -41,17 +41,20 @@ class PerturbedSelfAttention(PerturbedProcessor):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         num_attend, num_forked = self.rows(hidden_states.shape[0])
-        attending = hidden_states[: self.scored(num_attend, hidden_states.shape[0])]
-        query = heads_last(attn.to_q(attending), attn.heads)
-        key = heads_last(attn.to_k(attending), attn.heads)
-        value = heads_last(attn.to_v(hidden_states), attn.heads)
-        query, key = self.normalise(attn, query, key, rotary)
-        mask = _mask(attn, attention_mask, attending.shape[0], hidden_states.shape[1])
-
-        out = self.attention(
-            query, key, value, num_attend=num_attend, num_forked=num_forked, attn_mask=mask
-        )
-        del query, key, value  # the output projection needs their room
+        scored = self.scored(num_attend, hidden_states.shape[0])
+        if scored:
+            attending = hidden_states[:scored]
+            query = heads_last(attn.to_q(attending), attn.heads)
+            key = heads_last(attn.to_k(attending), attn.heads)
+            value = heads_last(attn.to_v(hidden_states), attn.heads)
+            query, key = self.normalise(attn, query, key, rotary)
+            mask = _mask(attn, attention_mask, scored, hidden_states.shape[1])
+            out = self.attention(
+                query, key, value, num_attend=num_attend, num_forked=num_forked, attn_mask=mask
+            )
+            del query, key, value  # the output projection needs their room
+        else:
+            out = heads_last(attn.to_v(hidden_states), attn.heads)
         out = self.spread(project_out(attn, out), num_forked)
         if image_shape is not None:
             out = out.transpose(1, 2).unflatten(2, image_shape[2:])
