@@ -1,0 +1,207 @@
+"""Denoising as diffusers' modular pipelines do it, and as slowly as can be, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import tiny
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from slow import FixedJoint
+
+STEPS = 3
+
+
+@dataclass
+class Case:
+    """A model and what it is called with.
+
+    Attributes:
+        pairs: arguments with a value for cond and one for uncond.
+        fixed: arguments that are the same for all passes.
+        layers: sets of layers to perturb: the middle of the model, several, the last.
+        nested: arguments of the UNets of XL that go into ``added_cond_kwargs``.
+    """
+
+    model: Any
+    pairs: dict[str, tuple[Any, Any]]
+    fixed: dict[str, Any]
+    layers: dict[str, Any]
+    sample: torch.Tensor
+    name: str = "hidden_states"
+    nested: tuple[str, ...] = ()
+
+    def __call__(self, model: Any, sample: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+        values = dict(values)
+        if self.nested:
+            values["added_cond_kwargs"] = {name: values.pop(name) for name in self.nested}
+        return model(**{self.name: sample}, **self.fixed, **values, return_dict=False)[0]
+
+
+def _pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(*shape), torch.randn(*shape)
+
+
+_UNET = {"default": None, "several": ["down_blocks.1.attentions.0", "up_blocks.1.attentions.1"]}
+_XL = {
+    "default": None,
+    "several": ["down_blocks.2.attentions.0.transformer_blocks.1", "mid"],
+    "up": ["up_blocks.1.attentions.0"],
+}
+_DIT = {"default": None, "several": [2, 3], "last": 5, "first": 0}
+
+
+def case(name: str, batch: int = 2, **overrides: Any) -> Case:
+    """``"sd"``, ``"xl"``, ``"motion"``, ``"sd3"``, ``"sd35"``, ``"hunyuan"``, …
+
+    ``overrides`` are of the configuration of ``"sd"`` or ``"sd3"``.
+    """
+    torch.manual_seed(0)
+    sample, time = torch.randn(batch, 4, 8, 8), torch.tensor([500] * batch)
+    text = {"encoder_hidden_states": _pair(batch, 5, 12)}
+    if name in ("sd", "xl"):
+        config = {**tiny._XL_CONFIG, **tiny._XL_UP} if name == "xl" else {}
+        model, fixed = tiny.unet(**config, **overrides), {"timestep": time[0]}
+        if name == "sd":
+            return Case(tiny.randomise(model), text, fixed, _UNET, sample, "sample")
+        text["text_embeds"] = _pair(batch, 10)
+        text["time_ids"] = (torch.ones(batch, 6), torch.zeros(batch, 6))
+        added = ("text_embeds", "time_ids")
+        return Case(tiny.randomise(model), text, fixed, _XL, sample, "sample", added)
+    if name == "motion":
+        sample = torch.randn(batch, 4, 2, 8, 8)
+        text = {"encoder_hidden_states": _pair(2 * batch, 5, 12)}
+        layers = {"several": ["mid_block.motion_modules"], "last": ["up_blocks.2.motion_modules.1"]}
+        model = tiny.randomise(tiny.motion_unet())
+        return Case(model, text, {"timestep": time[0]}, layers, sample, "sample")
+    fixed = {"timestep": time}
+    if name in ("sd3", "sd35"):
+        text["pooled_projections"] = _pair(batch, 10)
+        model = tiny.sd3(sd35=name == "sd35", **overrides)
+        layers = {**_DIT, "attn2": [r"blocks\.2\.attn2"]} if name == "sd35" else _DIT
+        return Case(tiny.randomise(model), text, fixed, layers, sample)
+    if name == "hunyuan":
+        fixed["timestep"] = time.float()
+        mask, mask_t5 = torch.ones(batch, 5), torch.ones(batch, 7)
+        mask_t5[:, -2:] = 0
+        text["encoder_hidden_states_t5"] = _pair(batch, 7, 16)
+        fixed |= {"text_embedding_mask": mask, "text_embedding_mask_t5": mask_t5}
+        fixed["image_rotary_emb"] = get_2d_rotary_pos_embed(
+            8, ((0, 0), (4, 4)), (4, 4), output_type="pt"
+        )
+        return Case(tiny.randomise(tiny.hunyuan()), text, fixed, _DIT, sample)
+    assert name in ("pixart", "sana")
+    mask = torch.ones(batch, 5)
+    mask[:, -1] = 0
+    text["encoder_attention_mask"] = (mask, torch.ones(batch, 5))
+    if name == "pixart":
+        fixed["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return Case(tiny.randomise(getattr(tiny, name)()), text, fixed, _DIT, sample)
+
+
+@dataclass
+class Result:
+    """Of one denoising: the guided prediction and the latents of each step, passes of each."""
+
+    predictions: list[torch.Tensor] = field(default_factory=list)
+    passes: list[list[str]] = field(default_factory=list)
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        return self.predictions[step]
+
+
+@torch.no_grad()
+def denoise(
+    case: Case,
+    guider: Any,
+    *,
+    steps: int = STEPS,
+    model: Any = None,
+    from_block_state: bool = False,
+    before_pass: Callable[[int, str], Any] = lambda step, branch: None,
+) -> Result:
+    """The loop of modular pipelines, from ``set_state`` to the guider's call."""
+    model = case.model if model is None else model
+    result, sample = Result(), case.sample
+    for step in range(steps):
+        guider.set_state(step=step, num_inference_steps=steps, timestep=torch.tensor(500))
+        if from_block_state:
+            state = SimpleNamespace()
+            for name, (cond, uncond) in case.pairs.items():
+                setattr(state, name, cond)
+                setattr(state, f"negative_{name}", uncond)
+            fields = {name: (name, f"negative_{name}") for name in case.pairs}
+            batches = guider.prepare_inputs_from_block_state(state, fields)
+        else:
+            batches = guider.prepare_inputs(case.pairs)
+        for batch in batches:
+            guider.prepare_models(model)
+            before_pass(step, batch.__guidance_identifier__)
+            values = {name: getattr(batch, name) for name in case.pairs}
+            batch.noise_pred = case(model, sample, values)
+            guider.cleanup_models(model)
+        prediction = guider(batches)[0]
+        result.predictions.append(prediction)
+        result.passes.append([batch.__guidance_identifier__ for batch in batches])
+        sample = sample - 0.1 * prediction[:, :4]
+    return result
+
+
+class Naive:
+    """A perturbed layer in the plainest way."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_) -> Any:
+        if encoder_hidden_states is None:
+            return attn.to_out[0](attn.to_v(hidden_states))
+        return FixedJoint(1)._masked(attn, hidden_states, encoder_hidden_states)
+
+
+@contextmanager
+def naive(attentions: Sequence[Any]) -> Iterator[None]:
+    """The attentions perturbed by :class:`Naive`."""
+    before = [attention.processor for attention in attentions]
+    for attention in attentions:
+        attention.set_processor(Naive())
+    yield
+    for attention, processor in zip(attentions, before, strict=True):
+        attention.set_processor(processor)
+
+
+@torch.no_grad()
+def slow(
+    case: Case,
+    perturbed: Callable[[], Any],
+    *,
+    guidance_scale: float,
+    scale: float,
+    steps: int = STEPS,
+    active: Sequence[int],
+    original: bool = False,
+) -> Result:
+    """Three whole forwards a step, one after the other.
+
+    ``perturbed()`` is the context in which the third one runs, in the steps ``active``.
+    """
+    result, sample = Result(), case.sample
+    cond, uncond = ({name: pair[i] for name, pair in case.pairs.items()} for i in (0, 1))
+    for step in range(steps):
+        c = case(case.model, sample, cond)
+        off = guidance_scale == (0.0 if original else 1.0)
+        u = None if off else case(case.model, sample, uncond)
+        p = None
+        if step in active:
+            with perturbed():
+                p = case(case.model, sample, cond)
+        base = c if original or (u is None and p is None) else p if u is None else u
+        prediction = base
+        if u is not None:
+            prediction = prediction + guidance_scale * (c - u)
+        if p is not None:
+            prediction = prediction + scale * (c - p)
+        result.predictions.append(prediction)
+        sample = sample - 0.1 * prediction[:, :4]
+    return result
