@@ -4,17 +4,6 @@ import pag_fast
 
 pag_fast.patch(pipe, layers=["mid"])   # any PAG pipeline of diffusers
 image = pipe(prompt, pag_scale=3).images[0]
-
-# diffusers finds the class of a saved guider here; importing them needs a newer diffusers
-_GUIDERS = ("PerturbedAttentionGuidance", "SkipLayerGuidance")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _GUIDERS:
-        from . import guiders
-
-        return getattr(guiders, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 print(pag_fast.explain(pipe))
 pag_fast.unpatch(pipe)
 """
@@ -39,3 +28,14 @@ __all__ = [
     "supported_pipelines",
     "unpatch",
 ]
+
+# diffusers looks here for the class of a guider that was saved; they need a newer diffusers
+_GUIDERS = ("PerturbedAttentionGuidance", "SkipLayerGuidance")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _GUIDERS:
+        from . import guiders
+
+        return getattr(guiders, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

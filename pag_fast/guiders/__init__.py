@@ -24,7 +24,7 @@ if not _speaks:
         f"{diffusers.__version__} work in another way. pag_fast.patch works with it."
     )
 
-from .perturbed_attention import PerturbedAttentionGuidance  # noqa: E402
-from .skip_layer import SkipLayerGuidance  # noqa: E402
+from .perturbed_attention import PerturbedAttentionGuidance
+from .skip_layer import SkipLayerGuidance
 
 __all__ = ["PerturbedAttentionGuidance", "SkipLayerGuidance"]

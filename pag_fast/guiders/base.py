@@ -208,9 +208,7 @@ class ResumedGuidance(_Base):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                out = resumption.forward(
-                    branch, run, args, kwargs, traced=traced, resumed=resumed
-                )
+                out = resumption.forward(branch, run, args, kwargs, traced=traced, resumed=resumed)
             except BaseException:
                 resumption.forget()
                 disarm()

@@ -35,7 +35,7 @@ class Replacement:
                 self._bound, self._seen = self.module.forward, before
             self.original = self._bound
         else:
-            self.original = before
+            self.original = own[name]
         own[name] = self
 
         def restore() -> None:

@@ -60,6 +60,7 @@ class Resumption:
         """Free everything that was recorded."""
         self._values: list[Any] | None = None
         self._inputs: list[Any] = []
+        self._has_run = False
         for record in self.records:
             record.take()
 
@@ -90,14 +91,18 @@ class Resumption:
         wanted = resumed and branch == COND and self._is_usable()
         if not wanted and not traced:
             return run(*args, **kwargs)
+        # a pass of several forwards, over windows of a video say, has more than one state to keep
+        repeated = self._has_run
         if wanted:
             self.forget()
+            self._has_run = True
         with ExitStack() as stack:
             stack.callback(self._drop)
             for record in self.records:
                 stack.callback(record.install())
             out = run(*args, **kwargs)
-            if wanted and (traced or all(record.is_intact() for record in self.records)):
+            intact = traced or all(record.is_intact() for record in self.records)
+            if wanted and intact and not repeated:
                 self._values = [record.take() for record in self.records]
                 self._inputs = _leaves((args, kwargs))
         return out
@@ -168,6 +173,4 @@ def _equal(a: Any, b: Any, *, values: bool) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         return alike and (not values or torch.equal(a, b))
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return False
-    return bool(a == b)
+    return type(a) is type(b) and isinstance(a, int | float | str) and a == b

@@ -104,8 +104,7 @@ def blocks_of(model: nn.Module, config: LayerSkipConfig) -> dict[str, nn.Module]
     for index in config.indices:
         if not isinstance(index, int) or not 0 <= index < len(stack):
             raise ValueError(
-                f"{name} of {type(model).__name__} has blocks 0 to {len(stack) - 1}; "
-                f"got {index!r}."
+                f"{name} of {type(model).__name__} has blocks 0 to {len(stack) - 1}; got {index!r}."
             )
     return {f"{name}.{index}": stack[index] for index in sorted(set(config.indices))}
 
