@@ -11,9 +11,15 @@ from typing import Any
 import tiny
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from numerics import relative
 from slow import FixedJoint
 
-STEPS = 3
+from pag_fast.layers import resolve
+
+STEPS = 2
+# every step is perturbed
+ALWAYS = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
+SLG_ALWAYS = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
 
 
 @dataclass
@@ -121,10 +127,14 @@ def denoise(
     *,
     steps: int = STEPS,
     model: Any = None,
+    run: Callable[..., Any] | None = None,
     from_block_state: bool = False,
     before_pass: Callable[[int, str], Any] = lambda step, branch: None,
 ) -> Result:
-    """The loop of modular pipelines, from ``set_state`` to the guider's call."""
+    """The loop of modular pipelines, from ``set_state`` to the guider's call.
+
+    ``model`` may be the case's model compiled, and ``run`` calls it.
+    """
     model = case.model if model is None else model
     result, sample = Result(), case.sample
     for step in range(steps):
@@ -142,7 +152,7 @@ def denoise(
             guider.prepare_models(model)
             before_pass(step, batch.__guidance_identifier__)
             values = {name: getattr(batch, name) for name in case.pairs}
-            batch.noise_pred = case(model, sample, values)
+            batch.noise_pred = case(run or model, sample, values)
             guider.cleanup_models(model)
         prediction = guider(batches)[0]
         result.predictions.append(prediction)
@@ -205,3 +215,25 @@ def slow(
         result.predictions.append(prediction)
         sample = sample - 0.1 * prediction[:, :4]
     return result
+
+
+def perturbed(setup: Case, layers: Any) -> Callable[[], Any]:
+    """Makes the context of the naive perturbed forward; by default in the model's middle."""
+    if layers is None:
+        layers = "mid" if hasattr(setup.model, "down_blocks") else 3
+    return lambda: naive(list(resolve(setup.model, layers).values()))
+
+
+def differences(result: Result, expected: Result) -> list[float]:
+    """Relative difference of the guided prediction, of each step."""
+    return [relative(a, b) for a, b in zip(result.predictions, expected.predictions, strict=True)]
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything about a model that a guider could leave behind."""
+    return {
+        name: (set(vars(m)), vars(m).get("forward"), getattr(m, "processor", None),
+               vars(m).get("_compiled_call_impl"), len(m._forward_hooks),
+               len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }  # fmt: skip
