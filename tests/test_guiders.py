@@ -104,6 +104,16 @@ def test_what_writes_into_a_unets_streams(extra, layers):
     assert not guider._warned
 
 
+def test_a_fork_behind_skips_of_its_own_block():
+    setup, layers = case("sd", layers_per_block=2), "down_blocks.1.attentions.1"
+    guider = PAG(perturbed_guidance_layers=layers, **ALWAYS)
+    result = denoise(setup, guider)
+    scales = {"guidance_scale": 7.5, "scale": 2.8}
+    expected = slow(setup, perturbed(setup, layers), active=range(STEPS), **scales)
+    assert max(differences(result, expected)) < 1e-5
+    assert not guider._warned
+
+
 def test_a_controlnet_of_sd3():
     setup = case("sd3")
     setup.fixed["block_controlnet_hidden_states"] = [torch.randn(2, 16, 16) for _ in range(3)]
