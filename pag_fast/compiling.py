@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import controlnets, denoiser_name, has_compiled
+from .families import controlnets, has_compiled
+from .hosts import denoiser_names
 
 # of which a model has many alike
 _BLOCKS = (
@@ -123,7 +124,7 @@ def enough_graphs() -> Any:
 
 
 def _parts(pipe: Any) -> Iterator[Any]:
-    yield getattr(pipe, denoiser_name(pipe))
+    yield from (getattr(pipe, name) for name in denoiser_names(pipe))
     if getattr(pipe, "controlnet", None) is not None:
         yield pipe.controlnet
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend
 
 PERTURBATIONS = ("identity",)
+
+
+def check_scale(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a finite number that is not negative, or ``None``."""
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0.0 <= value < math.inf):
+        raise ValueError(f"{name} must be a number that is not negative; got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class PatchConfig:
     Attributes:
         layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
             ``None`` keeps those that the pipeline has.
+        pag_scale, pag_adaptive_scale: for a pipeline that has no PAG of its own, where a call does
+            not say otherwise: 3.0 and 0.0 if omitted. The PAG pipelines take both in every call.
         perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
@@ -34,6 +47,8 @@ class PatchConfig:
     """
 
     layers: Layers | None = None
+    pag_scale: float | None = None
+    pag_adaptive_scale: float | None = None
     perturbation: str = "identity"
     backend: str = "auto"
     share_branches: bool = True
@@ -52,6 +67,8 @@ class PatchConfig:
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
         check_backend(self.backend)
+        check_scale("pag_scale", self.pag_scale)
+        check_scale("pag_adaptive_scale", self.pag_adaptive_scale)
         for name in (
             "share_branches",
             "cache_conditioning",

@@ -123,13 +123,14 @@ def explain(
     Raises:
         ValueError: a pipeline that cannot be patched.
     """
-    from .patching import _check_pipeline
+    from .patching import applied_layers, check_pipeline
 
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
-    plan = Installation(model, pipe.pag_applied_layers, config).plan
+    layers = applied_layers(pipe)
+    plan = Installation(model, layers, config).plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size = _size(pipe, model, height, width)
     notes: list[str] = []

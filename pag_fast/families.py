@@ -1,4 +1,4 @@
-"""The denoiser families of diffusers' PAG pipelines."""
+"""The denoiser families: what is done with each class of model, and which pipelines have it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from .branches.dit import plan_dit
 from .branches.plan import BranchPlan
 from .branches.unet import plan_unet
 from .processors import (
+    PerturbedCogVideoXAttention,
+    PerturbedFluxAttention,
+    PerturbedHunyuanVideoAttention,
     PerturbedJointAttention,
     PerturbedLinearAttention,
+    PerturbedLTXAttention,
+    PerturbedLuminaAttention,
+    PerturbedQwenAttention,
     PerturbedRotaryAttention,
     PerturbedSelfAttention,
+    PerturbedVideoAttention,
 )
 from .processors.rows import PerturbedProcessor
 
@@ -28,19 +35,43 @@ class Family:
         processor: the attention processor of its perturbed layers.
         plan: builds the branch plan from the model and the names of its perturbed layers.
         text: forward arguments in which uncond and cond differ because their prompts do.
-        stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair, for the layers' stock
-        cost.
+        stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair of PAG processors, if it
+            has one.
+        replaces: class names of the processors whose arithmetic ours repeats; empty: any.
+        sequence: ``(text tokens of each sample, image tokens)`` from the model and its arguments,
+            where blocks get both as one sequence.
     """
 
     processor: type[PerturbedProcessor]
     plan: Callable[..., BranchPlan]
     text: frozenset[str]
-    stock_processors: tuple[str, str]
+    stock_processors: tuple[str, str] | None = None
+    replaces: frozenset[str] = frozenset()
+    sequence: Callable[[Any, dict[str, Any]], tuple[tuple[int, ...], int]] | None = None
 
 
 _IDENTITY = ("PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0")
 _UNET_TEXT = frozenset({"encoder_hidden_states", "image_embeds"})
 _PIXART_TEXT = frozenset({"encoder_hidden_states", "encoder_attention_mask"})
+
+
+def _flux_sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    text = call["encoder_hidden_states"].shape[1]
+    return (text,), call["hidden_states"].shape[1]
+
+
+def _lumina_sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    patch = model.config.patch_size
+    height, width = call["hidden_states"].shape[-2:]
+    # the model reads these lengths from the device in every forward, too
+    text = call["encoder_attention_mask"].sum(dim=1).tolist()
+    return tuple(map(int, text)), (height // patch) * (width // patch)
+
+
+def _dit(processor: type[PerturbedProcessor], *replaces: str, **more: Any) -> Family:
+    text = more.pop("text", frozenset())
+    return Family(processor, plan_dit, text, replaces=frozenset(replaces), **more)
+
 
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(PerturbedSelfAttention, plan_unet, _UNET_TEXT, _IDENTITY),
@@ -64,9 +95,38 @@ FAMILIES: dict[str, Family] = {
         _PIXART_TEXT,
         ("PAGCFGSanaLinearAttnProcessor2_0", "PAGIdentitySanaLinearAttnProcessor2_0"),
     ),
+    "FluxTransformer2DModel": _dit(
+        PerturbedFluxAttention,
+        "FluxAttnProcessor",
+        "FluxAttnProcessor2_0",
+        "FusedFluxAttnProcessor2_0",
+        sequence=_flux_sequence,
+    ),
+    "QwenImageTransformer2DModel": _dit(PerturbedQwenAttention, "QwenDoubleStreamAttnProcessor2_0"),
+    "WanTransformer3DModel": _dit(
+        PerturbedVideoAttention,
+        "WanAttnProcessor",
+        "WanAttnProcessor2_0",
+        text=frozenset({"encoder_hidden_states"}),
+    ),
+    "LTXVideoTransformer3DModel": _dit(
+        PerturbedLTXAttention,
+        "LTXVideoAttnProcessor",
+        "LTXVideoAttentionProcessor2_0",
+        text=_PIXART_TEXT,
+    ),
+    "CogVideoXTransformer3DModel": _dit(
+        PerturbedCogVideoXAttention, "CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
+    ),
+    "HunyuanVideoTransformer3DModel": _dit(
+        PerturbedHunyuanVideoAttention, "HunyuanVideoAttnProcessor2_0"
+    ),
+    "Lumina2Transformer2DModel": _dit(
+        PerturbedLuminaAttention, "Lumina2AttnProcessor2_0", sequence=_lumina_sequence
+    ),
 }
 
-SUPPORTED_PIPELINES = (
+PAG_PIPELINES = (
     "AnimateDiffPAGPipeline",
     "HunyuanDiTPAGPipeline",
     "KolorsPAGPipeline",

@@ -102,10 +102,16 @@ def processors(model: Any, chosen: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def stock_step(model: Any, layers: Any, *, cfg: bool) -> Iterator[int]:
-    """``model`` with diffusers' own PAG processors; yields the rows of a step for one image."""
+    """``model`` with diffusers' own PAG processors; yields the rows of a step for one image.
+
+    Where diffusers has none, PAG costs what an unmodified model does on one more branch.
+    """
     import diffusers.models.attention_processor as stock
 
     pair = family_of(model).stock_processors
+    if pair is None:
+        yield 3 if cfg else 2
+        return
     processor = getattr(stock, pair[0 if cfg else 1])()
     found = Installation(model, layers, PatchConfig()).attentions
     with processors(model, dict.fromkeys(found, processor)):

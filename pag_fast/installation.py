@@ -44,6 +44,7 @@ class Installation:
         )
         self.state = BranchState()
         self.attentions: dict[str, Any] = resolve(denoiser, layers, exact=config.exact_layers)
+        _check_processors(self.attentions, family.replaces)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches
         )
@@ -61,3 +62,13 @@ class Installation:
         if eager and config.fewer_launches:
             self.lean = Lean(denoiser, self.attentions, traced=config.traces)
         self.hooks = self.plan.hooks(self.state, without=self.invariants)
+
+
+def _check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
+    for name, attention in attentions.items():
+        own = type(attention.processor).__name__
+        if known and own not in known and not isinstance(attention.processor, PerturbedProcessor):
+            raise ValueError(
+                f"{name} runs {own}, whose arithmetic pag_fast does not know: choose layers with "
+                f"{' or '.join(sorted(known))}, or unload the adapter that has put it there."
+            )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from .branches.plan import is_compiled
 from .compiling import Compilation, enough_graphs
-from .config import PatchConfig
+from .config import PatchConfig, check_scale
+from .hosted import HostedSession, Loop
+from .hosts import Host, denoiser_names
 from .installation import Installation
 from .lean import Lean
 from .session import Session
@@ -20,17 +23,27 @@ class Patch:
     """The lasting part of a patch: settings, what calls have run, and what can be reused."""
 
     def __init__(
-        self, config: PatchConfig, original_class: type, original_layers: Any, own_layers: Any
+        self,
+        config: PatchConfig,
+        original_class: type,
+        original_layers: Any,
+        own_layers: Any,
+        host: Host | None = None,
     ) -> None:
         self.config = config
         self.original_class = original_class
         self.original_layers = original_layers
         self.own_layers = own_layers
+        self.host = host
+        # of a pipeline without PAG: what is perturbed, and PAG's scales, in the latest call
+        self.layers: list[str | int] = [] if own_layers is None else own_layers
+        self.pag_scale = 3.0 if config.pag_scale is None else float(config.pag_scale)
+        self.pag_adaptive_scale = float(config.pag_adaptive_scale or 0.0)
         self.session: Session | None = None
         self.steps: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         # rebuilt only when layers or modules change: a compiled denoiser guards on these objects
-        self._installed: tuple[Any, Installation] | None = None
+        self._installed: dict[int, tuple[Any, Installation]] = {}
         self._leans: dict[int, tuple[Any, Lean]] = {}
         self.compilation: Compilation | None = None
 
@@ -47,20 +60,59 @@ class Patch:
         if self.compilation is not None:
             self.compilation.check_compiler(pipe.device.type)
         watched = any(kwargs.get(k) for k in ("callback_on_step_end", "callback"))
-        self.session = session = Session(pipe, self, watched)
         regional = self.compilation is not None and self.compilation.config.regional
+        sessions: list[Session] = []
         try:
-            session.open()
-            with enough_graphs() if regional else nullcontext():
-                result = call(*args, **kwargs)
-            if not session.freed:
-                pipe.maybe_free_model_hooks()
+            with ExitStack() as stack:
+                for session in self._sessions(pipe, watched, call, args, kwargs):
+                    sessions.append(session)
+                    self.session = sessions[0]
+                    stack.callback(session.end)
+                    session.open()
+                with enough_graphs() if regional else nullcontext():
+                    result = call(*args, **kwargs)
+                if not sessions[0].freed:
+                    pipe.maybe_free_model_hooks()
         finally:
             self.session = None
-            session.end()
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
+
+    def _sessions(
+        self,
+        pipe: Any,
+        watched: bool,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Iterator[Session]:
+        """A session for every denoiser."""
+        if self.host is None:
+            yield Session(pipe, self, watched)
+            return
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        bound.apply_defaults()
+        loop = Loop()
+        for name in denoiser_names(pipe):
+            yield HostedSession(pipe, self, watched, name, self.host, bound.arguments, loop)
+
+    def call_host(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """:meth:`call` for a pipeline without PAG, whose own call takes no scales of PAG."""
+        before = self.pag_scale, self.pag_adaptive_scale
+        for name in ("pag_scale", "pag_adaptive_scale"):
+            value = kwargs.pop(name, None)
+            check_scale(name, value)
+            if value is not None:
+                setattr(self, name, float(value))
+        try:
+            if self.pag_scale == 0.0:
+                return call(*args, **kwargs)
+            return self.call(pipe, call, args, kwargs)
+        finally:
+            self.pag_scale, self.pag_adaptive_scale = before
 
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time, raise if strict."""
@@ -73,11 +125,13 @@ class Patch:
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
         """The plan, processors and hooks for ``denoiser``, made anew when something changed."""
         key = (tuple(layers), eager, _modules(denoiser))
-        if self._installed is None or self._installed[0] != key:
-            if self._installed is not None and self._installed[1].lean is not None:
-                self._installed[1].lean.release()
-            self._installed = key, Installation(denoiser, layers, self.config, eager=eager)
-        return self._installed[1]
+        found = self._installed.get(id(denoiser))
+        if found is None or found[0] != key:
+            if found is not None and found[1].lean is not None:
+                found[1].lean.release()
+            found = key, Installation(denoiser, layers, self.config, eager=eager)
+            self._installed[id(denoiser)] = found
+        return found[1]
 
     def lean(self, controlnet: Any) -> Lean:
         """What can be left out in a ControlNet, found anew when something changed."""
@@ -108,8 +162,9 @@ class Patch:
         if self.compilation is not None:
             self.compilation.undo()
             self.compilation = None
-        if self._installed is not None and self._installed[1].lean is not None:
-            self._installed[1].lean.release()
+        for _, installed in self._installed.values():
+            if installed.lean is not None:
+                installed.lean.release()
         for _, lean in self._leans.values():
             lean.release()
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .branches.dit import perturbable
+
 Layers = str | int | Sequence[str | int]
 
 _SHORT_NAME = re.compile(
@@ -29,9 +31,12 @@ _COMFY_ITEM = re.compile(r"([dmu])(\d+)(?:-(\d+))?(?:\.(\d+)(?:-(\d+))?)?")
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that PAG can perturb, by name: ``Attention`` that is not cross-attention."""
+    """Every module that PAG can perturb, by name: attentions over image tokens."""
     from diffusers.models.attention_processor import Attention
 
+    known = perturbable(model)
+    if known is not None:
+        return {name: model.get_submodule(name) for name in known}
     return {
         name: module
         for name, module in model.named_modules()
@@ -74,7 +79,11 @@ def resolve(model: nn.Module, layers: Layers, *, exact: bool = False) -> dict[st
 
 def _match(item: str | int, names: list[str], exact: bool) -> list[str]:
     if isinstance(item, int):
-        return [name for name in names if re.match(rf"(transformer_)?blocks\.{item}\.", name)]
+        return [
+            name
+            for name in names
+            if re.match(rf"(transformer_blocks|blocks|layers)\.{item}\.", name)
+        ]
     return (
         _match_regex(item, names, exact) or _match_short(item, names) or _match_comfy(item, names)
     )

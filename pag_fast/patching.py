@@ -14,7 +14,8 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .families import SUPPORTED_PIPELINES, denoiser_name, family_of, uncompiled
+from .families import PAG_PIPELINES, family_of, uncompiled
+from .hosts import HOSTS, Host, denoiser_names, host_of
 from .lasting import Patch
 from .layers import Layers, as_list, resolve
 from .pipeline import mixins
@@ -23,13 +24,17 @@ P = TypeVar("P")
 
 
 def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
-    """Make a diffusers PAG pipeline fast; the picture stays the same.
+    """Make PAG fast in a diffusers pipeline that has it, and add it to one that has not.
+
+    The picture of a PAG pipeline stays the same. A pipeline without PAG gets it, with
+    ``pag_scale`` and ``pag_adaptive_scale`` as options here and as arguments of its calls.
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
             Patching it again replaces the earlier settings.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
-            omitted, the pipeline's own ``pag_applied_layers``. See :mod:`pag_fast.layers`.
+            omitted, the pipeline's own ``pag_applied_layers``, or what :data:`pag_fast.hosts.HOSTS`
+            names for a pipeline without PAG. See :mod:`pag_fast.layers`.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
 
     Returns:
@@ -40,23 +45,27 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
             pipeline is then as it was.
     """
     config = _config(layers, options)
-    _check_pipeline(pipe)
-    denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
-    family_of(denoiser)
+    check_pipeline(pipe)
+    host = host_of(pipe)
+    _check_scales(config, host)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
-    resolve(denoiser, wanted, exact=config.exact_layers)
+    for name in denoiser_names(pipe):
+        denoiser = uncompiled(getattr(pipe, name))
+        family_of(denoiser)
+        resolve(denoiser, wanted, exact=config.exact_layers)
 
     before = getattr(pipe, "_pag_fast", None)
     if before is not None:
         before.release()
-    own = None if config.layers is None else wanted
-    new = Patch(config, type(pipe) if before is None else before.original_class, original, own)
+    own = None if config.layers is None and host is None else wanted
+    cls = type(pipe) if before is None else before.original_class
+    new = Patch(config, cls, original, own, host)
     new.compile(pipe)
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
-    if own is not None:
+    if own is not None and host is None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
 
@@ -70,7 +79,8 @@ def unpatch(pipe: P) -> P:
     found = getattr(pipe, "_pag_fast", None)
     if found is None:
         return pipe
-    pipe.pag_applied_layers = _users_layers(pipe)  # type: ignore[attr-defined]
+    if found.host is None:
+        pipe.pag_applied_layers = _users_layers(pipe)  # type: ignore[attr-defined]
     found.release()
     pipe.__class__ = found.original_class
     del pipe._pag_fast  # type: ignore[attr-defined]
@@ -90,14 +100,15 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
-            pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
+            if before.host is None:
+                pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 
 
 def supported_pipelines() -> tuple[str, ...]:
     """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
     import diffusers
 
-    return tuple(name for name in SUPPORTED_PIPELINES if hasattr(diffusers, name))
+    return tuple(name for name in (*PAG_PIPELINES, *HOSTS) if hasattr(diffusers, name))
 
 
 def _config(layers: Layers | None, options: dict[str, Any]) -> PatchConfig:
@@ -117,19 +128,40 @@ def _config(layers: Layers | None, options: dict[str, Any]) -> PatchConfig:
 
 def _users_layers(pipe: Any) -> Any:
     """The layers the pipeline has without those that a patch chose for it."""
+    host = host_of(pipe)
+    if host is not None:
+        return host.layers
     found = getattr(pipe, "_pag_fast", None)
     if found is not None and pipe.pag_applied_layers is found.own_layers:
         return found.original_layers
     return pipe.pag_applied_layers
 
 
-def _check_pipeline(pipe: Any) -> None:
+def applied_layers(pipe: Any) -> Any:
+    """The layers that a call of ``pipe`` perturbs, or would if it were patched."""
+    host = host_of(pipe)
+    if host is None or hasattr(pipe, "_pag_fast"):
+        return pipe.pag_applied_layers
+    return list(host.layers)
+
+
+def _check_scales(config: PatchConfig, host: Host | None) -> None:
+    given = [n for n in ("pag_scale", "pag_adaptive_scale") if getattr(config, n) is not None]
+    if given and host is None:
+        raise ValueError(
+            f"{given[0]} is an option for pipelines that have no PAG of their own. This one takes "
+            f"it in every call: pipe(prompt, {given[0]}={getattr(config, given[0])!r})."
+        )
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises ValueError for a pipeline that cannot be patched."""
     names = {cls.__name__ for cls in type(pipe).__mro__}
-    if not names & set(SUPPORTED_PIPELINES):
+    if host_of(pipe) is None and not names & set(PAG_PIPELINES):
         raise ValueError(
             f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
-            f"pipelines of diffusers: {', '.join(SUPPORTED_PIPELINES)}; AutoPipelineForText2Image"
-            ".from_pretrained(..., enable_pag=True) makes one."
+            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; and pipelines without PAG: "
+            f"{', '.join(HOSTS)}."
         )
 
 
@@ -137,7 +169,9 @@ def _check_pipeline(pipe: Any) -> None:
 def _subclass(cls: Any) -> Any:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)
+        patch, own = self._pag_fast, functools.partial(cls.__call__, self)
+        run = patch.call if patch.host is None else patch.call_host
+        return run(self, own, args, kwargs)
 
     body = {
         "__call__": call,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .families import denoiser_name, uncompiled
+from .families import PAG_PIPELINES, denoiser_name, uncompiled
+from .hosts import denoiser_names
 from .layers import Layers, as_list, resolve
 from .processors.rows import PerturbedProcessor
 
@@ -79,6 +80,45 @@ class PatchedPipeline:
         super().maybe_free_model_hooks()  # type: ignore[misc]
 
 
+class HostedPipeline:
+    """A pipeline without PAG, with the attributes that the PAG pipelines of diffusers have."""
+
+    _pag_fast: Patch
+
+    @property
+    def pag_scale(self) -> float:
+        """PAG's scale s, of the running call or of calls that do not name one."""
+        return self._pag_fast.pag_scale
+
+    @property
+    def pag_adaptive_scale(self) -> float:
+        """How fast the scale falls over the timesteps, likewise."""
+        return self._pag_fast.pag_adaptive_scale
+
+    @property
+    def pag_applied_layers(self) -> list[str | int]:
+        """The perturbed layers."""
+        return self._pag_fast.layers
+
+    @property
+    def do_perturbed_attention_guidance(self) -> bool:
+        """Whether there is a perturbed branch."""
+        return self.pag_scale > 0.0
+
+    def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
+        """Choose the perturbed layers; takes every form :func:`pag_fast.patch` takes."""
+        layers = as_list(pag_applied_layers)
+        for name in denoiser_names(self):
+            model = uncompiled(getattr(self, name))
+            resolve(model, layers, exact=self._pag_fast.config.exact_layers)
+        self._pag_fast.layers = layers
+
+    def maybe_free_model_hooks(self) -> None:
+        if self._pag_fast.session is not None:
+            self._pag_fast.session.freed = True
+        super().maybe_free_model_hooks()  # type: ignore[misc]
+
+
 class RescalesOnce:
     """CFG rescale happens inside the guidance op, so the pipeline must not do it a second time.
 
@@ -131,6 +171,8 @@ _RESCALING = (
 def mixins(cls: type) -> tuple[type, ...]:
     """The overrides that a pipeline class needs, in the order of inheritance."""
     names = {base.__name__ for base in cls.__mro__}
+    if not names & set(PAG_PIPELINES):
+        return (HostedPipeline,)
     found: list[type] = [PatchedPipeline]
     if names & set(_RESCALING):
         found.append(RescalesOnce)

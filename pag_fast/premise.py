@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
-from .branches.rows import UNBATCHED
+from .branches.rows import ROTARY, UNBATCHED
 
 # residuals are aligned one by one; timesteps are equal by construction and new in every step
-_UNCHECKED = UNBATCHED | {
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-    "timestep",
-}
+_UNCHECKED = (
+    UNBATCHED
+    | ROTARY
+    | {
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "timestep",
+    }
+)
 _SAMPLE = ("sample", "hidden_states")
 
 
@@ -56,12 +60,15 @@ class Premise:
         # the tensors are kept alive: a new tensor can then never have the address of an old one
         self._seen: dict[str, tuple[Any, list[torch.Tensor], list[str]]] = {}
 
-        self._last: tuple[int, list[tuple[Any, Any]]] | None = None
+        self._last: dict[str, tuple[int, list[tuple[Any, Any]]]] = {}
 
-    def same_objects(self, call: dict[str, Any], rows: int) -> bool:
-        """Whether a call has the very conditioning tensors of the call before, unchanged."""
-        last, now = self._last, _conditioning(call)
-        self._last = rows, now
+    def same_objects(self, call: dict[str, Any], rows: int, context: str = "") -> bool:
+        """Whether a call has the very conditioning tensors of the one before, unchanged.
+
+        ``context`` tells passes apart that take turns in a step.
+        """
+        last, now = self._last.get(context), _conditioning(call)
+        self._last[context] = rows, now
         return (
             last is not None
             and last[0] == rows

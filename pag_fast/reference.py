@@ -34,7 +34,8 @@ def perturbed_attention(
         num_context: how many of the N tokens, the last ones, are text. Text queries are never
             perturbed.
         attn_mask: additive or boolean mask, broadcastable to ``[rows of query, H, N, N]``; for
-            ``"blur"`` it says the same for every query.
+            ``"blur"`` and with text tokens it says the same for every query, ``[rows, H or 1, 1,
+            N]``, and masks text alone.
         scale: score scale, ``D ** -0.5`` when omitted.
         num_forked: how many perturbed rows to append that share q, k and v with the *last*
             attending rows (the layer where the perturbed branch begins). Requires
@@ -52,12 +53,12 @@ def perturbed_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows = slice(0, num_attend)
     attending = _softmax_attention(
-        query[rows], key[rows], value[rows], scale, _rows_of(attn_mask, rows)
+        query[rows], key[rows], value[rows], scale, rows_of(attn_mask, rows)
     )
     source = identity_rows(num_attend, num_forked)
     if perturbation == "identity" and num_context == 0:
         return torch.cat([attending, value[source]])
-    q, k, v, mask = query[source], key[source], value[source], _rows_of(attn_mask, source)
+    q, k, v, mask = query[source], key[source], value[source], rows_of(attn_mask, source)
     num_image = value.shape[1] - num_context
     if perturbation == "blur":
         mean = q[:, :num_image].mean(1, keepdim=True).expand_as(q[:, :num_image])
@@ -66,7 +67,7 @@ def perturbed_attention(
         image = torch.arange(value.shape[1], device=value.device) < num_image
         hidden = image[:, None] & image & ~torch.eye(len(image), dtype=torch.bool).to(image.device)
         hidden = torch.where(hidden, float("-inf"), 0.0).to(q.dtype)
-        mask = hidden if mask is None else mask + hidden
+        mask = hidden if mask is None else additive(mask, q.dtype) + hidden
     perturbed = _softmax_attention(q, k, v, scale, mask)
     if perturbation == "soft":
         assert strength is not None
@@ -76,7 +77,16 @@ def perturbed_attention(
     return torch.cat([attending, perturbed])
 
 
-def _rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as what is added to scores; an additive one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, float("-inf")
+    )
+
+
+def rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     """The rows of a mask ``[rows or 1, …]`` that broadcasts over the batch or does not."""
     return mask if mask is None or mask.ndim < 4 or mask.shape[0] == 1 else mask[rows]
 

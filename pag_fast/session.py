@@ -45,8 +45,9 @@ class Session:
         freed: the pipeline has offloaded its models at the end of the call.
     """
 
-    def __init__(self, pipe: Any, patch: Patch, watched: bool) -> None:
+    def __init__(self, pipe: Any, patch: Patch, watched: bool, denoiser: str | None = None) -> None:
         self.pipe = pipe
+        self.denoiser = denoiser or denoiser_name(pipe)
         self.patch = patch
         self.watched = watched
         self.ran: tuple[tuple[str, ...], float] | None = None
@@ -91,7 +92,7 @@ class Session:
         Raises:
             ValueError: a layer that does not exist, or a model whose batch is split inside.
         """
-        denoiser = getattr(self.pipe, denoiser_name(self.pipe))
+        denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
         eager = is_eager(denoiser, model)
@@ -108,9 +109,12 @@ class Session:
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._undo += self._kept.install(self.installed.invariants.values())
         self._install_leans()
+        self._enter_with(denoiser, self.enter_denoiser, self._leave())
+
+    def _leave(self) -> Callable[[Any], Any] | None:
+        """What is done with the denoiser's output, if anything."""
         compilation = self.patch.compilation
-        leave = None if compilation is None else compilation.after_model
-        self._enter_with(denoiser, self.enter_denoiser, leave)
+        return None if compilation is None else compilation.after_model
 
     def _install_leans(self) -> None:
         """Not before PAG is known to be on: without it, a call is stock's to the last bit."""
@@ -199,7 +203,7 @@ class Session:
         same = self._premise.same_objects(call, rows)
         if not same:
             self._decided_for = ()
-        _mend_rows(call, rows)
+        mend_rows(call, rows)
         if layout == (COND,):
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
@@ -237,7 +241,7 @@ class Session:
         self._align_residuals(fewer, full - 1)
         self._warming = True
         try:
-            getattr(self.pipe, denoiser_name(self.pipe))(**fewer)
+            getattr(self.pipe, self.denoiser)(**fewer)
         finally:
             self._warming = False
 
@@ -270,7 +274,7 @@ class Session:
 
     def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
         """Compare the rows of the branches."""
-        plan, premise = self.installed.plan, self._premise
+        premise = self._premise
         everything = batched(call, full * self.unit, frames)
         # a mask concatenated to the latents can be replaced by a callback; the latents cannot
         recheck = self.watched and self.installed.denoiser.config.in_channels == 9
@@ -282,14 +286,17 @@ class Session:
             self.patch.steps["not shared"] += 1
             return full, full, full
         self.patch.steps["shared"] += 1
-        merged = full - 1
-        if plan.merged and merged == 2:
-            others = {
-                n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
-            }
-            if not premise.differing(others, full, 0, 1, key="uncond", recheck=recheck):
-                merged = 1
-        return merged, full - 1, full
+        return self._merged(everything, full, recheck), full - 1, full
+
+    def _merged(self, everything: dict[str, torch.Tensor], full: int, recheck: bool) -> int:
+        """Slabs at MERGED: one, where uncond and cond differ in their text alone."""
+        if not (self.installed.plan.merged and full == 3):
+            return full - 1
+        others = {
+            n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
+        }
+        differing = self._premise.differing(others, full, 0, 1, key="uncond", recheck=recheck)
+        return 2 if differing else 1
 
     def _align_residuals(self, call: dict[str, Any], full: int) -> None:
         """ControlNet residuals: each with the rows of the tensor it is added to."""
@@ -419,6 +426,14 @@ def _restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[],
     return restore
 
 
+def change_arguments(
+    call: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """A model's arguments with ``change`` applied to their tensors, but not to residuals."""
+    kept = (_RESIDUALS, _MID_RESIDUAL, _ADAPTER)
+    return {**call, **map_tensors({n: v for n, v in call.items() if n not in kept}, change)}
+
+
 def _change_rows(
     call: dict[str, Any], rows: int, frames: int, have: int, want: int
 ) -> dict[str, Any]:
@@ -427,12 +442,10 @@ def _change_rows(
     def change(x: torch.Tensor) -> torch.Tensor:
         return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
 
-    kept = (_RESIDUALS, _MID_RESIDUAL, _ADAPTER)
-    changed = map_tensors({n: v for n, v in call.items() if n not in kept}, change)
-    return {**call, **changed}
+    return change_arguments(call, change)
 
 
-def _mend_rows(call: dict[str, Any], rows: int) -> None:
+def mend_rows(call: dict[str, Any], rows: int) -> None:
     """Arguments that diffusers hands over with too few or too many rows."""
     cond = call.get("timestep_cond")
     if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:

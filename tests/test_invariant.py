@@ -153,7 +153,7 @@ def test_nothing_is_kept_behind_the_last_step():
 
     def values():
         installed = pipe._pag_fast.session.installed
-        return [i.value for i in installed.invariants.values() if i.value is not None]
+        return [o.value for i in installed.invariants.values() for o in i.kept.values()]
 
     def watched(*args, **kwargs):
         kept.append(len(values()))

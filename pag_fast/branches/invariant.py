@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .plan import BranchPlan, eager_modules, replace_forward
+from .plan import BranchPlan, argument_names, eager_modules, replace_forward
 from .rows import Align, BranchState, Leave
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
@@ -23,17 +24,30 @@ _EMBEDDINGS = (
     "add_time_proj",
     "caption_norm",
     "caption_projection",
+    "condition_embedder.image_embedder",
+    "condition_embedder.text_embedder",
     "context_embedder",
     "controlnet_cond_embedding",
     "encoder_hid_proj",
+    "patch_embed.text_proj",
     "text_embedder",
+    "time_caption_embed.caption_embedder",
     "time_extra_emb.extra_embedder",
     "time_extra_emb.pooler",
     "time_extra_emb.size_proj",
     "time_text_embed.text_embedder",
+    "txt_in",
+    "txt_norm",
 )
 _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
+
+
+@dataclass(frozen=True)
+class _Output:
+    value: Any
+    epoch: int
+    versions: list[int | None]
 
 
 class Invariant:
@@ -43,7 +57,7 @@ class Invariant:
     of the module's site in the branch plan, which it then does without.
 
     Attributes:
-        value: the output that is handed out again, if any.
+        kept: the outputs that are handed out again, by ``state.context``.
     """
 
     def __init__(
@@ -61,10 +75,9 @@ class Invariant:
         self.forget()
 
     def forget(self) -> None:
-        """Free the output; it is computed anew when it is needed again."""
-        self.value: Any = None
-        self._versions: list[int | None] = []
-        self._epoch = self._step = -1
+        """Free the outputs; they are computed anew when they are needed again."""
+        self.kept: dict[str, _Output] = {}
+        self._step = -1
         self._repeated = False
 
     def install(self) -> Callable[[], None]:
@@ -85,19 +98,19 @@ class Invariant:
         # called twice in one forward, its inputs need not be the same
         self._repeated |= self._step == state.step
         self._step = state.step
-        kept = self.value
-        if kept is None or self._epoch != state.epoch or self._repeated:
+        kept = self.kept.get(state.context)
+        if kept is None or kept.epoch != state.epoch or self._repeated:
             return self._renew(args, kwargs)
         # somebody may have written into it; inference tensors do not tell
-        return kept if self._versions == _versions(kept) else self._renew(args, kwargs)
+        unchanged = kept.versions == _versions(kept.value)
+        return kept.value if unchanged else self._renew(args, kwargs)
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.value = None
+        self.kept.pop(self.state.context, None)
         value = self._compute(args, kwargs)
         if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
-        self.value, self._epoch = value, self.state.epoch
-        self._versions = _versions(value)
+        self.kept[self.state.context] = _Output(value, self.state.epoch, _versions(value))
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,8 +151,9 @@ class Kept:
     def __init__(self, state: BranchState) -> None:
         self.state = state
         self.invariants: list[Invariant] = []
-        self._rows: Any = None
+        self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._weights: Any = None
+        self._epochs = state.epoch
 
     def install(self, invariants: Iterable[Invariant]) -> list[Callable[[], None]]:
         """Put them onto their modules; returns what takes them off again."""
@@ -156,17 +170,22 @@ class Kept:
             watched: a callback may have changed anything.
         """
         self.state.step += 1
-        rows = latents.shape[0], self.state.slabs
-        same = same and rows == self._rows
-        self._rows = rows
+        rows, context = (latents.shape[0], self.state.slabs), self.state.context
+        before, epoch = self._last.get(context, (None, -1))
+        same = same and rows == before
         if watched:
             # callbacks can change weights and the scales of LoRAs, and write into embeddings, of
             # which tensors made in inference mode tell nothing
             weights = [invariant.weights() for invariant in self.invariants]
-            same = same and weights == self._weights and not latents.is_inference()
+            if weights != self._weights:
+                self._last.clear()
+                same = False
+            same = same and not latents.is_inference()
             self._weights = weights
         if not same:
-            self.state.epoch += 1
+            self._epochs = epoch = self._epochs + 1
+        self._last[context] = rows, epoch
+        self.state.epoch = epoch
 
     def forget(self) -> None:
         """Free every output."""
@@ -191,7 +210,9 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
             or _IMAGE_KEYS_AND_VALUES.fullmatch(name)
         ):
             hooked = any(hasattr(inner, "_diffusers_hook") for inner in module.modules())
-            if id(module) not in seen and not hooked:
+            # HunyuanVideo refines its text anew in every step
+            steady = "timestep" not in argument_names(module)
+            if id(module) not in seen and steady and not hooked:
                 found[name] = module
             seen.add(id(module))
     return found

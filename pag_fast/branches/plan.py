@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,12 @@ class Site:
     runs: int
     leaves: int | None = None
     streams: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of positional arguments, where some have no rows
 
     def hooks(self, state: BranchState) -> tuple[Align, Leave | None]:
         """The pre-hook and, where rows change on the way out, the hook of this site."""
         leave = None if self.leaves is None else Leave(state, self.runs, self.leaves)
-        return Align(state, self.arrives, self.runs, self.streams), leave
+        return Align(state, self.arrives, self.runs, self.streams, self.names), leave
 
     def __str__(self) -> str:
         path = [self.arrives, self.runs] + ([] if self.leaves is None else [self.leaves])
@@ -127,6 +129,13 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], No
     return restore
 
 
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, which some models pass by position."""
+    forward = inspect.unwrap(type(module).forward)
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
+
+
 def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:
     """A plan that shares nothing, and says why."""
     return BranchPlan(levels=dict.fromkeys(order, SPLIT), order=order, reason=reason)
@@ -150,7 +159,8 @@ def text_projection_sites(model: Any) -> list[Site]:
 def text_key_sites(block: Any, name: str) -> list[Site]:
     """Sites for the text keys and values of a block behind the fork, equal for two branches."""
     attn = getattr(block, "attn2", None)
-    if attn is None or not attn.is_cross_attention:
+    # LTX's second attention does not say that it is one over the text
+    if attn is None or not getattr(attn, "is_cross_attention", True):
         return []
     return [
         Site(f"{name}.attn2.{part}", getattr(attn, part), SPLIT, SHARED, leaves=SPLIT)
@@ -173,7 +183,7 @@ def block_sites(
     for name, module in attentions:
         full = f"{prefix}.{name}"
         if full == fork:
-            sites.append(Site(full, module, SPLIT, level))
+            sites.append(Site(full, module, SPLIT, level, names=argument_names(module)))
             break
-        sites.append(Site(full, module, SPLIT, SHARED, leaves=SPLIT))
+        sites.append(Site(full, module, SPLIT, SHARED, SPLIT, names=argument_names(module)))
     return sites

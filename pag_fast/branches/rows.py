@@ -15,6 +15,7 @@ of the last slab and going down drops slabs from the end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ MERGED, SHARED, SPLIT = 0, 1, 2
 LEVEL_NAMES = ("merged", "shared", "split")
 
 # arguments with a leading size that is not the batch, however the numbers fall
-UNBATCHED = frozenset({"image_rotary_emb", "ip_adapter_masks"})
+UNBATCHED = frozenset({"img_ids", "ip_adapter_masks", "rope_interpolation_scale", "txt_ids"})
+# tables of [tokens, channels], or of [rows, tokens, channels] where tokens differ between rows
+ROTARY = frozenset({"freqs_cis", "image_rotary_emb", "rotary_emb"})
 
 
 class BranchState:
@@ -34,12 +37,18 @@ class BranchState:
             numbers mean that nothing is shared there. ``None``: there is no perturbed branch.
         epoch: another number whenever the conditioning, or how many slabs it has, has changed.
         step: number of the forward that runs.
+        context: which of several passes with conditionings of their own takes its turn.
+        num_contexts: text tokens of each sample, where blocks get text and image as one sequence.
+        num_image: image tokens of each sample, likewise.
     """
 
     def __init__(self) -> None:
         self.slabs: tuple[int, int, int] | None = None
         self.epoch = 0
         self.step = 0
+        self.context = ""
+        self.num_contexts: tuple[int, ...] = ()
+        self.num_image = 0
 
 
 def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
@@ -64,8 +73,16 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if type(value) is list:
         return [map_tensors(item, fn) for item in value]
     if type(value) is dict:
-        return {k: v if k in UNBATCHED else map_tensors(v, fn) for k, v in value.items()}
+        return {k: map_tensors(v, fn) if is_batched(k, v) else v for k, v in value.items()}
     return value
+
+
+def is_batched(name: str | None, value: Any) -> bool:
+    """Whether an argument's tensors have rows in front."""
+    if name in ROTARY:
+        table = value[0] if isinstance(value, list | tuple) else value
+        return isinstance(table, torch.Tensor) and table.ndim > 2
+    return name not in UNBATCHED
 
 
 class Align:
@@ -74,16 +91,23 @@ class Align:
     The module's first input arrives with the slabs of level ``arrives``; it, and the arguments
     named in ``streams`` (tensors that have come through the model with it), go to ``runs``. All
     other batched arguments are conditioning, which arrives at a level as high or higher, and is
-    cut to ``runs``.
+    cut to ``runs``. ``names`` are those of the module's positional arguments, where it has any
+    that are not batched.
     """
 
     def __init__(
-        self, state: BranchState, arrives: int, runs: int, streams: tuple[str, ...] = ()
+        self,
+        state: BranchState,
+        arrives: int,
+        runs: int,
+        streams: tuple[str, ...] = (),
+        names: tuple[str, ...] = (),
     ) -> None:
         self.state = state
         self.arrives = arrives
         self.runs = runs
         self.streams = streams
+        self.names = names
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -107,12 +131,15 @@ class Align:
             if isinstance(value, torch.Tensor):
                 if value is primary or name in self.streams:
                     kwargs[name] = change_level(value, value.shape[0] // unit, want)
-                elif _is_higher(value, rows, unit, slabs) and name not in UNBATCHED:
+                elif _is_higher(value, rows, unit, slabs) and is_batched(name, value):
                     kwargs[name] = value[:rows]
-            elif name not in UNBATCHED:
+            elif is_batched(name, value):
                 kwargs[name] = _cut(value, rows, unit, slabs)
         if args:
-            rest = [_cut(value, rows, unit, slabs) for value in args[1:]]
+            rest = [
+                _cut(value, rows, unit, slabs) if is_batched(name, value) else value
+                for name, value in zip_longest(self.names[1 : len(args)], args[1:])
+            ]
             args = (change_level(primary, have, want), *rest)
         return args, kwargs
 

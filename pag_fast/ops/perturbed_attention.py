@@ -121,6 +121,8 @@ def attention_backend(
     fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or _is_key_bias(attn_mask))
     # within a row the kernel counts elements in 32 bits
     fits = fits and tokens * v.stride(1) < 2**31
+    # padded prompts are masked in joint attention: the kernel knows no bias there
+    fits = fits and (attn_mask is None or num_context == 0)
 
     def default() -> str:
         dtype = str(v.dtype).removeprefix("torch.")
@@ -187,8 +189,11 @@ def check_attention(
         )
     if q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    if attn_mask is not None and num_context:
-        raise ValueError("attn_mask is for image-only attention; joint attention takes none.")
+    if attn_mask is not None and num_context and (attn_mask.ndim != 4 or attn_mask.shape[2] != 1):
+        raise ValueError(
+            "With text tokens, attn_mask says which keys are seen and has shape [rows, heads or 1, "
+            f"1, tokens]; got {tuple(attn_mask.shape)}."
+        )
 
 
 def torch_perturbed_attention(
@@ -216,27 +221,27 @@ def torch_perturbed_attention(
         image.lerp_(v[source, :num_image], strength.to(v.dtype)[:, None])
         return out
     if num_attend:
-        mask = attn_mask if attn_mask is None else attn_mask[:num_attend]
+        mask = reference.rows_of(attn_mask, slice(num_attend))
         out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
     if out.shape[0] == num_attend:
         return out
+    mask = reference.rows_of(attn_mask, source)
     if perturbation == "blur":
         mean = q[source, :num_image].mean(1, keepdim=True)
-        mask = None if attn_mask is None else attn_mask[source]
         out[num_attend:, :num_image].copy_(_sdpa(mean, k[source], v[source], mask, scale))
     elif num_context == 0:
         out[num_attend:].copy_(v[source])
     else:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out[num_attend:, :num_image].copy_(
-            _itself_and_text(q[source], k[source], v[source], num_image, scale)
+            _itself_and_text(q[source], k[source], v[source], num_image, scale, mask)
         )
     if num_context:
         # a text query is not perturbed: where q, k and v are those of cond, so is its output
         out[num_attend:, num_image:].copy_(
             out[source, num_image:]
             if num_forked
-            else _sdpa(q[source, num_image:], k[source], v[source], None, scale)
+            else _sdpa(q[source, num_image:], k[source], v[source], mask, scale)
         )
     return out
 
@@ -287,17 +292,19 @@ def _torch_perturbed_attention_(
     attn_mask: torch.Tensor | None,
     scale: float | None,
 ) -> None:
-    attending = slice(0, num_attend)
+    attending = slice(num_attend)
     if num_attend:
-        v[attending].copy_(_sdpa(q[attending], k[attending], v[attending], attn_mask, scale))
+        mask = reference.rows_of(attn_mask, attending)
+        v[attending].copy_(_sdpa(q[attending], k[attending], v[attending], mask, scale))
     if num_context == 0 or num_attend == v.shape[0]:
         return
     num_image = v.shape[1] - num_context
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q[num_attend:], k[num_attend:], v[num_attend:]
     # both read the values that they then replace
-    text = _sdpa(q[:, num_image:], k, v, None, scale)
-    v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale))
+    mask = reference.rows_of(attn_mask, slice(num_attend, None))
+    text = _sdpa(q[:, num_image:], k, v, mask, scale)
+    v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale, mask))
     v[:, num_image:].copy_(text)
 
 
@@ -314,7 +321,12 @@ def _sdpa(
 
 
 def _itself_and_text(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_image: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_image: int,
+    scale: float,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Perturbed image queries: attention over the text keys, merged with each query's own key.
 
@@ -322,7 +334,8 @@ def _itself_and_text(
     ``sigmoid(qᵢ·kᵢ − lse)``: no score matrix with an extra column is ever built.
     """
     query, own_value = q[:, :num_image], v[:, :num_image]
-    text, lse = _attention_with_lse(query, k[:, num_image:], v[:, num_image:], scale)
+    bias = None if mask is None else reference.additive(mask, q.dtype)[..., num_image:]
+    text, lse = _attention_with_lse(query, k[:, num_image:], v[:, num_image:], scale, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
     own = (query.to(wide) * k[:, :num_image].to(wide)).sum(-1, keepdim=True)
     # the text's weight is one less that: sigmoid(lse − qᵢ·kᵢ)
@@ -336,20 +349,28 @@ _MAX_SCORES = 1 << 24
 
 
 def _attention_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output ``[B, N, H, D]`` and the log-sum-exp of its scores ``[B, N, H]``."""
     heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads_first, 0.0, False, scale=scale
+            *heads_first, 0.0, False, attn_mask=bias, scale=scale
         )
         return out.transpose(1, 2), lse.transpose(1, 2)
-    return _chunked_attention_with_lse(*heads_first, scale)
+    return _chunked_attention_with_lse(*heads_first, scale, bias)
 
 
 def _chunked_attention_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -359,6 +380,8 @@ def _chunked_attention_with_lse(
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(wide) * scale
+        if bias is not None:
+            scores = scores + bias
         lse[:, :, rows] = torch.logsumexp(scores, -1)
         out[:, :, rows] = torch.softmax(scores, -1).to(v.dtype) @ v
     return out.transpose(1, 2), lse.transpose(1, 2)

@@ -6,14 +6,29 @@ weight once, compute scores only for the rows that attend, and never concatenate
 
 from __future__ import annotations
 
-from .joint import PerturbedJointAttention
+from .joint import (
+    PerturbedCogVideoXAttention,
+    PerturbedFluxAttention,
+    PerturbedHunyuanVideoAttention,
+    PerturbedJointAttention,
+    PerturbedQwenAttention,
+)
 from .linear import PerturbedLinearAttention
+from .lumina import PerturbedLuminaAttention
 from .rotary import PerturbedRotaryAttention
 from .self_attention import PerturbedSelfAttention
+from .video import PerturbedLTXAttention, PerturbedVideoAttention
 
 __all__ = [
+    "PerturbedCogVideoXAttention",
+    "PerturbedFluxAttention",
+    "PerturbedHunyuanVideoAttention",
     "PerturbedJointAttention",
+    "PerturbedLTXAttention",
     "PerturbedLinearAttention",
+    "PerturbedLuminaAttention",
+    "PerturbedQwenAttention",
     "PerturbedRotaryAttention",
     "PerturbedSelfAttention",
+    "PerturbedVideoAttention",
 ]

@@ -71,7 +71,7 @@ class PerturbedSelfAttention(PerturbedProcessor):
         if getattr(attn, "norm_k", None) is not None:
             key = attn.norm_k(key)
         if rotary is not None:
-            query, key = _rotate(query, rotary), _rotate(key, rotary)
+            query, key = rotate(query, rotary), rotate(key, rotary)
         return query, key
 
     def spread_input(self, x: torch.Tensor, num_forked: int) -> torch.Tensor:
@@ -81,7 +81,8 @@ class PerturbedSelfAttention(PerturbedProcessor):
         return self.spread(torch.cat([x, x[-num_forked:]]), num_forked)
 
 
-def _rotate(x: torch.Tensor, rotary: Any) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """``[rows, N, H, D]`` turned by diffusers' tables ``(cos, sin)`` of ``[N, D]``."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     # [rows, N, H, D] as the [rows, H, N, D] that diffusers rotates, and back: views only

@@ -1,0 +1,237 @@
+"""A call of a pipeline that knows nothing of PAG: the perturbed branch lives in its denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import ops
+from .branches.rows import change_level
+from .families import family_of, uncompiled
+from .guidance import scale_at
+from .hosts import Host
+from .premise import batched, latents_of
+from .session import COND, PERTURBED, UNCOND, Session, change_arguments, mend_rows
+
+if TYPE_CHECKING:
+    from .lasting import Patch
+
+
+@dataclass
+class Loop:
+    """Where the denoising loop is: ``step`` counts its steps from 0, -1 is before the first."""
+
+    step: int = -1
+
+
+class HostedSession(Session):
+    """As :class:`Session`, for one denoiser of a pipeline without PAG.
+
+    The denoiser's batch is extended by the perturbed rows on the way in, and combined on the way
+    out: see :mod:`pag_fast.hosts`.
+
+    Args:
+        arguments: those of the pipeline's call, defaults included.
+        loop: shared by the denoisers of a pipeline that has two.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        patch: Patch,
+        watched: bool,
+        denoiser: str,
+        host: Host,
+        arguments: dict[str, Any],
+        loop: Loop,
+    ) -> None:
+        super().__init__(pipe, patch, watched, denoiser)
+        self.host = host
+        self.arguments = arguments
+        self.loop = loop
+        self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
+        self._context = ""
+        self._timestep: Any = None
+        self._extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._pending: torch.Tensor | None = None
+
+    def open(self) -> None:
+        super().open()
+        self.begin(self.patch.layers, cfg=True)
+        model = uncompiled(getattr(self.pipe, self.denoiser))
+        if self.host.sequential and hasattr(model, "cache_context"):
+            self._watch_contexts(model)
+
+    def end(self) -> None:
+        super().end()
+        self._extended, self._pending, self._timestep = {}, None, None
+
+    def _watch_contexts(self, model: Any) -> None:
+        """The pipeline names its passes to the model, for caches: ``"cond"``, then ``"uncond"``."""
+        own = model.cache_context
+
+        @contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            self._context = name
+            try:
+                with own(name, *args, **kwargs):
+                    yield
+            finally:
+                self._context = ""
+
+        model.cache_context = cache_context
+        self._undo.append(lambda: vars(model).pop("cache_context", None))
+
+    # ---- a step ----
+
+    def _layout(self, rows: int) -> tuple[str, ...]:
+        both = not self.host.sequential and self.host.cfg(self.pipe, self.arguments)
+        self.unit = rows // 2 if both else rows
+        return (UNCOND, COND) if both else (COND,)
+
+    def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
+        if call.get("guess_mode"):
+            self._controlnet_state.slabs = None
+            return call
+        return super()._controlnet_rows(call, rows)
+
+    def _is_cond(self, call: dict[str, Any]) -> bool:
+        """Whether a call of the denoiser holds cond rows."""
+        if call.get("skip_layers") is not None:
+            return False  # SD3's skip-layer guidance: a third pass of its own
+        if not self.host.sequential:
+            return True
+        if self._context:
+            return not self._context.startswith("uncond")
+        # cond comes first, and both get the very timestep
+        first = call["timestep"] is not self._timestep
+        self._timestep = call["timestep"] if first else None
+        return first
+
+    def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
+        if getattr(self.pipe, "controlnet", None) is None:
+            self._begin_step()
+        state, sample = self.installed.state, latents_of(call)
+        rows = sample.shape[0]
+        frames = sample.shape[2] if "sample" in call and sample.ndim == 5 else 1
+        cond = self._is_cond(call)
+        state.context = COND if cond else UNCOND
+        same = self._premise.same_objects(call, rows, context=state.context)
+        if self._sequence is not None:
+            state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
+        if not cond:
+            state.slabs, self.ran = None, None
+            self._advance(self._kept, call, same)
+            return call
+        self.loop.step += 1
+        layout = self._layout(rows)
+        mend_rows(call, rows)
+        if not same:
+            self._decided_for = ()
+        scale = scale_at(self.pipe, self._scheduled(call), self._scales)
+        if scale == 0.0:
+            state.slabs = None
+            self.patch.steps["perturbed branch dropped"] += 1
+        else:
+            call = self._extend(call, rows, frames, len(layout))
+            layout = (*layout, PERTURBED)
+            state.slabs = self._slabs(call, layout, frames, same)
+        self._advance(self._kept, call, same)
+        self._align_residuals(call, len(layout))
+        self.ran = layout, scale
+        return call
+
+    def _scheduled(self, call: dict[str, Any]) -> Any:
+        """The scheduler's own timestep: some pipelines hand a function of it to the model."""
+        scheduler = self.pipe.scheduler
+        if not hasattr(scheduler, "step_index"):
+            return call["timestep"]
+        index = scheduler.step_index
+        if index is None:
+            index = scheduler.begin_index or 0
+        if self._scales.get("timesteps") is not scheduler.timesteps:
+            self._scales["timesteps"] = scheduler.timesteps
+            self._scales["host"] = scheduler.timesteps.tolist()
+        return self._scales["host"][min(index, len(self._scales["host"]) - 1)]
+
+    def _extend(self, call: dict[str, Any], rows: int, frames: int, have: int) -> dict[str, Any]:
+        """Every batched argument with a copy of its cond rows; the same copy in every step."""
+        extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+        def extend(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] not in (rows, rows * frames):
+                return x
+            own, version, copy = self._extended.get(id(x), (None, 0, x))
+            # a tensor made in inference mode does not tell whether a callback has written into it
+            now = -1 if x.is_inference() and self.watched else 0 if x.is_inference() else x._version
+            if own is not x or version != now or now < 0:
+                copy = change_level(x, have, have + 1)
+            extended[id(x)] = x, now, copy
+            return copy
+
+        call = change_arguments(call, extend)
+        self._extended = extended
+        return call
+
+    def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
+        # the perturbed rows are copies: only uncond and cond are to be compared
+        self.patch.steps["shared"] += 1
+        recheck = self.watched and self.installed.denoiser.config.get("in_channels") == 9
+        everything = batched(call, full * self.unit, frames)
+        return self._merged(everything, full, recheck), full - 1, full
+
+    # ---- the combination ----
+
+    def _leave(self) -> Callable[[Any], Any]:
+        after = super()._leave()
+
+        def leave(out: Any) -> Any:
+            out = self._combined(out)
+            return out if after is None else after(out)
+
+        return leave
+
+    def _combined(self, out: Any) -> Any:
+        """The denoiser's output without perturbed rows: their difference is in the others."""
+        prediction = out[0]
+        if self.ran is None:
+            if self._pending is None:
+                return out
+            return _with_prediction(out, prediction + self._pending)
+        self._pending = None
+        layout, scale = self.ran
+        if self.loop.step + 1 == getattr(self.pipe, "_num_timesteps", None):
+            # what follows the last step, decoding, is where memory runs short
+            self._kept.forget()
+            self._controlnet_kept.forget()
+        if layout[-1] != PERTURBED:
+            return out
+        branches = dict(zip(layout, prediction.chunk(len(layout)), strict=True))
+        g = self.host.scale_of(self.pipe, self.arguments, self.loop.step, self.denoiser)
+        cond = ops.combine_guidance(
+            None,
+            branches[COND],
+            branches[PERTURBED],
+            guidance_scale=1.0,
+            pag_scale=scale / (g or 1.0),
+            backend=self.patch.config.backend,
+        )
+        uncond = branches.get(UNCOND)
+        if g is None:
+            difference = cond - branches[COND]
+            uncond = None if uncond is None else uncond + difference
+            self._pending = difference if self.host.sequential else None
+        return _with_prediction(out, cond if uncond is None else torch.cat([uncond, cond]))
+
+
+def _with_prediction(out: Any, prediction: torch.Tensor) -> Any:
+    """A model's output, tuple or dataclass, with another prediction."""
+    if isinstance(out, tuple):
+        return (prediction, *out[1:])
+    return dataclasses.replace(out, sample=prediction)
