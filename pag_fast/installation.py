@@ -44,7 +44,7 @@ class Installation:
         )
         self.state = BranchState()
         self.attentions: dict[str, Any] = resolve(denoiser, layers, exact=config.exact_layers)
-        _check_processors(self.attentions, family.replaces)
+        check_processors(self.attentions, family.replaces)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches
         )
@@ -64,7 +64,8 @@ class Installation:
         self.hooks = self.plan.hooks(self.state, without=self.invariants)
 
 
-def _check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
+def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
+    """Raises ValueError for attentions whose processors do what ours would not (``known``)."""
     for name, attention in attentions.items():
         own = type(attention.processor).__name__
         if known and own not in known and not isinstance(attention.processor, PerturbedProcessor):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import tiny
+import tiny_hosts
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from numerics import relative
@@ -31,6 +32,8 @@ class Case:
         fixed: arguments that are the same for all passes.
         layers: sets of layers to perturb: the middle of the model, several, the last.
         nested: arguments of the UNets of XL that go into ``added_cond_kwargs``.
+        text: where text is in the sequences of attention (``""``: nowhere), the tokens of it in
+            each sample, and those of the image; ``None`` for models with PAG processors.
     """
 
     model: Any
@@ -40,6 +43,7 @@ class Case:
     sample: torch.Tensor
     name: str = "hidden_states"
     nested: tuple[str, ...] = ()
+    text: tuple[str, list[int], int] | None = None
 
     def __call__(self, model: Any, sample: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
         values = dict(values)
@@ -109,6 +113,54 @@ def case(name: str, batch: int = 2, **overrides: Any) -> Case:
     return Case(tiny.randomise(getattr(tiny, name)()), text, fixed, _DIT, sample)
 
 
+def _random_tables(tokens: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.randn(tokens, channels // 2).repeat_interleave(2, dim=1)
+    return angles.cos(), angles.sin()
+
+
+def new_case(name: str, batch: int = 2, **overrides: Any) -> Case:
+    """``"flux"``, ``"qwen"``, ``"wan"``, ``"ltx"``, ``"cogvideox"``, ``"hunyuan_video"``, …"""
+    torch.manual_seed(0)
+    model = tiny.randomise(getattr(tiny_hosts, name)(**overrides))
+    pairs = {"encoder_hidden_states": _pair(batch, 5, 12)}
+    fixed: dict[str, Any] = {"timestep": torch.full((batch,), 0.5)}
+    layers: dict[str, Any] = {"default": None, "several": [r"^(transformer_)?blocks\.[12]\."]}
+    if name in ("flux", "hunyuan_video"):
+        pairs["pooled_projections"] = _pair(batch, 10)
+        fixed["guidance"] = torch.full((batch,), 3.5)
+        layers["several"] = [r"^transformer_blocks\.1\.", r"single_transformer_blocks\.1\."]
+    mask = torch.ones(batch, 5)
+    mask[0, -2:] = 0  # the first prompt is shorter
+    if name == "flux":
+        sample, text = torch.randn(batch, 16, 16), ("first", [5], 16)
+        fixed |= {"img_ids": torch.randn(16, 3), "txt_ids": torch.zeros(5, 3)}
+    elif name == "qwen":
+        sample, text = torch.randn(batch, 16, 16), ("first", [5], 16)
+        fixed["img_shapes"] = [[(1, 4, 4)]] * batch
+        pairs["encoder_hidden_states_mask"] = (mask.bool(), torch.ones(batch, 5).bool())
+    elif name == "ltx":
+        sample, text = torch.randn(batch, 2 * 4 * 4, 4), ("", [0], 0)
+        fixed |= {"num_frames": 2, "height": 4, "width": 4}
+        pairs["encoder_attention_mask"] = (mask, torch.ones(batch, 5))
+    elif name == "lumina2":
+        lengths = [3] + [5] * (batch - 1)
+        sample, text = torch.randn(batch, 4, 8, 8), ("first", lengths, 16)
+        layers["several"] = [1, 2]
+        fixed["encoder_attention_mask"] = mask.bool()
+    elif name == "cogvideox":
+        sample, text = torch.randn(batch, 2, 4, 8, 8), ("first", [5], 32)
+        fixed["image_rotary_emb"] = _random_tables(32, 16)
+    else:
+        sample = torch.randn(batch, 4, 2, 8, 8)
+        text = ("", [0], 0) if name == "wan" else ("last", [5], 32)
+        if name == "hunyuan_video":
+            pairs["encoder_attention_mask"] = (mask, torch.ones(batch, 5))
+    return Case(model, pairs, fixed, layers, sample, text=text)
+
+
+NEW_CASES = ("flux", "qwen", "wan", "ltx", "cogvideox", "hunyuan_video", "lumina2")
+
+
 @dataclass
 class Result:
     """Of one denoising: the guided prediction and the latents of each step, passes of each."""
@@ -157,7 +209,7 @@ def denoise(
         prediction = guider(batches)[0]
         result.predictions.append(prediction)
         result.passes.append([batch.__guidance_identifier__ for batch in batches])
-        sample = sample - 0.1 * prediction[:, :4]
+        sample = sample - 0.1 * (prediction if case.text is not None else prediction[:, :4])
     return result
 
 
@@ -213,15 +265,28 @@ def slow(
         if p is not None:
             prediction = prediction + scale * (c - p)
         result.predictions.append(prediction)
-        sample = sample - 0.1 * prediction[:, :4]
+        sample = sample - 0.1 * (prediction if case.text is not None else prediction[:, :4])
     return result
 
 
 def perturbed(setup: Case, layers: Any) -> Callable[[], Any]:
     """Makes the context of the naive perturbed forward; by default in the model's middle."""
     if layers is None:
-        layers = "mid" if hasattr(setup.model, "down_blocks") else 3
-    return lambda: naive(list(resolve(setup.model, layers).values()))
+        layers = _middle(setup)
+    attentions = list(resolve(setup.model, layers).values())
+    if setup.text is None:
+        return lambda: naive(attentions)
+    return lambda: tiny_hosts._perturbed(attentions, *setup.text)
+
+
+def _middle(setup: Case) -> Any:
+    if hasattr(setup.model, "down_blocks"):
+        return "mid"
+    if hasattr(setup.model, "single_transformer_blocks"):
+        return r"^single_transformer_blocks\.0\."
+    stack = next(getattr(setup.model, n, None) for n in ("transformer_blocks", "blocks", "layers")
+                 if hasattr(setup.model, n))  # fmt: skip
+    return len(stack) // 2
 
 
 def differences(result: Result, expected: Result) -> list[float]:

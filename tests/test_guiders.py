@@ -10,11 +10,13 @@ import pytest
 import torch
 from modular import (
     ALWAYS,
+    NEW_CASES,
     SLG_ALWAYS,
     STEPS,
     case,
     denoise,
     differences,
+    new_case,
     perturbed,
     slow,
     snapshot,
@@ -60,6 +62,23 @@ def test_pag_equals_three_whole_forwards(name, which, cfg):
     # perturbing changes the picture
     without = slow(setup, naively, active=(), **arguments)
     assert min(differences(result, without)) > 1e-3
+
+
+@CFG
+@pytest.mark.parametrize("which", ["default", "several"])
+@pytest.mark.parametrize("name", NEW_CASES)
+def test_pag_in_models_without_a_pag_pipeline(name, which, cfg):
+    setup = new_case(name)
+    layers, scale = setup.layers[which], 5.0 if cfg else 1.0
+    guider = PAG(guidance_scale=scale, perturbed_guidance_layers=layers, **ALWAYS)
+    result = denoise(setup, guider)
+    naively = perturbed(setup, layers)
+    arguments = {"guidance_scale": scale, "scale": 2.8}
+    expected = slow(setup, naively, active=range(STEPS), **arguments)
+    assert max(differences(result, expected)) < 1e-5
+    assert not guider._warned, "the perturbed pass ran as a whole"
+    without = slow(setup, naively, active=(), **arguments)
+    assert min(differences(result, without)) > 1e-4
 
 
 @CFG
@@ -192,6 +211,34 @@ def test_slg_equals_three_whole_forwards(name, cfg):
     assert not guider._warned, "the perturbed pass ran as a whole"
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen", "wan", "ltx", "hunyuan_video"])
+def test_slg_in_other_models(name):
+    setup, config = new_case(name), LayerSkipConfig([1])
+    configs = [config]
+    chosen = [_blocks_of(setup.model)[1]]
+    if hasattr(setup.model, "single_transformer_blocks"):
+        configs.append(LayerSkipConfig([0], fqn="single_transformer_blocks"))
+        chosen.append(setup.model.single_transformer_blocks[0])
+
+    def returns(hidden_states, encoder_hidden_states=None, *_, **__):
+        if name in ("flux", "qwen"):
+            return encoder_hidden_states, hidden_states
+        return (hidden_states, encoder_hidden_states) if name == "hunyuan_video" else hidden_states
+
+    guider = SLG(skip_layer_config=configs, **SLG_ALWAYS)
+    result = denoise(setup, guider)
+    scales = {"guidance_scale": 7.5, "scale": 2.8}
+    expected = slow(setup, lambda: _skipped(chosen, returns), active=range(STEPS), **scales)
+    assert max(differences(result, expected)) < 1e-5
+    assert not guider._warned
+    by_default = denoise(setup, SLG(**SLG_ALWAYS))
+    assert min(differences(by_default, slow(setup, list, active=(), **scales))) > 1e-4
+
+
+def _blocks_of(model):
+    return model.blocks if hasattr(model, "blocks") else model.transformer_blocks
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -214,50 +261,6 @@ def test_slg_of_parts_equals_stock(config):
     assert relative(result[0], expected[0]) > 1e-3
     made[0] = made[0].new(skip_layer_guidance_start=0.01)
     assert max(differences(denoise(setup, made[0]), expected)) < 1e-5
-
-
-def test_modular_sdxl():
-    """A pipeline of diffusers, end to end, in the steps in which stock perturbs too."""
-    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
-
-    setup = case("xl", batch=1)
-    blocks = StableDiffusionXLAutoBlocks()
-    for name in ("text_encoder", "ip_adapter", "vae_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    pipe = blocks.init_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    embeds, pooled = setup.pairs["encoder_hidden_states"], setup.pairs["text_embeds"]
-
-    def run(guider):
-        pipe.update_components(
-            unet=setup.model,
-            scheduler=diffusers.DDIMScheduler(clip_sample=False),
-            guider=guider,
-            vae=tiny_vae,
-        )
-        return pipe(
-            prompt_embeds=embeds[0],
-            negative_prompt_embeds=embeds[1],
-            pooled_prompt_embeds=pooled[0],
-            negative_pooled_prompt_embeds=pooled[1],
-            height=16,
-            width=16,
-            num_inference_steps=4,
-            generator=torch.Generator().manual_seed(0),
-            output="latents",
-        )
-
-    import tiny
-
-    tiny_vae = tiny.vae()
-    fqn = "mid_block.attentions.0.transformer_blocks"
-    config = LayerSkipConfig([0, 1], fqn=fqn, skip_attention=False, skip_attention_scores=True,
-                             skip_ff=False)  # fmt: skip
-    stock = run(diffusers.PerturbedAttentionGuidance(
-        perturbed_guidance_config=config, perturbed_guidance_stop=1.0))  # fmt: skip
-    ours = run(PAG(perturbed_guidance_layers="mid", perturbed_guidance_stop=1.0))
-    assert relative(ours, stock) < 1e-5
-    assert relative(ours, run(diffusers.ClassifierFreeGuidance(7.5))) > 1e-4
 
 
 # ---- configuration and errors ----

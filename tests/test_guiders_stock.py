@@ -15,6 +15,7 @@ from modular import (
     case,
     denoise,
     differences,
+    new_case,
     perturbed,
     slow,
 )
@@ -118,6 +119,26 @@ def test_stock_refuses_sd3_and_crashes_when_it_skips_its_blocks():
     with pytest.raises(RuntimeError):
         denoise(setup, stock)
     _restore(setup.model)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "ltx", "hunyuan_video"])
+def test_stock_refuses_other_models(name):
+    """Parity of ours: test_pag_in_models_without_a_pag_pipeline."""
+    setup = new_case(name)
+    stack = "blocks" if name == "wan" else "transformer_blocks"
+    config = LayerSkipConfig([1], fqn=stack)
+    stock = diffusers.PerturbedAttentionGuidance(perturbed_guidance_config=config, **ALWAYS)
+    with pytest.raises((ValueError, AttributeError), match=r"not registered|is_cross_attention"):
+        denoise(setup, stock)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_stock_returns_two_streams_in_the_wrong_order(name):
+    """Parity of ours: test_slg_in_other_models."""
+    config = LayerSkipConfig([1], fqn="transformer_blocks")
+    stock = diffusers.SkipLayerGuidance(skip_layer_config=config, **SLG_ALWAYS)
+    with pytest.raises(RuntimeError):
+        denoise(new_case(name), stock)
 
 
 def _restore(model):

@@ -45,10 +45,13 @@ def known_modules(model: Any, plan: BranchPlan) -> list[Known]:
     # HunyuanDiT hands the output of every early block to a late one
     long_skips = any("skip" in site.streams for site in plan.sites)
     read = {name for site in plan.skip_sites if site.name not in shared for name in _makers(site)}
+    # of refiners that run one after the other, the last one's output is all that is read
+    last = {_list_of(site.name): site.name for site in outer}
     known = []
     for site in outer:
         kept: frozenset[int] | None = _NOTHING
-        if site.leaves == SPLIT or long_skips or site.name in read:
+        is_last = site.leaves == SPLIT and last[_list_of(site.name)] == site.name
+        if is_last or long_skips or site.name in read:
             kept = None
         elif site.name in skips:
             # a block returns its stream and its skips; the skip made last is the stream
@@ -61,6 +64,11 @@ def _is_before_fork(site: Site, plan: BranchPlan) -> bool:
     # text keys behind the fork are equal as well: there are many, and they are small work
     is_key = site.name.endswith((".to_k", ".to_v"))
     return site.runs == SHARED and site.name != plan.fork and not is_key
+
+
+def _list_of(name: str) -> str:
+    parent, _, own = name.rpartition(".")
+    return parent if own.isdigit() else name
 
 
 def _makers(site: SkipSite) -> list[str]:

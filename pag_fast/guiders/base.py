@@ -204,11 +204,13 @@ class ResumedGuidance(_Base):
         """Intercept the next call of ``denoiser``, in front of its hooks and its graph."""
         name = "_compiled_call_impl"
         before = vars(denoiser).get(name)
-        run = before or denoiser._call_impl
+        run, model = before or denoiser._call_impl, uncompiled(denoiser)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                out = resumption.forward(branch, run, args, kwargs, traced=traced, resumed=resumed)
+                out = resumption.forward(
+                    model, branch, run, args, kwargs, traced=traced, resumed=resumed
+                )
             except BaseException:
                 resumption.forget()
                 disarm()

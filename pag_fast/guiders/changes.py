@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..branches.plan import argument_names
+from ..branches.rows import SPLIT, BranchState
+from ..families import family_of
+from ..installation import check_processors
 from ..processors.rows import PerturbedProcessor
 from .recording import Replacement
 
@@ -56,11 +60,30 @@ class Skipped(Replacement):
         return found[0] if len(found) == 1 else tuple(found)
 
 
-def argument_names(module: nn.Module) -> list[str]:
-    """Names of what a module's forward takes, in order."""
-    import inspect
+class Perturbed:
+    """Attentions of one model that run on the rows of the perturbed branch alone.
 
-    return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    Raises:
+        ValueError: an attention whose processor does what ours does not.
+    """
+
+    def __init__(self, model: nn.Module, attentions: dict[str, Any], backend: str = "auto") -> None:
+        family = family_of(model)
+        check_processors(attentions, family.replaces)
+        self._sequence = family.sequence
+        self.state = BranchState()
+        # nobody attends
+        self.state.slabs = (0, 0, 1)
+        self.changes = [
+            Processed(attention, family.processor(self.state, SPLIT, backend))
+            for attention in attentions.values()
+        ]
+
+    def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the processors which tokens are text, from the arguments of the model."""
+        if self._sequence is not None:
+            call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
+            self.state.num_contexts, self.state.num_image = self._sequence(model, call)
 
 
 def skipped_block(block: nn.Module) -> Skipped:

@@ -11,12 +11,11 @@ from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
 from ..branches.resume import known_modules
-from ..branches.rows import SPLIT, BranchState
 from ..families import family_of
 from ..layers import as_list
 from ..ops import check_backend
 from .base import ResumedGuidance
-from .changes import Processed
+from .changes import Perturbed
 from .resumption import Resumption
 from .selection import as_configs, perturbed_attentions, saved
 
@@ -103,12 +102,6 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
             model, self.layers, self.skip_layer_config, exact=self.exact_layers
         )
         known = known_modules(model, family.plan(model, set(attentions), merge=False))
-        state = BranchState()
-        # all rows are those of the perturbed branch
-        state.slabs = (0, 0, 1)
-        changes = [
-            Processed(module, family.processor(state, SPLIT, self.backend))
-            for module in attentions.values()
-        ]
+        perturbed = Perturbed(model, attentions, self.backend)
         modules = {**{item.name: item.module for item in known}, **attentions}
-        return Resumption(known, changes, modules)
+        return Resumption(known, perturbed.changes, modules, perturbed.prepare)

@@ -30,8 +30,8 @@ class Resumption:
     Args:
         known: what need not run again in the perturbed forward.
         changes: what is perturbed.
-        prepare: called with the arguments of a perturbed forward before it runs.
         modules: every module of the model that was looked at, by name.
+        prepare: called with the model and the arguments of a perturbed forward before it runs.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Resumption:
         known: Sequence[Known],
         changes: Sequence[Change],
         modules: dict[str, nn.Module],
-        prepare: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.records = [Record(item) for item in known]
         self.replays = [Replay(record) for record in self.records]
@@ -71,6 +71,7 @@ class Resumption:
 
     def forward(
         self,
+        model: nn.Module,
         branch: str,
         run: Callable[..., Any],
         args: tuple[Any, ...],
@@ -87,7 +88,7 @@ class Resumption:
             resumed: a perturbed forward follows cond's in this step.
         """
         if branch == PERTURBED:
-            return self._perturbed(run, args, kwargs)
+            return self._perturbed(model, run, args, kwargs)
         wanted = resumed and branch == COND and self._is_usable()
         if not wanted and not traced:
             return run(*args, **kwargs)
@@ -108,7 +109,11 @@ class Resumption:
         return out
 
     def _perturbed(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         values = self._values
         self.reason = self._why_not(args, kwargs)
@@ -123,7 +128,7 @@ class Resumption:
             for change in self.changes:
                 stack.callback(change.install())
             if self._prepare is not None:
-                self._prepare(args, kwargs)
+                self._prepare(model, args, kwargs)
             return run(*args, **kwargs)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

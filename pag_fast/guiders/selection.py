@@ -136,8 +136,10 @@ def perturbed_attentions(
         return found
     if is_unet(model):
         return resolve(model, "mid")
-    name, stack = stack_of(model)
-    return attentions_in(model, [f"{name}.{len(stack) // 2}"])
+    found = self_attentions(model)
+    # of Flux and HunyuanVideo over both kinds of blocks
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in found))
+    return attentions_in(model, [blocks[len(blocks) // 2]])
 
 
 def skipped_blocks(model: nn.Module) -> LayerSkipConfig:

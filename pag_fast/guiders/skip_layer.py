@@ -11,10 +11,9 @@ from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
 from ..branches.resume import Known, known_modules
-from ..branches.rows import SPLIT, BranchState
 from ..families import family_of
 from .base import ResumedGuidance
-from .changes import Processed, skipped_attention, skipped_block, skipped_feed_forward
+from .changes import Perturbed, skipped_attention, skipped_block, skipped_feed_forward
 from .resumption import Change, Resumption
 from .selection import as_configs, attentions_in, blocks_of, saved, skipped_blocks
 
@@ -87,35 +86,41 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
         configs = self.skip_layer_config or [skipped_blocks(model)]
         changes: list[Change] = []
         modules: dict[str, nn.Module] = {}
+        scores: dict[str, nn.Module] = {}
         for config in configs:
             for name, block in blocks_of(model, config).items():
                 modules[name] = block
-                changes += _changes(model, config, name, block)
+                attentions = attentions_in(model, [name])
+                found = _changes(config, block, attentions)
+                if config.skip_attention_scores:
+                    scores.update(attentions)
+                if not found and not (config.skip_attention_scores and attentions):
+                    raise ValueError(f"The configuration of {name} skips nothing that it has.")
+                changes += found
+        prepare = None
+        if scores:
+            perturbed = Perturbed(model, scores)
+            changes += perturbed.changes
+            prepare = perturbed.prepare
         known = _known(model, modules)
         modules.update({item.name: item.module for item in known})
-        return Resumption(known, changes, modules)
+        return Resumption(known, changes, modules, prepare)
 
 
-def _changes(model: nn.Module, config: LayerSkipConfig, name: str, block: nn.Module) -> list[Any]:
-    """What a configuration asks for in one block."""
+def _changes(
+    config: LayerSkipConfig, block: nn.Module, attentions: dict[str, nn.Module]
+) -> list[Change]:
+    """What a configuration asks to be left out of one block."""
     from diffusers.hooks._common import _FEEDFORWARD_CLASSES
 
     if config.skip_attention and config.skip_ff:
         return [skipped_block(block)]
-    changes: list[Any] = []
-    attentions = attentions_in(model, [name]).values()
+    changes: list[Change] = []
     if config.skip_attention:
-        changes += [skipped_attention(module) for module in attentions]
-    elif config.skip_attention_scores:
-        state = BranchState()
-        state.slabs = (0, 0, 1)
-        processor = family_of(model).processor
-        changes += [Processed(module, processor(state, SPLIT)) for module in attentions]
+        changes += [skipped_attention(module) for module in attentions.values()]
     if config.skip_ff:
         found = [m for m in block.modules() if isinstance(m, _FEEDFORWARD_CLASSES)]
         changes += [skipped_feed_forward(module) for module in found]
-    if not changes:
-        raise ValueError(f"The configuration of {name} skips nothing that the block has.")
     return changes
 
 
