@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import diffusers
@@ -243,6 +245,40 @@ def test_an_exception_in_a_pass_leaves_nothing(broken, error):
     assert snapshot(setup.model) == before
     assert _recorded(guider, setup.model) == 0
     assert max(differences(denoise(setup, guider), expected)) == 0
+
+
+def test_a_loop_that_raises_between_passes():
+    """A ControlNet runs between ``prepare_models`` and the denoiser."""
+    setup, guider = case("sd3"), PAG(**ALWAYS)
+    expected = denoise(setup, guider)
+    before = snapshot(setup.model)
+
+    def fail(step, branch):
+        if branch == "pred_cond_skip":
+            raise RuntimeError("in the ControlNet")
+
+    for another in (False, True):
+        with pytest.raises(RuntimeError, match="ControlNet"):
+            denoise(setup, guider, before_pass=fail)
+        if another:
+            guider = PAG(**ALWAYS)
+        assert max(differences(denoise(setup, guider), expected)) == 0
+        assert snapshot(setup.model) == before
+    with pytest.raises(RuntimeError, match="ControlNet"):
+        denoise(setup, guider, before_pass=fail)
+    del guider
+    values = {name: pair[0] for name, pair in setup.pairs.items()}
+    with torch.no_grad():
+        setup(setup.model, setup.sample, values)
+    assert snapshot(setup.model) == before
+
+
+def test_copies_begin_anew():
+    setup, guider = case("sd3"), PAG(**ALWAYS)
+    expected = denoise(setup, guider)
+    for copied in (copy.deepcopy(guider), pickle.loads(pickle.dumps(guider))):
+        assert not copied._resumptions
+        assert max(differences(denoise(setup, copied), expected)) == 0
 
 
 def test_replaced_forwards_stay():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..families import uncompiled
+from .arming import Armed, Run
 from .resumption import COND, PERTURBED, UNCOND, Resumption
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class ResumedGuidance(_Base):
     skip_layer_guidance_stop: float
     guidance_rescale: float
     use_original_formulation: bool
+    _resumptions: WeakKeyDictionary[nn.Module, Resumption]
+    _stale: WeakSet[nn.Module]
+    _armed: Armed | None
+    _pass: tuple[nn.Module, str, bool] | None
+    _warned: set[str]
 
     def _begin(self, start: float, stop: float) -> None:
         if not 0.0 <= start < 1.0 or not start <= stop <= 1.0:
@@ -44,11 +49,7 @@ class ResumedGuidance(_Base):
                 "Perturbed guidance runs from a start to a stop with 0 <= start < 1 and "
                 f"start <= stop <= 1, as shares of the steps; got {start} and {stop}."
             )
-        self._resumptions: WeakKeyDictionary[nn.Module, Resumption] = WeakKeyDictionary()
-        # those whose modules have to be looked at again
-        self._stale: WeakSet[nn.Module] = WeakSet()
-        self._armed: list[Callable[[], None]] = []
-        self._warned: set[str] = set()
+        self.__dict__.update(_runtime())
 
     def _make(self, model: nn.Module) -> Resumption:
         """The resumption of one denoiser; raises ValueError where its layers are not to be had."""
@@ -83,7 +84,9 @@ class ResumedGuidance(_Base):
         # a compiled model runs its other steps in the graph of this one
         if not perturbs and not (traced and self._perturbs_at_all()):
             return
-        self._arm(denoiser, branch, self._resumption(model), traced, perturbs)
+        self._find(model)
+        self._pass = model, branch, traced
+        self._armed = Armed(denoiser, self._forward)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """End a pass."""
@@ -184,53 +187,58 @@ class ResumedGuidance(_Base):
 
     # ---- forwards ----
 
-    def _resumption(self, model: nn.Module) -> Resumption:
+    def _find(self, model: nn.Module) -> None:
+        """See to it that there is a resumption of the model as it is now."""
         found = self._resumptions.get(model)
         if found is not None and model in self._stale:
             self._stale.discard(model)
             found = found if found.fits(model) else None
         if found is None:
-            found = self._resumptions[model] = self._make(model)
-        return found
+            self._resumptions[model] = self._make(model)
 
-    def _arm(
-        self,
-        denoiser: nn.Module,
-        branch: str,
-        resumption: Resumption,
-        traced: bool,
-        resumed: bool,
-    ) -> None:
-        """Intercept the next call of ``denoiser``, in front of its hooks and its graph."""
-        name = "_compiled_call_impl"
-        before = vars(denoiser).get(name)
-        run, model = before or denoiser._call_impl, uncompiled(denoiser)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                out = resumption.forward(
-                    model, branch, run, args, kwargs, traced=traced, resumed=resumed
-                )
-            except BaseException:
-                resumption.forget()
-                disarm()
-                raise
-            if branch == PERTURBED and resumption.reason and resumption.records:
-                self._warn(f"The perturbed pass runs as a whole: {resumption.reason}.")
-            return out
-
-        def disarm() -> None:
-            if vars(denoiser).get(name) is not call:
-                return
-            # a module that torch.compile has wrapped would set it on the one inside
-            if before is None:
-                object.__delattr__(denoiser, name)
-            else:
-                object.__setattr__(denoiser, name, before)
-
-        object.__setattr__(denoiser, name, call)
-        self._armed.append(disarm)
+    def _forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The denoiser's forward in the pass that was prepared last."""
+        assert self._pass is not None
+        model, branch, traced = self._pass
+        resumption = self._resumptions[model]
+        try:
+            out = resumption.forward(
+                model,
+                branch,
+                run,
+                args,
+                kwargs,
+                traced=traced,
+                resumed=self._is_slg_enabled(),
+            )
+        except BaseException:
+            resumption.forget()
+            raise
+        if branch == PERTURBED and resumption.reason and resumption.records:
+            self._warn(f"The perturbed pass runs as a whole: {resumption.reason}.")
+        return out
 
     def _disarm(self) -> None:
-        while self._armed:
-            self._armed.pop()()
+        if self._armed is not None:
+            self._armed.disarm()
+        self._armed = self._pass = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without what belongs to the models of the original."""
+        left_out = _runtime()
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, **_runtime())
+
+
+def _runtime() -> dict[str, Any]:
+    """What a guider knows about the models that it has run."""
+    return {
+        "_resumptions": WeakKeyDictionary(),
+        # those whose modules have to be looked at again
+        "_stale": WeakSet(),
+        "_armed": None,
+        "_pass": None,
+        "_warned": set(),
+    }
