@@ -339,6 +339,17 @@ def test_layers_that_are_not_there(guider, name, message):
     assert snapshot(setup.model) == before
 
 
+def test_a_processor_that_ours_does_not_stand_for():
+    class Adapter:
+        def __call__(self, attn, hidden_states, *_, **__):
+            return hidden_states
+
+    setup = new_case("wan")
+    setup.model.blocks[2].attn1.set_processor(Adapter())
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn1 runs Adapter"):
+        denoise(setup, PAG(**ALWAYS))
+
+
 def test_a_model_that_nobody_knows():
     with pytest.raises(ValueError, match="none of the supported denoisers"):
         guider = PAG()

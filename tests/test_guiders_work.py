@@ -17,6 +17,7 @@ from modular import (
     case,
     denoise,
     differences,
+    new_case,
     perturbed,
     slow,
     snapshot,
@@ -140,6 +141,19 @@ def test_a_unets_skips_that_nobody_reads_again_are_not_kept():
     # [2, 16, 4, 4]; the shapes of the streams and of the other skips are one element each
     streams, skips = 3 + 1 + 1 + 2, 4
     assert held["pred_uncond"] == 4 * (2 * 8 * 8 * 8 + 2 * 16 * 4 * 4 + streams + skips)
+
+
+def test_of_refiners_the_last_outputs_are_kept():
+    setup, guider = new_case("lumina2", num_refiner_layers=2), PAG(**ALWAYS)
+    result = denoise(setup, guider)
+    records = guider._resumptions[setup.model].records
+    names = {module: name for name, module in setup.model.named_modules()}
+    kept = {names[record.module] for record in records if record.kept is None}
+    assert kept == {"noise_refiner.1", "context_refiner.1", "layers.1"}
+    assert len(records) == 2 + 2 + 2
+    scales = {"guidance_scale": 7.5, "scale": 2.8}
+    expected = slow(setup, perturbed(setup, None), active=range(STEPS), **scales)
+    assert max(differences(result, expected)) < 1e-5
 
 
 def test_a_guider_keeps_no_model_alive():
