@@ -2,7 +2,7 @@
 
 import pag_fast
 
-pag_fast.patch(pipe, layers=["mid"])   # any PAG pipeline of diffusers
+pag_fast.patch(pipe, layers=["mid"])   # with or without PAG of its own
 image = pipe(prompt, pag_scale=3).images[0]
 print(pag_fast.explain(pipe))
 pag_fast.unpatch(pipe)
@@ -16,11 +16,13 @@ from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
+from .reuse import Reuse
 from .version import __version__
 
 __all__ = [
     "CompileConfig",
     "PatchConfig",
+    "Reuse",
     "__version__",
     "explain",
     "patch",

@@ -9,6 +9,7 @@ from typing import Any
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend
+from .reuse import Reuse
 
 PERTURBATIONS = ("identity",)
 
@@ -42,6 +43,8 @@ class PatchConfig:
             next to each other in memory until the pipeline is unpatched.
         compile: compile the denoiser and its ControlNets until the pipeline is unpatched; ``True``,
             or a :class:`CompileConfig`.
+        reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
+            and another picture than without.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
@@ -55,6 +58,7 @@ class PatchConfig:
     cache_conditioning: bool = True
     fewer_launches: bool = True
     compile: bool | CompileConfig = False
+    reuse: Reuse | None = None
     exact_layers: bool = False
     strict: bool = False
 
@@ -82,6 +86,9 @@ class PatchConfig:
             raise ValueError(
                 f"compile must be True, False or a CompileConfig; got {self.compile!r}."
             )
+
+        if self.reuse is not None and not isinstance(self.reuse, Reuse):
+            raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
 
     @property
     def compilation(self) -> CompileConfig | None:

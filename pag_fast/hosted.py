@@ -135,9 +135,8 @@ class HostedSession(Session):
         if not same:
             self._decided_for = ()
         scale = scale_at(self.pipe, self._scheduled(call), self._scales)
-        if scale == 0.0:
+        if self._drops(scale, sample):
             state.slabs = None
-            self.patch.steps["perturbed branch dropped"] += 1
         else:
             call = self._extend(call, rows, frames, len(layout))
             layout = (*layout, PERTURBED)
@@ -200,24 +199,25 @@ class HostedSession(Session):
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
         prediction = out[0]
+        if self._is_last_pass():
+            # what follows the last step, decoding, is where memory runs short
+            self._kept.forget()
+            self._controlnet_kept.forget()
         if self.ran is None:
             if self._pending is None:
                 return out
             return _with_prediction(out, prediction + self._pending)
         self._pending = None
         layout, scale = self.ran
-        if self.loop.step + 1 == getattr(self.pipe, "_num_timesteps", None):
-            # what follows the last step, decoding, is where memory runs short
-            self._kept.forget()
-            self._controlnet_kept.forget()
-        if layout[-1] != PERTURBED:
-            return out
         branches = dict(zip(layout, prediction.chunk(len(layout)), strict=True))
+        perturbed = self._perturbed(branches, scale)
+        if perturbed is None:
+            return out
         g = self.host.scale_of(self.pipe, self.arguments, self.loop.step, self.denoiser)
         cond = ops.combine_guidance(
             None,
             branches[COND],
-            branches[PERTURBED],
+            perturbed,
             guidance_scale=1.0,
             pag_scale=scale / (g or 1.0),
             backend=self.patch.config.backend,
@@ -228,6 +228,12 @@ class HostedSession(Session):
             uncond = None if uncond is None else uncond + difference
             self._pending = difference if self.host.sequential else None
         return _with_prediction(out, cond if uncond is None else torch.cat([uncond, cond]))
+
+    def _is_last_pass(self) -> bool:
+        if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
+            return False
+        uncond_follows = self.host.sequential and self.host.cfg(self.pipe, self.arguments)
+        return self.ran is None or not uncond_follows
 
 
 def _with_prediction(out: Any, prediction: torch.Tensor) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from .branches.invariant import invariants
-from .branches.plan import BranchPlan
+from .branches.plan import BranchPlan, is_compiled
 from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
 from .families import family_of, has_compiled
 from .layers import resolve
 from .lean import Lean
-from .processors.rows import PerturbedProcessor
+from .processors.rows import PerturbedProcessor, with_signature
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -48,8 +48,10 @@ class Installation:
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches
         )
+        traced = not eager or any(map(is_compiled, denoiser.modules()))
+        made = family.processor if traced else with_signature(cast(Any, family.processor))
         self.processors: dict[str, PerturbedProcessor] = {
-            name: family.processor(self.state, self.plan.levels[name], config.backend)
+            name: made(self.state, self.plan.levels[name], config.backend)
             for name in self.attentions
         }
         if not config.share_branches:

@@ -26,6 +26,7 @@ from .installation import is_eager
 from .lean import Lean
 from .pipeline import RescalesOnce
 from .premise import Premise, batched, latents_of
+from .reuse import Difference
 
 if TYPE_CHECKING:
     from .lasting import Patch
@@ -64,6 +65,7 @@ class Session:
         self._leans: list[Lean] = []
         self._scales: dict[Any, Any] = {}
         self._calls = 0
+        self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
 
     # ---- installing and removing ----
 
@@ -209,10 +211,9 @@ class Session:
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
         scale = scale_at(self.pipe, call["timestep"], self._scales)
-        if layout[-1] == PERTURBED and scale == 0.0:
+        if layout[-1] == PERTURBED and self._drops(scale, sample):
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
-            self.patch.steps["perturbed branch dropped"] += 1
         elif self.patch.compilation is not None and layout[-1] == PERTURBED:
             self._warm(call, layout, frames)
         state = self.installed.state
@@ -221,6 +222,26 @@ class Session:
         self._align_residuals(call, len(layout))
         self.ran = layout, scale
         return call
+
+    def _drops(self, scale: float, latents: torch.Tensor) -> bool:
+        """Whether a step does without the perturbed rows."""
+        if scale == 0.0:
+            self.patch.steps["perturbed branch dropped"] += 1
+            return True
+        if self._difference is not None and self._difference.serves(latents[-self.unit :]):
+            self.patch.steps["difference reused"] += 1
+            return True
+        return False
+
+    def _perturbed(self, branches: dict[str, torch.Tensor], scale: float) -> torch.Tensor | None:
+        """The perturbed prediction, from this step or by the difference of an earlier one."""
+        cond, perturbed = branches[COND], branches.get(PERTURBED)
+        if self._difference is None or scale == 0.0:
+            return perturbed
+        if perturbed is None:
+            return self._difference.perturbed(cond)
+        self._difference.hold(cond, perturbed)
+        return perturbed
 
     def _begin_step(self) -> None:
         if self.patch.compilation is not None:
@@ -396,7 +417,7 @@ class Session:
         combined = ops.combine_guidance(
             branches.get(UNCOND),
             branches[COND],
-            branches.get(PERTURBED),
+            self._perturbed(branches, scale),
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,

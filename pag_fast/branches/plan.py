@@ -129,6 +129,12 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], No
     return restore
 
 
+def has_diffusers_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers do something when the module runs: fetch or cast its weights."""
+    # an empty registry is what cache_context leaves behind
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
+
+
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, which some models pass by position."""
     forward = inspect.unwrap(type(module).forward)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..branches.plan import eager_modules, replace_forward
+from ..branches.plan import eager_modules, has_diffusers_hooks, replace_forward
 from ..branches.rows import BranchState
 from .joined import Joined, is_plain
 from .projections import QKV, TimeProjections
@@ -58,7 +58,7 @@ class Lean:
         self.time: list[tuple[Any, Any]] = []
         eager = {name for name, _ in eager_modules(model)}
         # weights that hooks move around would be parted in every call
-        moves = any(h in vars(m) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
+        moves = any("_hf_hook" in vars(m) or has_diffusers_hooks(m) for m in model.modules())
         for name, module in model.named_modules():
             if name in eager:
                 self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]

@@ -22,11 +22,6 @@ class PerturbedProcessor:
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
     """
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # diffusers asks for the signature in every call: keep it from being derived every time
-        cls.__call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
-
     def __init__(
         self, state: BranchState | None = None, level: int = SPLIT, backend: str = "auto"
     ) -> None:
@@ -84,6 +79,21 @@ class PerturbedProcessor:
         assert self.state is not None and self.state.slabs is not None
         missing = self.state.slabs[SPLIT] * num_forked - out.shape[0]
         return out if missing == 0 else torch.cat([out[:missing], out])
+
+
+@functools.cache
+def with_signature(cls: Any) -> Any:
+    """``cls`` for eager mode: diffusers derives the signature of its call anew in every call.
+
+    Not for compilers: Dynamo cannot read a stored signature where attention arguments are given.
+    """
+    own = cls.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
 
 
 def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:
