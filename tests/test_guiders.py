@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import contextmanager
 
@@ -131,6 +132,26 @@ def test_a_fork_behind_skips_of_its_own_block():
     expected = slow(setup, perturbed(setup, layers), active=range(STEPS), **scales)
     assert max(differences(result, expected)) < 1e-5
     assert not guider._warned
+
+
+def test_arguments_that_the_model_uses_up():
+    """A T2I-Adapter's residuals are taken from their list, one by one."""
+    setup = case("sd")
+    shapes = [(8, 8), (16, 4), (16, 2)]
+    residuals = [torch.randn(2, channels, size, size) for channels, size in shapes]
+
+    model = setup.model
+
+    def forward(**kwargs):
+        return model(**kwargs, down_intrablock_additional_residuals=list(residuals))
+
+    guider = PAG(perturbed_guidance_layers="up_blocks.1", **ALWAYS)
+    result = denoise(setup, guider, run=forward)
+    setup.model = forward
+    chosen = perturbed(dataclasses.replace(setup, model=model), "up_blocks.1")
+    scales = {"guidance_scale": 7.5, "scale": 2.8}
+    expected = slow(setup, chosen, active=range(STEPS), **scales)
+    assert max(differences(result, expected)) < 1e-5
 
 
 def test_a_controlnet_of_sd3():

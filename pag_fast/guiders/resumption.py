@@ -101,11 +101,13 @@ class Resumption:
             stack.callback(self._drop)
             for record in self.records:
                 stack.callback(record.install())
+            # some models take things out of their arguments
+            inputs = _leaves((args, kwargs))
             out = run(*args, **kwargs)
             intact = traced or all(record.is_intact() for record in self.records)
             if wanted and intact and not repeated:
                 self._values = [record.take() for record in self.records]
-                self._inputs = _leaves((args, kwargs))
+                self._inputs = inputs
         return out
 
     def _perturbed(
