@@ -25,10 +25,7 @@ class Armed:
     """
 
     def __init__(self, denoiser: nn.Module, forward: Callable[[Run, Any, Any], Any]) -> None:
-        # of a pass that came to no forward: the loop raised in between
-        left = vars(denoiser).get(_NAME)
-        if isinstance(left, Armed):
-            left.disarm()
+        release(denoiser)
         self.denoiser = denoiser
         self._before = vars(denoiser).get(_NAME)
         self._run: Run = self._before or denoiser._call_impl
@@ -55,3 +52,10 @@ class Armed:
             object.__delattr__(self.denoiser, _NAME)
         else:
             object.__setattr__(self.denoiser, _NAME, self._before)
+
+
+def release(denoiser: nn.Module) -> None:
+    """Disarm a denoiser whose pass came to no forward, as the loop of some guider raised."""
+    left = vars(denoiser).get(_NAME)
+    if isinstance(left, Armed):
+        left.disarm()

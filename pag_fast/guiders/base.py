@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..families import uncompiled
-from .arming import Armed, Run
+from .arming import Armed, Run, release
 from .resumption import COND, PERTURBED, UNCOND, Resumption
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ResumedGuidance(_Base):
             ValueError: a denoiser that cannot be perturbed, or layers that it does not have.
         """
         self._disarm()
+        release(denoiser)
         branch = self._passes()[min(self._count_prepared, self.num_conditions - 1)]
         self._count_prepared += 1
         model = uncompiled(denoiser)
