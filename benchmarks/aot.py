@@ -164,13 +164,13 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
             warps,
             fp32=("moments_ptr",),
         )
-        for rescale in (False, True):
+        for rescale, term_only in ((False, False), (True, False), (True, True)):
             yield Build(
-                f"combine_guidance {dtype}{' rescale' * rescale}{size}",
+                f"combine_guidance {dtype}{' rescale' * rescale}{' term' * term_only}{size}",
                 "combine_guidance",
                 "_combine_guidance_kernel",
                 dtype,
-                {**flags, "RESCALE": rescale, "BLOCK_CHUNKS": 1024},
+                {**flags, "RESCALE": rescale, "TERM_ONLY": term_only, "BLOCK_CHUNKS": 1024},
                 warps,
                 fp32=("moments_ptr",),
             )
@@ -275,7 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--only", default="", help="builds whose name contains this; no table")
+    parser.add_argument("--only", default="", help="builds whose name contains this")
     arguments = parser.parse_args()
     jobs = [job for job in all_builds() if arguments.only in f"{job[0].name} {job[1]}"]
     rows: dict[str, dict[str, int]] = {}
@@ -286,6 +286,13 @@ def main() -> int:
             complaints += faults(build, chip, binary)
             rows[f"{build.name} {chip}"] = binary
     if arguments.update:
+        if arguments.only:
+            version, known = read_table()
+            if version != triton.__version__:
+                parser.error(f"the table is of triton {version}: update all of it")
+            both = known | rows
+            names = [f"{build.name} {chip}" for build, chip in all_builds()]
+            rows = {name: both[name] for name in names if name in both}
         write_table(rows)
     elif not arguments.only:
         version, known = read_table()

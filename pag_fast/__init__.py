@@ -17,12 +17,15 @@ from .config import PatchConfig
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
 from .reuse import Reuse
+from .schedules import Schedule, Step
 from .version import __version__
 
 __all__ = [
     "CompileConfig",
     "PatchConfig",
     "Reuse",
+    "Schedule",
+    "Step",
     "__version__",
     "explain",
     "patch",

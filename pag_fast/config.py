@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
-from .ops import check_backend
+from .ops import check_backend, check_rescale_mode
 from .reuse import Reuse
+from .schedules import Schedule
 
 PERTURBATIONS = ("identity",)
 
@@ -33,6 +34,12 @@ class PatchConfig:
         pag_scale, pag_adaptive_scale: for a pipeline that has no PAG of its own, where a call does
             not say otherwise: 3.0 and 0.0 if omitted. The PAG pipelines take both in every call.
         perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
+        schedule: the PAG scale from step to step; ``None`` is the pipeline's ``pag_scale`` and
+            ``pag_adaptive_scale``.
+        rescale_mode: what to do against the contrast that guidance adds, in place of the pipeline's
+            ``guidance_rescale``: ``"cfg"`` (all of the guidance), ``"full"``, ``"partial"`` or
+            ``"snf"`` (PAG's part), see :func:`pag_fast.reference.combine_guidance`.
+        rescale: how much of it, 0 to 1; ``"snf"`` has none.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
@@ -53,6 +60,9 @@ class PatchConfig:
     pag_scale: float | None = None
     pag_adaptive_scale: float | None = None
     perturbation: str = "identity"
+    schedule: Schedule | None = None
+    rescale_mode: str | None = None
+    rescale: float | None = None
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
@@ -70,6 +80,9 @@ class PatchConfig:
                 f"Unknown perturbation {self.perturbation!r}: "
                 f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
             )
+        if not isinstance(self.schedule, Schedule | None):
+            raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
+        _check_rescale(self.rescale_mode, self.rescale)
         check_backend(self.backend)
         check_scale("pag_scale", self.pag_scale)
         check_scale("pag_adaptive_scale", self.pag_adaptive_scale)
@@ -98,6 +111,36 @@ class PatchConfig:
         return self.compile
 
     @property
+    def installed(self) -> PatchConfig:
+        """What of it decides which processors, hooks and compiled models there are."""
+        return replace(
+            self,
+            layers=None,
+            pag_scale=None,
+            pag_adaptive_scale=None,
+            schedule=None,
+            rescale_mode=None,
+            rescale=None,
+            reuse=None,
+            strict=False,
+        )
+
+    @property
     def traces(self) -> bool:
         """Whether compiled graphs hold whole models: repeated blocks share theirs."""
         return self.compilation is not None and not self.compilation.regional
+
+
+def _check_rescale(mode: str | None, rescale: float | None) -> None:
+    if mode is not None:
+        check_rescale_mode(mode)
+    if mode in (None, "snf"):
+        if rescale is not None:
+            missing = "a rescale_mode" if mode is None else "another rescale_mode than 'snf'"
+            raise ValueError(f'rescale={rescale!r} needs {missing}: "full", "partial" or "cfg".')
+        return
+    number = isinstance(rescale, int | float) and not isinstance(rescale, bool)
+    if not number or not 0.0 <= rescale <= 1.0:  # type: ignore[operator]
+        raise ValueError(
+            f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got {rescale!r}."
+        )

@@ -18,6 +18,8 @@ from .flops import Cost, controlnet_cost, denoiser_cost
 from .installation import Installation, is_eager
 from .lean import Lean
 
+_PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
+
 
 @dataclass(frozen=True)
 class ModelCall:
@@ -50,6 +52,7 @@ class Explanation:
         sites: modules whose rows are changed, with the levels they go through.
         calls: what each model call runs on.
         flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
+        schedule: the PAG scale from step to step, in words.
         size: ``(height, width)`` in pixels the prediction is for.
         steps: denoiser calls so far, by how they ran.
         fallbacks: reasons why something ran unshared, and how often.
@@ -68,6 +71,7 @@ class Explanation:
     calls: tuple[ModelCall, ...]
     flops: tuple[Predicted, ...]
     size: tuple[int, int]
+    schedule: str = _PIPELINES_SCALE
     steps: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
@@ -90,6 +94,7 @@ class Explanation:
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
+        lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
             height, width = self.size
             lines += ["", f"TFLOPs per step, one image of {height}×{width}"]
@@ -147,6 +152,7 @@ def explain(
         calls=tuple(_calls(type(model).__name__, plan, nets)),
         flops=predicted,
         size=size,
+        schedule=_PIPELINES_SCALE if config.schedule is None else str(config.schedule),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),

@@ -31,7 +31,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
-            Patching it again replaces the earlier settings.
+            Patching it again replaces the earlier settings; if nothing but schedule and rescale
+            are others, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``, or what :data:`pag_fast.hosts.HOSTS`
             names for a pipeline without PAG. See :mod:`pag_fast.layers`.
@@ -56,11 +57,12 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
         resolve(denoiser, wanted, exact=config.exact_layers)
 
     before = getattr(pipe, "_pag_fast", None)
-    if before is not None:
-        before.release()
     own = None if config.layers is None and host is None else wanted
     cls = type(pipe) if before is None else before.original_class
     new = Patch(config, cls, original, own, host)
+    if before is not None:
+        new.inherit(before)
+        before.release()
     new.compile(pipe)
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
@@ -96,6 +98,9 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
     try:
         yield pipe
     finally:
+        inner = getattr(pipe, "_pag_fast", None)
+        if before is not None and inner is not None:
+            before.inherit(inner)
         unpatch(pipe)
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)

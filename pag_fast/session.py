@@ -21,7 +21,7 @@ from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .families import controlnets, denoiser_name, uncompiled
-from .guidance import scale_at
+from .guidance import scale_at, scales_ahead
 from .installation import is_eager
 from .lean import Lean
 from .pipeline import RescalesOnce
@@ -64,6 +64,7 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._leans: list[Lean] = []
         self._scales: dict[Any, Any] = {}
+        self._looked_ahead: set[Any] = set()
         self._calls = 0
         self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
 
@@ -92,11 +93,13 @@ class Session:
         """The pipeline is about to denoise with PAG: install processors and hooks.
 
         Raises:
-            ValueError: a layer that does not exist, or a model whose batch is split inside.
+            ValueError: a layer that does not exist, a model whose batch is split inside, or rescale
+                asked for twice.
         """
         denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
+        _refuse_two_rescales(self._own_rescale(), self.patch.config.rescale_mode)
         eager = is_eager(denoiser, model)
         self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = Kept(self.installed.state)
@@ -112,6 +115,10 @@ class Session:
         self._undo += self._kept.install(self.installed.invariants.values())
         self._install_leans()
         self._enter_with(denoiser, self.enter_denoiser, self._leave())
+
+    def _own_rescale(self) -> float:
+        """The ``guidance_rescale`` of the pipeline's call."""
+        return float(getattr(self.pipe, "_guidance_rescale", 0.0))
 
     def _leave(self) -> Callable[[Any], Any] | None:
         """What is done with the denoiser's output, if anything."""
@@ -210,12 +217,13 @@ class Session:
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
-        scale = scale_at(self.pipe, call["timestep"], self._scales)
-        if layout[-1] == PERTURBED and self._drops(scale, sample):
+        scale = scale_at(self.pipe, call["timestep"], self._scales, self.patch.config.schedule)
+        drops = layout[-1] == PERTURBED and self._drops(scale, sample)
+        if self.patch.compilation is not None and layout[-1] == PERTURBED:
+            self._warm(call, layout, frames, dropped=drops)
+        if drops:
             call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
             layout = layout[:-1]
-        elif self.patch.compilation is not None and layout[-1] == PERTURBED:
-            self._warm(call, layout, frames)
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
@@ -247,22 +255,37 @@ class Session:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
 
-    def _warm(self, call: dict[str, Any], layout: tuple[str, ...], frames: int) -> None:
-        """Where a later step will drop the perturbed branch: compile that step now, not then."""
-        compilation, timesteps = self.patch.compilation, self.pipe.scheduler.timesteps
+    def _warm(
+        self, call: dict[str, Any], layout: tuple[str, ...], frames: int, *, dropped: bool
+    ) -> None:
+        """Compile now, not then, what a later step needs.
+
+        Where this step drops the perturbed branch that is the model with it, else without.
+        """
+        compilation, latents, full = self.patch.compilation, latents_of(call), len(layout)
         assert compilation is not None
-        latents, full = latents_of(call), len(layout)
         key = latents.shape, latents.dtype, full
-        if key in compilation.warmed or scale_at(self.pipe, timesteps[-1], self._scales) != 0.0:
+        if key in compilation.warmed or key in self._looked_ahead:
+            return
+        self._looked_ahead.add(key)
+        schedule = self.patch.config.schedule
+        ahead = scales_ahead(self.pipe, call["timestep"], self._scales, schedule)
+        if self._difference is None and all((scale == 0.0) == dropped for scale in ahead):
             return
         compilation.warmed.add(key)
-        fewer = _change_rows(dict(call), latents.shape[0], frames, full, full - 1)
-        self.installed.state.slabs = None
-        self._advance(self._kept, fewer, False)
-        self._align_residuals(fewer, full - 1)
+        if dropped:
+            other, rows, counted = dict(call), full, self.patch.steps.copy()
+            self.installed.state.slabs = self._slabs(other, layout, frames, False)
+            self.patch.steps = counted
+        else:
+            rows = full - 1
+            other = _change_rows(dict(call), latents.shape[0], frames, full, rows)
+            self.installed.state.slabs = None
+        self._advance(self._kept, other, False)
+        self._align_residuals(other, rows)
         self._warming = True
         try:
-            getattr(self.pipe, self.denoiser)(**fewer)
+            getattr(self.pipe, self.denoiser)(**other)
         finally:
             self._warming = False
 
@@ -410,8 +433,10 @@ class Session:
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
         branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
-        rescale = 0.0
-        if UNCOND in branches and isinstance(self.pipe, RescalesOnce):
+        config, rescale = self.patch.config, 0.0
+        if config.rescale_mode is not None:
+            rescale = config.rescale or 0.0
+        elif UNCOND in branches and isinstance(self.pipe, RescalesOnce):
             rescale = float(self.pipe._guidance_rescale)
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
@@ -421,7 +446,8 @@ class Session:
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,
-            backend=self.patch.config.backend,
+            rescale_mode=config.rescale_mode or "cfg",
+            backend=config.backend,
         )
         if sigma:
             # the pipeline splits the sigma channels off behind this point: give it some to split
@@ -482,4 +508,12 @@ def _refuse_split_inference(model: nn.Module) -> None:
             "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
             "perturbed rows can no longer be told apart (stock diffusers perturbs the wrong rows). "
             "Use enable_free_noise() without enable_free_noise_split_inference()."
+        )
+
+
+def _refuse_two_rescales(own: float, mode: str | None) -> None:
+    if mode is not None and own > 0.0:
+        raise ValueError(
+            f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave one "
+            "of them out."
         )

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 import pag_fast
+from pag_fast import reference
 from pag_fast.compiling import CompileConfig
 from pag_fast.layers import resolve
 
@@ -277,6 +278,69 @@ def test_a_pag_pipeline_takes_its_scale_in_the_call():
     pipe = tiny.build("StableDiffusionPAGPipeline")
     with pytest.raises(ValueError, match="takes it in every call"):
         pag_fast.patch(pipe, pag_scale=2.0)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
+def test_rescale_modes(name, mode):
+    """What reaches the scheduler, against the op on what the model has predicted."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    rescale = {} if mode == "snf" else {"rescale": 0.7}
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
+        # in front of the session's own hook, which combines
+        handle = _model(pipe).register_forward_hook(lambda *a: predicted.append(a[2][0]))
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(name, pipe, steps=1))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    if name == SD:
+        uncond, cond, perturbed = predicted[0].chunk(3)
+    else:
+        (cond, perturbed), uncond = predicted[0].chunk(2), predicted[1]
+    plain, truth = (
+        reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **options)
+        for options in ({}, {"rescale_mode": mode, **rescale})
+    )
+    assert relative(truth, plain) > 1e-4
+    assert relative(combined[0], truth) < 1e-5
+
+
+def test_guidance_is_rescaled_once():
+    pipe, name = _pipe(SD), SD
+    twice = pytest.raises(ValueError, match=r"guidance_rescale=0\.5 and the patch rescale_mode")
+    with pag_fast.patched(pipe, rescale_mode="full", rescale=0.7), twice:
+        latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.5))
+    name = "CogVideoXPipeline"
+    pipe = _pipe(name)
+    with pag_fast.patched(pipe, HOSTS[name].layers["middle"], rescale_mode="partial", rescale=0.7):
+        latents(pipe, call_kwargs(name, pipe))
+        with pytest.raises(ValueError, match="decides on later"):
+            latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
+
+
+def test_a_window_compiles_no_third_graph():
+    """The step without a perturbed branch is compiled in the first."""
+    torch._dynamo.reset()
+    pipe = build(SD)
+    options = {"schedule": pag_fast.Schedule(stop=2), "compile": CompileConfig(backend="eager")}
+    graphs = []
+
+    def callback(pipe, step, timestep, tensors):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return {}
+
+    with pag_fast.patched(pipe, **options):
+        latents(pipe, call_kwargs(SD, pipe, steps=4, callback_on_step_end=callback))
+        assert pipe._pag_fast.steps == {"shared": 2, "perturbed branch dropped": 2}
+    assert len(set(graphs)) == 1
+    torch._dynamo.reset()
 
 
 def test_layers_can_be_changed_between_calls():

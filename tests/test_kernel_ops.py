@@ -122,6 +122,9 @@ def test_opcheck(launches):  # noqa: F811
     ]
     for name, arguments in cases:
         torch.library.opcheck(name.default, (*arguments, "triton"))
+    for mode in ("full", "partial"):
+        arguments = (q, k, v, 7.0, 3.0, 0.7, "triton", mode)
+        torch.library.opcheck(op.combine_guidance.default, arguments)
 
 
 def test_scales_do_not_recompile(launches):  # noqa: F811

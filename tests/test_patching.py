@@ -23,6 +23,8 @@ def test_public_names():
         [
             "CompileConfig",
             "PatchConfig",
+            "Schedule",
+            "Step",
             "__version__",
             "explain",
             "patch",

@@ -11,7 +11,7 @@ file per op: its public function, its PyTorch backend, its registration. The Tri
 from __future__ import annotations
 
 from .backend import BACKENDS, check_backend, resolve_backend
-from .combine_guidance import combine_guidance
+from .combine_guidance import check_rescale_mode, combine_guidance
 from .linear_attention import linear_attention
 from .perturbed_attention import perturbed_attention, perturbed_attention_
 from .qk_norm_rope import qk_norm_rope_
@@ -19,6 +19,7 @@ from .qk_norm_rope import qk_norm_rope_
 __all__ = [
     "BACKENDS",
     "check_backend",
+    "check_rescale_mode",
     "combine_guidance",
     "linear_attention",
     "perturbed_attention",
