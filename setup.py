@@ -9,6 +9,7 @@ PACKAGES = {
     "pag_fast": "pag_fast",
     "pag_fast.bench": "pag_fast/bench",
     "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.guiders": "pag_fast/guiders",
     "pag_fast.lean": "pag_fast/lean",
     "pag_fast.ops": "pag_fast/ops",
     "pag_fast.perturbations": "pag_fast/perturbations",

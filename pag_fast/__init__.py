@@ -10,6 +10,8 @@ pag_fast.unpatch(pipe)
 
 from __future__ import annotations
 
+from typing import Any
+
 from .compiling import CompileConfig
 from .config import PatchConfig
 from .explain import explain
@@ -33,3 +35,14 @@ __all__ = [
     "supported_pipelines",
     "unpatch",
 ]
+
+# diffusers looks here for the class of a guider that was saved; they need a newer diffusers
+_GUIDERS = ("PerturbedAttentionGuidance", "SkipLayerGuidance")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _GUIDERS:
+        from . import guiders
+
+        return getattr(guiders, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

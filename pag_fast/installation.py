@@ -120,7 +120,7 @@ class Installation:
         self.attentions: dict[str, Any] = {
             name: module for name, module in self_attentions(denoiser).items() if name in names
         }
-        _check_processors(self.attentions, family.replaces)
+        check_processors(self.attentions, family.replaces)
         blocks = {
             name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
             for name in transformer_blocks(denoiser)
@@ -186,7 +186,8 @@ class Installation:
         return branch.perturbation if perturbed else None
 
 
-def _check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
+def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
+    """Raises ValueError for attentions whose processors do what ours would not (``known``)."""
     for name, attention in attentions.items():
         own = type(attention.processor).__name__
         if known and own not in known and not isinstance(attention.processor, PerturbedProcessor):
