@@ -270,9 +270,10 @@ class Session:
         if self.installed.plan.reason:
             self.patch.steps["not shared"] += 1
             return full, full, full
-        if self.installed.plan.shuffled and _has_masks(call):
+        if self.installed.plan.shuffled and _knows_places(call):
             self.patch.fall_back(
-                "IP-Adapter masks tell tokens apart by where they are: shuffled branches run apart"
+                "masks or residuals tell tokens apart by where they are: shuffled branches run "
+                "apart"
             )
             self.patch.steps["not shared"] += 1
             return full, full, full
@@ -463,8 +464,11 @@ def _change_rows(
     return {**call, **changed}
 
 
-def _has_masks(call: dict[str, Any]) -> bool:
-    return bool((call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks"))
+def _knows_places(call: dict[str, Any]) -> bool:
+    """Whether something between a transformer's blocks depends on where a token is."""
+    names = "block_controlnet_hidden_states", "controlnet_block_samples"
+    masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    return bool(masks) or any(call.get(name) is not None for name in names)
 
 
 def _with_branches(slabs: tuple[int, int, int] | None, more: int) -> tuple[int, int, int] | None:

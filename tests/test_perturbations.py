@@ -159,7 +159,7 @@ def test_several_branches(branches, name):
 
 @pytest.mark.parametrize("cfg", [True, False])
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", [SD, XL])
+@pytest.mark.parametrize("name", [SD, XL, "StableDiffusionControlNetPAGPipeline"])
 def test_several_branches_of_a_unet(name, share, cfg):
     branches = [
         Branch("mid", "skip", 1.0),
