@@ -515,6 +515,8 @@ def test_one_graph_for_all_steps_and_calls(name, options):
         (lambda: SoftIdentity([]), "empty sequence"),
         (lambda: SoftIdentity({}), "empty dictionary"),
         (lambda: SoftIdentity("0.5"), "strength must be a number"),
+        (lambda: SoftIdentity({"mid(": 0.5}), "'mid\\(' for a layer, which is not a regular"),
+        (lambda: SoftIdentity({3: 0.5}), "3 for a layer, which is not a regular"),
         (lambda: BlurredQueries(0), "sigma must be a number of at least 0.001; got 0"),
         (lambda: BlurredMap(float("inf")), "sigma must be a number from 0.001 to 9999"),
         (lambda: NoisyScores(-1.0), "sigma must be a number from 0 to 10000"),
