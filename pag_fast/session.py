@@ -350,9 +350,10 @@ class Session:
         if self.installed.plan.reason:
             self.patch.steps["not shared"] += 1
             return full, full, full
-        if self.installed.plan.shuffled and _has_masks(call):
+        if self.installed.plan.shuffled and _knows_places(call):
             self.patch.fall_back(
-                "IP-Adapter masks tell tokens apart by where they are: shuffled branches run apart"
+                "masks or residuals tell tokens apart by where they are: shuffled branches run "
+                "apart"
             )
             self.patch.steps["not shared"] += 1
             return full, full, full
@@ -548,8 +549,11 @@ def _change_rows(
     return change_arguments(call, change)
 
 
-def _has_masks(call: dict[str, Any]) -> bool:
-    return bool((call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks"))
+def _knows_places(call: dict[str, Any]) -> bool:
+    """Whether something between a transformer's blocks depends on where a token is."""
+    names = "block_controlnet_hidden_states", "controlnet_block_samples"
+    masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    return bool(masks) or any(call.get(name) is not None for name in names)
 
 
 def mend_rows(call: dict[str, Any], rows: int) -> None:

@@ -184,6 +184,8 @@ def naive(
                 return value[slab * unit : (slab + 1) * unit]
             if isinstance(value, dict):
                 return {k: rows_of(v, slab) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [rows_of(v, slab) for v in value]
             return value
 
         def forward_of(slab: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("launches", "poisoned")
 AT = {"layer": 5, "seed": 2**62 + 3 * 2**31 + 7, "sigma": 1.7}
 
 
-def _inputs(dtype, rows=2, queries=40, keys=70, heads=2, dim=32):
+def _inputs(dtype, rows=2, queries=20, keys=70, heads=2, dim=32):
     q = torch.randn(rows, queries, heads, dim).to(dtype)
     k, v = (torch.randn(rows, keys, heads, dim).to(dtype) for _ in range(2))
     return q, k, v, torch.full((1,), 11)
@@ -41,13 +41,13 @@ def test_head_dims(dim, dtype):
     _check(*_inputs(dtype, dim=dim))
 
 
-@pytest.mark.parametrize("keys", [1, 16, 77, 256])
+@pytest.mark.parametrize("keys", [1, 64, 257])
 def test_lengths(keys):
     _check(*_inputs(torch.float32, keys=keys))
 
 
 def test_blocks_do_not_change_the_noise():
-    inputs = _inputs(torch.float32, keys=130)
+    inputs = _inputs(torch.float32, keys=130, rows=1)
     outs = [_check(*inputs, config=Config(m, n, 4, 1)) for m, n in ((16, 16), (64, 32), (32, 128))]
     for out in outs[1:]:
         assert torch.allclose(out, outs[0], atol=1e-5)

@@ -74,7 +74,8 @@ class SoftIdentity(AttentionPerturbation):
             expressions searched in layer names, the first that matches counts) to either.
 
     Raises:
-        ValueError: a strength outside 0 to 1, or an empty sequence or dictionary.
+        ValueError: a strength outside 0 to 1, an empty sequence or dictionary, or a pattern that is
+            none.
     """
 
     strength: Strength | Mapping[str, Strength] = 0.5
@@ -88,7 +89,7 @@ class SoftIdentity(AttentionPerturbation):
         if isinstance(self.strength, Mapping):
             if not self.strength:
                 raise ValueError("strength is an empty dictionary: name at least one layer.")
-            parts = {str(name): _checked(value) for name, value in self.strength.items()}
+            parts = {_pattern(name): _checked(value) for name, value in self.strength.items()}
             object.__setattr__(self, "strength", parts)
         else:
             object.__setattr__(self, "strength", _checked(self.strength))
@@ -140,6 +141,16 @@ class SoftIdentity(AttentionPerturbation):
         weight = rows.constant.to(out.dtype)[:, None]
         mixed = torch.lerp(out[rows.source], rows.value[rows.source], weight)
         return torch.cat([out[: rows.num_attend], mixed])
+
+
+def _pattern(name: str) -> str:
+    try:
+        re.compile(name)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"strength has {name!r} for a layer, which is not a regular expression: {error}."
+        ) from error
+    return name
 
 
 def _checked(strength: Strength) -> Strength:
