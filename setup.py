@@ -9,9 +9,12 @@ PACKAGES = {
     "pag_fast": "pag_fast",
     "pag_fast.bench": "pag_fast/bench",
     "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.guiders": "pag_fast/guiders",
     "pag_fast.lean": "pag_fast/lean",
     "pag_fast.ops": "pag_fast/ops",
+    "pag_fast.perturbations": "pag_fast/perturbations",
     "pag_fast.processors": "pag_fast/processors",
+    "pag_fast.sag": "pag_fast/sag",
     # never as "kernels": that is the name of a package that diffusers and transformers look for
     "pag_fast_kernels": "kernels/torch-ext/pag_fast_kernels",
 }

@@ -25,6 +25,8 @@ import torch
 import triton
 from pag_fast_kernels import launch
 from pag_fast_kernels.linear_attention import tile as linear_tile
+from pag_fast_kernels.noisy_attention import tile as noisy_tile
+from pag_fast_kernels.received_attention import tile as received_tile
 from tqdm.auto import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -123,8 +125,67 @@ def attention_build(
     )
 
 
+def noisy_builds(dtype: str, generation: str) -> Iterator[Build]:
+    """Attention with noise on its scores: a head dimension that is a power of two, and one not."""
+    for head_dim in (64, 80) if dtype != "fp32" else (64,):
+        dim_a, dim_b = launch.split_head_dim(head_dim)
+        config = noisy_tile(generation, DTYPES[dtype], head_dim, 4096)
+        yield Build(
+            f"noisy_attention {dtype} D={head_dim}",
+            "noisy_attention",
+            "_noisy_attention_fwd_kernel",
+            dtype,
+            {
+                "HEAD_DIM": head_dim,
+                "DIM_A": dim_a,
+                "DIM_B": dim_b,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "PRECISION": launch.dot_precision(generation, DTYPES[dtype]),
+            },
+            config.warps,
+            config.stages,
+            head_dim,
+        )
+
+
+def received_builds(dtype: str, generation: str) -> Iterator[Build]:
+    """Self-Attention Guidance's column sums: both launches, and the one of a small map."""
+    for head_dim in HEAD_DIMS:
+        if dtype == "fp32" and generation == "wmma" and head_dim > 96:
+            continue  # the op does not ask for it
+        dim_a, dim_b = launch.split_head_dim(head_dim)
+        config = received_tile(generation, DTYPES[dtype], head_dim)
+        tiles = {
+            "HEAD_DIM": head_dim,
+            "DIM_A": dim_a,
+            "DIM_B": dim_b,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "PRECISION": launch.dot_precision(generation, DTYPES[dtype]),
+        }
+        columns = "_received_attention_kernel"
+        kernels: list[tuple[str, str, dict[str, Any]]] = [
+            ("lse", "_attention_lse_kernel", {}),
+            ("columns", columns, {"IS_WHOLE": False}),
+            ("whole", columns, {"IS_WHOLE": True}),
+        ]
+        for part, kernel, flags in kernels:
+            yield Build(
+                f"received_attention {dtype} {part} D={head_dim}",
+                "received_attention",
+                kernel,
+                dtype,
+                {**tiles, **flags},
+                config.warps,
+                config.stages,
+                head_dim,
+                fp32=("lse_ptr", "out_ptr"),
+            )
+
+
 def other_builds(dtype: str, generation: str) -> Iterator[Build]:
-    """Sana's, HunyuanDiT's and the guidance's kernels, as the pipelines launch them."""
+    """Sana's, HunyuanDiT's and the guidances' kernels, as the pipelines launch them."""
     precision = launch.dot_precision(generation, torch.float32)
     block, warps = linear_tile(generation, DTYPES[dtype])
     tiles = {"HEAD_DIM": 32, "BLOCK_D": 32, "BLOCK_N": block, "PRECISION": precision}
@@ -153,6 +214,14 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
         },
         fp32=("cos_ptr", "sin_ptr"),
     )
+    yield Build(
+        f"degrade_latents {dtype}",
+        "degrade_latents",
+        "_degrade_latents_kernel",
+        dtype,
+        {"KERNEL": 9, "BLOCK": 256},
+        fp32=("received_ptr", "blur_ptr"),
+    )
     for size, chunk, warps in (("", 1024, 4), (" large", 4096, 16)):
         flags = {"HAS_U": True, "HAS_P": True, "BLOCK": chunk}
         yield Build(
@@ -164,19 +233,32 @@ def other_builds(dtype: str, generation: str) -> Iterator[Build]:
             warps,
             fp32=("moments_ptr",),
         )
-        for rescale in (False, True):
+        for rescale, term_only in ((False, False), (True, False), (True, True)):
             yield Build(
-                f"combine_guidance {dtype}{' rescale' * rescale}{size}",
+                f"combine_guidance {dtype}{' rescale' * rescale}{' term' * term_only}{size}",
                 "combine_guidance",
                 "_combine_guidance_kernel",
                 dtype,
-                {**flags, "RESCALE": rescale, "BLOCK_CHUNKS": 1024},
+                {**flags, "RESCALE": rescale, "TERM_ONLY": term_only, "BLOCK_CHUNKS": 1024},
                 warps,
                 fp32=("moments_ptr",),
             )
 
 
-FLOATS = ("qk_scale", "g", "s", "rescale", "eps")
+FLOATS = (
+    "qk_scale",
+    "noise_scale",
+    "g",
+    "s",
+    "rescale",
+    "eps",
+    "scale_y",
+    "scale_x",
+    "clean_x",
+    "clean_output",
+    "noise_x",
+    "noise_output",
+)
 
 
 def compile_for(build: Build, chip: int | str) -> dict[str, int]:
@@ -189,6 +271,8 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in build.fp32 else f"*{build.pointers}"
+            if name == "clock_ptr":
+                signature[name] = "*i64"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
             signature[name] = "fp32"
@@ -234,7 +318,8 @@ def faults(build: Build, chip: int | str, found: dict[str, int]) -> Iterator[str
     spilled = found.get("stack", 0) + found.get("local", 0)
     if build.head_dim <= 128 and spilled:
         yield f"{where}: spills {spilled} bytes"
-    if build.module == "perturbed_attention" and build.pointers != "fp32":
+    scores = build.module in ("perturbed_attention", "received_attention")
+    if scores and build.pointers != "fp32":
         if chip == 90 and not found["wgmma.mma_async"]:
             yield f"{where}: no wgmma"
         if chip == 100 and not found["tcgen05.mma"]:
@@ -252,7 +337,7 @@ def all_builds() -> list[tuple[Build, int | str]]:
     return [
         (build, chip)
         for dtype in DTYPES
-        for builds in (attention_builds, other_builds)
+        for builds in (attention_builds, noisy_builds, received_builds, other_builds)
         for chip in SHARED
         for build in builds(dtype, generation_of(chip))
     ]
@@ -275,7 +360,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--only", default="", help="builds whose name contains this; no table")
+    parser.add_argument(
+        "--only", default="", help="builds whose name contains this; no comparison with the table"
+    )
     arguments = parser.parse_args()
     jobs = [job for job in all_builds() if arguments.only in f"{job[0].name} {job[1]}"]
     rows: dict[str, dict[str, int]] = {}
@@ -286,6 +373,13 @@ def main() -> int:
             complaints += faults(build, chip, binary)
             rows[f"{build.name} {chip}"] = binary
     if arguments.update:
+        if arguments.only:
+            version, known = read_table()
+            if version != triton.__version__:
+                parser.error(f"the table is of triton {version}: update all of it")
+            both = known | rows
+            names = [f"{build.name} {chip}" for build, chip in all_builds()]
+            rows = {name: both[name] for name in names if name in both}
         write_table(rows)
     elif not arguments.only:
         version, known = read_table()

@@ -33,7 +33,8 @@ fi
 part env 20 "$PYTHON" -m pag_fast.cli env
 part kernels 150 "$PYTHON" -m pytest -q tests/test_kernel_perturbed_attention.py \
   tests/test_kernel_linear_attention.py tests/test_kernel_qk_norm_rope.py \
-  tests/test_kernel_combine_guidance.py tests/test_kernel_ops.py
+  tests/test_kernel_combine_guidance.py tests/test_kernel_noisy_attention.py \
+  tests/test_kernel_ops.py
 part pipelines 80 "$PYTHON" -m pytest -q tests/test_kernel_pipelines.py
 part tune 90 "$PYTHON" -m benchmarks.tune --seconds 80 --out "$OUT/configs"
 # what is eager first: compiling takes longer than measuring. A session that stops in time has

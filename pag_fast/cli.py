@@ -118,14 +118,15 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 def _layers(arguments: argparse.Namespace) -> None:
     from . import models
     from .costs import layer_costs
+    from .families import SAG_PIPELINES
     from .hosts import HOSTS
     from .patching import supported_pipelines
     from .zoo import CARDS
 
     model = arguments.model
     if model is None:
-        names = dict.fromkeys([*supported_pipelines(), *CARDS])
-        print("\n".join(names))
+        names = [name for name in supported_pipelines() if name not in SAG_PIPELINES]
+        print("\n".join(dict.fromkeys([*names, *CARDS])))
         print("\npag-fast layers MODEL lists the layers of one.")
         return
     pipe = model

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .branches.plan import has_diffusers_hooks
 from .families import controlnets, has_compiled
 from .hosts import denoiser_names
 
@@ -137,7 +138,7 @@ def _check(model: Any, config: CompileConfig) -> None:
     name = type(model).__name__
     if model.training:
         raise ValueError(f"{name} is in training mode and is not compiled: call .eval() first.")
-    moved = [n or name for n, m in model.named_modules() if hasattr(m, "_diffusers_hook")]
+    moved = [n or name for n, m in model.named_modules() if has_diffusers_hooks(m)]
     moved += [n for n, m in model.named_modules() if n and hasattr(m, "_hf_hook")]
     if moved:
         raise ValueError(

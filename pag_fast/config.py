@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .compiling import CompileConfig
 from .layers import Layers, as_list
-from .ops import check_backend
-
-PERTURBATIONS = ("identity",)
+from .ops import check_backend, check_rescale_mode
+from .perturbations import Branch, Perturbation, by_name
+from .reuse import Reuse
+from .schedules import Schedule
 
 
 def check_scale(name: str, value: Any) -> None:
@@ -29,9 +31,19 @@ class PatchConfig:
     Attributes:
         layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
             ``None`` keeps those that the pipeline has.
+        perturbation: what happens there to the perturbed rows: a name or an object of
+            :mod:`pag_fast.perturbations`; ``"identity"`` is PAG.
+        branches: several perturbed branches, each with layers, a perturbation and a scale of its
+            own, instead of ``layers`` and ``perturbation``: the prediction is ``u + g·(c − u)``
+            and ``s·(c − p)`` of each branch p.
         pag_scale, pag_adaptive_scale: for a pipeline that has no PAG of its own, where a call does
             not say otherwise: 3.0 and 0.0 if omitted. The PAG pipelines take both in every call.
-        perturbation: what happens to a perturbed row's attention map; ``"identity"`` is PAG.
+        schedule: the PAG scale from step to step; ``None`` is the pipeline's ``pag_scale`` and
+            ``pag_adaptive_scale``.
+        rescale_mode: what to do against the contrast that guidance adds, in place of the pipeline's
+            ``guidance_rescale``: ``"cfg"`` (all of the guidance), ``"full"``, ``"partial"`` or
+            ``"snf"`` (PAG's part), see :func:`pag_fast.reference.combine_guidance`.
+        rescale: how much of it, 0 to 1; ``"snf"`` has none.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and
             only the attention processors and the guidance combination differ from stock diffusers.
@@ -42,30 +54,38 @@ class PatchConfig:
             next to each other in memory until the pipeline is unpatched.
         compile: compile the denoiser and its ControlNets until the pipeline is unpatched; ``True``,
             or a :class:`CompileConfig`.
+        reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
+            and another picture than without.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
 
     layers: Layers | None = None
+    perturbation: str | Perturbation = "identity"
+    branches: Sequence[Branch] | None = None
     pag_scale: float | None = None
     pag_adaptive_scale: float | None = None
-    perturbation: str = "identity"
+    schedule: Schedule | None = None
+    rescale_mode: str | None = None
+    rescale: float | None = None
     backend: str = "auto"
     share_branches: bool = True
     cache_conditioning: bool = True
     fewer_launches: bool = True
     compile: bool | CompileConfig = False
+    reuse: Reuse | None = None
     exact_layers: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
         if self.layers is not None:
             as_list(self.layers)
-        if self.perturbation not in PERTURBATIONS:
-            raise ValueError(
-                f"Unknown perturbation {self.perturbation!r}: "
-                f"choose one of {', '.join(map(repr, PERTURBATIONS))}."
-            )
+        by_name(self.perturbation)
+        if self.branches is not None:
+            self._check_branches(self.branches)
+        if not isinstance(self.schedule, Schedule | None):
+            raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
+        _check_rescale(self.rescale_mode, self.rescale)
         check_backend(self.backend)
         check_scale("pag_scale", self.pag_scale)
         check_scale("pag_adaptive_scale", self.pag_adaptive_scale)
@@ -83,6 +103,29 @@ class PatchConfig:
                 f"compile must be True, False or a CompileConfig; got {self.compile!r}."
             )
 
+        if self.reuse is not None and not isinstance(self.reuse, Reuse):
+            raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
+
+    def _check_branches(self, branches: Sequence[Branch]) -> None:
+        if self.layers is not None or self.perturbation != "identity":
+            raise ValueError(
+                "branches have layers and perturbations of their own: give branches, or layers and "
+                "a perturbation."
+            )
+        fits = not isinstance(branches, str) and isinstance(branches, Sequence) and branches
+        if not fits or not all(isinstance(branch, Branch) for branch in branches):
+            raise ValueError(
+                "branches must be a list of pag_fast.Branch(layers, perturbation, scale); got "
+                f"{branches!r}."
+            )
+        object.__setattr__(self, "branches", tuple(branches))
+
+    def branches_on(self, layers: Layers) -> tuple[Branch, ...]:
+        """The perturbed branches; ``layers`` are those of the one that there is by default."""
+        if self.branches is not None:
+            return tuple(self.branches)
+        return (Branch(layers, self.perturbation),)
+
     @property
     def compilation(self) -> CompileConfig | None:
         """How to compile, if at all."""
@@ -91,6 +134,36 @@ class PatchConfig:
         return self.compile
 
     @property
+    def installed(self) -> PatchConfig:
+        """What of it decides which processors, hooks and compiled models there are."""
+        return replace(
+            self,
+            layers=None,
+            pag_scale=None,
+            pag_adaptive_scale=None,
+            schedule=None,
+            rescale_mode=None,
+            rescale=None,
+            reuse=None,
+            strict=False,
+        )
+
+    @property
     def traces(self) -> bool:
         """Whether compiled graphs hold whole models: repeated blocks share theirs."""
         return self.compilation is not None and not self.compilation.regional
+
+
+def _check_rescale(mode: str | None, rescale: float | None) -> None:
+    if mode is not None:
+        check_rescale_mode(mode)
+    if mode in (None, "snf"):
+        if rescale is not None:
+            missing = "a rescale_mode" if mode is None else "another rescale_mode than 'snf'"
+            raise ValueError(f'rescale={rescale!r} needs {missing}: "full", "partial" or "cfg".')
+        return
+    number = isinstance(rescale, int | float) and not isinstance(rescale, bool)
+    if not number or not 0.0 <= rescale <= 1.0:  # type: ignore[operator]
+        raise ValueError(
+            f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got {rescale!r}."
+        )

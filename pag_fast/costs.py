@@ -16,6 +16,7 @@ from .hosts import HOSTS, host_of
 from .inputs import Size
 from .layers import as_list, resolve, self_attentions
 from .patching import applied_layers, check_pipeline
+from .sag import is_sag
 from .zoo import find_card, meta_model, meta_twin
 
 
@@ -116,6 +117,8 @@ def layer_costs(
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
     else:
         check_pipeline(pipe)
+        if is_sag(pipe):
+            raise ValueError(f"{type(pipe).__name__} has no layers to choose: SAG has one place.")
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
         size = Size.of(pipe)

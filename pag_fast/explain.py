@@ -15,9 +15,11 @@ from .families import controlnets, denoiser_name, uncompiled
 from .flops import Cost, controlnet_cost, step_costs
 from .hosts import Host, denoiser_names, host_of
 from .inputs import Size
-from .installation import Installation, is_eager
+from .installation import Installation, PerturbedBranch, is_eager
 from .lean import Lean
 from .zoo import meta_twin
+
+_PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Explanation:
     """The answer of :func:`explain`: attributes are the data, ``str()`` is the table.
 
     Attributes:
-        layers: perturbed attention modules in execution order.
+        layers: perturbed attention modules, or blocks, in execution order.
         fork: the first of them, where the perturbed branch begins.
+        perturbations: each perturbed branch: what sets it apart, where, and how strongly it guides.
         tree: where uncond, cond and perturbed part, in words.
         sites: modules whose rows are changed, with the levels they go through.
         calls: what each model call runs on.
         flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
+        schedule: the PAG scale from step to step, in words.
         size, frames: ``(height, width)`` in pixels, and of a video the frames, the prediction is
             for.
         steps: denoiser calls so far, by how they ran.
@@ -71,11 +75,13 @@ class Explanation:
     calls: tuple[ModelCall, ...]
     flops: tuple[Predicted, ...]
     size: tuple[int, int]
+    schedule: str = _PIPELINES_SCALE
     steps: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    perturbations: tuple[str, ...] = ()
     frames: int = 1
     source: str = ""
 
@@ -93,9 +99,11 @@ class Explanation:
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
         source = f", by default: {self.source}" if self.source else ""
         lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
+        lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
+        lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
             lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
             lines += flops_table(
@@ -134,13 +142,17 @@ def explain(
         ValueError: a pipeline that cannot be patched.
     """
     from .patching import applied_layers, check_pipeline
+    from .sag import explain_sag, is_sag
 
     check_pipeline(pipe)
+    if is_sag(pipe):
+        return explain_sag(pipe, size=(height, width))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
     layers = applied_layers(pipe)
-    plan = Installation(model, layers, config).plan
+    installed = Installation(model, layers, config)
+    plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size, host = Size.of(pipe).but(height, width, frames), host_of(pipe)
     sequential = host is not None and host.sequential
@@ -156,19 +168,28 @@ def explain(
         backend=config.backend,
         layers=plan.order,
         fork=plan.fork,
-        tree=_tree(plan, sequential),
+        tree=_tree(plan, len(installed.branches), sequential),
         sites=tuple(str(site) for site in plan.sites),
-        calls=tuple(_calls(type(model).__name__, plan, nets, sequential)),
+        calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches), sequential)),
         flops=predicted,
         size=(size.height, size.width),
+        schedule=_PIPELINES_SCALE if config.schedule is None else str(config.schedule),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
-        launches=tuple(_launches(pipe, config, plan.order)),
+        launches=tuple(_launches(pipe, config, installed.same_input())),
         notes=tuple(notes),
+        perturbations=tuple(map(_describe, installed.branches)),
         frames=size.frames,
         source=host.source if host is not None and tuple(layers) == host.layers else "",
     )
+
+
+def _describe(branch: PerturbedBranch) -> str:
+    layers, scale = branch.layers, branch.scale
+    where = layers[0] if len(layers) == 1 else f"{len(layers)} layers"
+    strength = "the call's pag_scale" if scale is None else f"scale {scale:g}"
+    return f"{branch.perturbation.describe()}, in {where}, {strength}"
 
 
 def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
@@ -181,12 +202,12 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
                 yield from (prefix + name for name in invariant_modules(net))
 
 
-def _launches(pipe: Any, config: PatchConfig, perturbed: Sequence[str]) -> Iterator[str]:
+def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iterator[str]:
     for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             if is_eager(model, net):
-                names = () if part == "controlnet" else perturbed
+                names = {} if part == "controlnet" else perturbed
                 for line in Lean(net, names, traced=config.traces).summary():
                     yield f"{type(net).__name__}: {line}"
 
@@ -197,31 +218,31 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
 
 
-def _tree(plan: BranchPlan, sequential: bool) -> tuple[str, ...]:
+def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
+    prompts = ["cond"] if sequential else ["uncond", "cond"]
+    apart = " | ".join([*prompts, *["perturbed"] * branches])
     if plan.reason:
-        return (f"uncond, cond and perturbed run apart: {plan.reason}",)
-    if sequential:
-        return (
-            f"cond = perturbed   until {plan.fork}",
-            "cond | perturbed   from there on",
-            "uncond             a call of its own",
-        )
+        return (f"{apart} run apart: {plan.reason}",)
     lines = []
-    if plan.merged_until:
+    if plan.merged_until and not sequential:
         lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
-    if plan.fork != plan.merged_until:
-        lines.append(f"uncond | cond = perturbed   until {plan.fork}")
-    lines.append("uncond | cond | perturbed   from there on")
+    if sequential or plan.fork != plan.merged_until:
+        end = f"the end of {plan.begins}" if plan.begins else plan.fork
+        lines.append(f"{' | '.join(prompts)} = perturbed   until {end}")
+    lines.append(f"{apart}   from there on")
+    if sequential:
+        lines.append("uncond   in a call of its own")
     return tuple(lines)
 
 
 def _calls(
-    denoiser: str, plan: BranchPlan, nets: Sequence[Any], sequential: bool
+    denoiser: str, plan: BranchPlan, nets: Sequence[Any], branches: int, sequential: bool
 ) -> Iterable[ModelCall]:
     for cfg in (True, False):
         together = cfg and not sequential
-        full = 3 if together else 2
-        path = [full] if plan.reason else [full - 1, full]
+        prompts = 2 if together else 1
+        full = prompts + branches
+        path = [full] if plan.reason else [prompts, full]
         if plan.merged and together:
             path.insert(0, 1)
         if plan.fork and plan.fork == plan.merged_until and together:
@@ -231,7 +252,7 @@ def _calls(
             yield ModelCall(f"{denoiser}, uncond", cfg, 1, "1")
         for net in nets:
             merged = cfg and bool(plan_controlnet(net).merged_until)
-            yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(full - 1))
+            yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(prompts))
 
 
 def _predict(
@@ -287,9 +308,9 @@ def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
                 label,
                 f"{cost.stock / 1e12:.3f}",
                 f"{cost.patched / 1e12:.3f}",
-                f"{cost.bound / 1e12:.3f}",
+                f"{cost.bound / 1e12:.3f}" if cost.bound else "–",
                 f"{cost.speedup:.3f}×",
-                f"{100 * (cost.patched / cost.bound - 1):.2f} %",
+                f"{100 * (cost.patched / cost.bound - 1):.2f} %" if cost.bound else "–",
             )
             for label, cost in costs
         ],

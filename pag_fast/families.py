@@ -126,6 +126,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+SAG_PIPELINES = ("StableDiffusionSAGPipeline",)
+
 PAG_PIPELINES = (
     "AnimateDiffPAGPipeline",
     "HunyuanDiTPAGPipeline",

@@ -7,6 +7,7 @@ attention count, 2 FLOPs per multiply-add, as in ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,19 @@ from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import family_of
 from .inputs import Inputs
-from .installation import Installation
+from .installation import Installation, perturbed_branches
 from .lean import Lean
+from .perturbations import Identity
+from .premise import latents_of
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound."""
+    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound.
+
+    Diffusers' pipelines know the identity on one branch alone. For everything else ``stock`` is
+    every branch in full, and ``bound`` is 0: none is derived.
+    """
 
     stock: int
     patched: int
@@ -41,7 +48,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.stock + other.stock, self.patched + other.patched, self.bound + other.bound
+            self.stock + other.stock,
+            self.patched + other.patched,
+            self.bound + other.bound if self.bound and other.bound else 0,
         )
 
 
@@ -95,11 +104,18 @@ def patched_step(
     """
     installation = Installation(model, layers, config, eager=eager)
     plan = installation.plan
-    full = 3 if cfg else 2
-    shared = full if plan.reason else full - 1
+    prompts = 2 if cfg else 1
+    full = prompts + len(installation.branches)
+    shared = full if plan.reason else prompts
     merged = 1 if plan.merged and shared == 2 else shared
     installation.state.slabs = (merged, shared, full)
+
+    def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        installation.prepare(args[0] if args else latents_of(kwargs), 0)
+
     with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
+        stack.callback(handle.remove)
         for handle in install(installation.hooks):
             stack.callback(handle.remove)
         for invariant in installation.invariants.values():
@@ -159,15 +175,17 @@ def denoiser_cost(
     """What one denoiser call costs with PAG on ``layers``; ``traced`` is its trace, if known."""
     config = config or PatchConfig()
     traced = traced or trace(model, inputs)
+    row, prompts = row_flops(traced), 2 if cfg else 1
+    branches = perturbed_branches(model, layers, config)
+    patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
+    if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
+        return Cost((prompts + len(branches)) * row, patched, 0)
+    layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
     if family_of(model).stock_processors is None:
-        stock = (3 if cfg else 2) * row_flops(traced)
+        stock = (prompts + 1) * row
     else:
         stock = stock_flops(model, layers, inputs, cfg=cfg)
-    return Cost(
-        stock,
-        patched_flops(model, layers, inputs, cfg=cfg, config=config),
-        lower_bound(model, traced, layers, inputs, cfg=cfg, exact=config.exact_layers),
-    )
+    return Cost(stock, patched, lower_bound(model, traced, layers, inputs, cfg=cfg))
 
 
 def step_costs(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
 from .branches.rows import change_level
 from .families import family_of, uncompiled
-from .guidance import scale_at
+from .guidance import guided_cond, host_timesteps
 from .hosts import Host
 from .premise import batched, latents_of
 from .session import COND, PERTURBED, UNCOND, Session, change_arguments, mend_rows
@@ -24,9 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Loop:
-    """Where the denoising loop is: ``step`` counts its steps from 0, -1 is before the first."""
+    """Where the denoising loop is.
+
+    Attributes:
+        step: number of the step, from 0; -1 before the first.
+        scales: what has been read of the scheduler (:func:`pag_fast.guidance.scale_at`).
+    """
 
     step: int = -1
+    scales: dict[Any, Any] = field(default_factory=dict)
 
 
 class HostedSession(Session):
@@ -54,6 +59,7 @@ class HostedSession(Session):
         self.host = host
         self.arguments = arguments
         self.loop = loop
+        self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._context = ""
         self._timestep: Any = None
@@ -70,6 +76,9 @@ class HostedSession(Session):
     def end(self) -> None:
         super().end()
         self._extended, self._pending, self._timestep = {}, None, None
+
+    def _own_rescale(self) -> float:
+        return float(self.arguments.get("guidance_rescale") or 0.0)
 
     def _watch_contexts(self, model: Any) -> None:
         """The pipeline names its passes to the model, for caches: ``"cond"``, then ``"uncond"``."""
@@ -115,6 +124,8 @@ class HostedSession(Session):
 
     def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
+        if self._warming:
+            return call
         if getattr(self.pipe, "controlnet", None) is None:
             self._begin_step()
         state, sample = self.installed.state, latents_of(call)
@@ -134,17 +145,21 @@ class HostedSession(Session):
         mend_rows(call, rows)
         if not same:
             self._decided_for = ()
-        scale = scale_at(self.pipe, self._scheduled(call), self._scales)
-        if scale == 0.0:
-            state.slabs = None
-            self.patch.steps["perturbed branch dropped"] += 1
-        else:
-            call = self._extend(call, rows, frames, len(layout))
-            layout = (*layout, PERTURBED)
-            state.slabs = self._slabs(call, layout, frames, same)
+        scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
+        state.slabs = None
+        drops = self._drops(scales, sample)
+        if self.patch.compilation is not None or not drops:
+            extended = self._extend(call, rows, frames, len(layout), branches)
+            everything = layout + (PERTURBED,) * branches
+            if self.patch.compilation is not None:
+                self._warm(extended, everything, frames, dropped=drops)
+            if not drops:
+                call, layout = extended, everything
+                state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
-        self.ran = layout, scale
+        self.installed.prepare(latents_of(call), self.loop.step)
+        self.ran = layout, scales
         return call
 
     def _scheduled(self, call: dict[str, Any]) -> Any:
@@ -155,13 +170,13 @@ class HostedSession(Session):
         index = scheduler.step_index
         if index is None:
             index = scheduler.begin_index or 0
-        if self._scales.get("timesteps") is not scheduler.timesteps:
-            self._scales["timesteps"] = scheduler.timesteps
-            self._scales["host"] = scheduler.timesteps.tolist()
-        return self._scales["host"][min(index, len(self._scales["host"]) - 1)]
+        host = host_timesteps(self.pipe, self._scales)
+        return host[min(index, len(host) - 1)]
 
-    def _extend(self, call: dict[str, Any], rows: int, frames: int, have: int) -> dict[str, Any]:
-        """Every batched argument with a copy of its cond rows; the same copy in every step."""
+    def _extend(
+        self, call: dict[str, Any], rows: int, frames: int, have: int, more: int
+    ) -> dict[str, Any]:
+        """Every batched argument with copies of its cond rows; the same copies in every step."""
         extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
         def extend(x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +186,7 @@ class HostedSession(Session):
             # a tensor made in inference mode does not tell whether a callback has written into it
             now = -1 if x.is_inference() and self.watched else 0 if x.is_inference() else x._version
             if own is not x or version != now or now < 0:
-                copy = change_level(x, have, have + 1)
+                copy = change_level(x, have, have + more)
             extended[id(x)] = x, now, copy
             return copy
 
@@ -184,7 +199,8 @@ class HostedSession(Session):
         self.patch.steps["shared"] += 1
         recheck = self.watched and self.installed.denoiser.config.get("in_channels") == 9
         everything = batched(call, full * self.unit, frames)
-        return self._merged(everything, full, recheck), full - 1, full
+        shared = full - len(self.installed.branches)
+        return self._merged(everything, full, recheck), shared, full
 
     # ---- the combination ----
 
@@ -199,35 +215,53 @@ class HostedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
+        if self._warming:
+            return out
         prediction = out[0]
+        if self._is_last_pass():
+            # what follows the last step, decoding, is where memory runs short
+            self._kept.forget()
+            self._controlnet_kept.forget()
         if self.ran is None:
             if self._pending is None:
                 return out
             return _with_prediction(out, prediction + self._pending)
         self._pending = None
-        layout, scale = self.ran
-        if self.loop.step + 1 == getattr(self.pipe, "_num_timesteps", None):
-            # what follows the last step, decoding, is where memory runs short
-            self._kept.forget()
-            self._controlnet_kept.forget()
-        if layout[-1] != PERTURBED:
+        uncond, cond, perturbed, scale = self._predictions(prediction)
+        if perturbed is None:
             return out
-        branches = dict(zip(layout, prediction.chunk(len(layout)), strict=True))
-        g = self.host.scale_of(self.pipe, self.arguments, self.loop.step, self.denoiser)
-        cond = ops.combine_guidance(
-            None,
-            branches[COND],
-            branches[PERTURBED],
-            guidance_scale=1.0,
-            pag_scale=scale / (g or 1.0),
-            backend=self.patch.config.backend,
+        config = self.patch.config
+        cfg = self.host.cfg(self.pipe, self.arguments)
+        g = None
+        if cfg:
+            g = self.host.scale(self.pipe, self.arguments, self.loop.step, self.denoiser)
+            if g is None and config.rescale_mode is not None:
+                raise ValueError(
+                    f"rescale_mode={config.rescale_mode!r} needs the scale of CFG, which this call "
+                    "decides on later: use use_dynamic_cfg=False, or no rescale_mode."
+                )
+        guided = guided_cond(
+            uncond,
+            cond,
+            perturbed,
+            g,
+            scale,
+            rescale=config.rescale or 0.0,
+            rescale_mode=config.rescale_mode or "cfg",
+            backend=config.backend,
         )
-        uncond = branches.get(UNCOND)
-        if g is None:
-            difference = cond - branches[COND]
+        if cfg and g is None:
+            difference = guided - cond
             uncond = None if uncond is None else uncond + difference
             self._pending = difference if self.host.sequential else None
-        return _with_prediction(out, cond if uncond is None else torch.cat([uncond, cond]))
+        both = guided if uncond is None else torch.cat([uncond, guided])
+        return _with_prediction(out, both.to(prediction.dtype))
+
+    def _is_last_pass(self) -> bool:
+        if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
+            return False
+        uncond_follows = self.host.sequential and self.host.cfg(self.pipe, self.arguments)
+        return self.ran is None or not uncond_follows
 
 
 def _with_prediction(out: Any, prediction: torch.Tensor) -> Any:

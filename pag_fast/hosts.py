@@ -29,8 +29,8 @@ class Host:
 
     Attributes:
         cfg: whether a call uses CFG.
-        scale: its CFG scale in a step, from the pipeline, the call's arguments, the step's number
-            and the name of the denoiser; ``None`` where it is not known yet.
+        scale: its CFG scale in a step, where it uses CFG, from the pipeline, the call's arguments,
+            the step's number and the name of the denoiser; ``None`` where it is not known yet.
         layers: layers that are perturbed unless others are chosen.
         source: where that choice comes from.
         sequential: uncond and cond are two calls of the denoiser, cond first.
@@ -43,12 +43,6 @@ class Host:
     source: str
     sequential: bool = False
     denoisers: tuple[str, ...] = ("transformer",)
-
-    def scale_of(self, pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
-        """The CFG scale g of a step, 1 without CFG; ``None`` where it is not known yet."""
-        if not self.cfg(pipe, arguments):
-            return 1.0
-        return self.scale(pipe, arguments, step, denoiser)
 
 
 def _property_cfg(pipe: Any, arguments: Arguments) -> bool:

@@ -47,6 +47,16 @@ class Patch:
         self._leans: dict[int, tuple[Any, Lean]] = {}
         self.compilation: Compilation | None = None
 
+    def inherit(self, before: Patch) -> None:
+        """Take over what ``before`` has made, if it is what these settings would make.
+
+        Compiled graphs guard on it: with new processors and hooks they would be compiled again.
+        """
+        if self.config.installed == before.config.installed:
+            self._installed, before._installed = before._installed, {}
+            self._leans, before._leans = before._leans, {}
+            self.compilation, before.compilation = before.compilation, None
+
     def call(
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .branches.dit import perturbable
+from .branches.layouts import perturbable
 
 Layers = str | int | Sequence[str | int]
 

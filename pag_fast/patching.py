@@ -14,11 +14,13 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .families import PAG_PIPELINES, family_of, uncompiled
+from .families import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
 from .hosts import HOSTS, Host, denoiser_names, host_of
+from .installation import perturbed_branches
 from .lasting import Patch
-from .layers import Layers, as_list, resolve
+from .layers import Layers, as_list
 from .pipeline import mixins
+from .sag import SagPatch, is_sag
 
 P = TypeVar("P")
 
@@ -26,15 +28,18 @@ P = TypeVar("P")
 def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     """Make PAG fast in a diffusers pipeline that has it, and add it to one that has not.
 
-    The picture of a PAG pipeline stays the same. A pipeline without PAG gets it, with
-    ``pag_scale`` and ``pag_adaptive_scale`` as options here and as arguments of its calls.
+    The picture of a PAG pipeline, or of the SAG pipeline, stays the same. A pipeline without PAG
+    gets it, with ``pag_scale`` and ``pag_adaptive_scale`` as options here and as arguments of its
+    calls.
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
-            Patching it again replaces the earlier settings.
+            Patching it again replaces the earlier settings; if nothing but schedule and rescale
+            are others, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``, or what :data:`pag_fast.hosts.HOSTS`
-            names for a pipeline without PAG. See :mod:`pag_fast.layers`.
+            names for a pipeline without PAG. See :mod:`pag_fast.layers`. Self-Attention Guidance
+            has none.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
 
     Returns:
@@ -46,27 +51,38 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     """
     config = _config(layers, options)
     check_pipeline(pipe)
+    if is_sag(pipe):
+        return _put_on(pipe, SagPatch(pipe, config))
     host = host_of(pipe)
     _check_scales(config, host)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
+    if config.branches is not None:
+        wanted = [layer for branch in config.branches for layer in as_list(branch.layers)]
     for name in denoiser_names(pipe):
         denoiser = uncompiled(getattr(pipe, name))
         family_of(denoiser)
-        resolve(denoiser, wanted, exact=config.exact_layers)
+        perturbed_branches(denoiser, wanted, config)
 
     before = getattr(pipe, "_pag_fast", None)
-    if before is not None:
-        before.release()
-    own = None if config.layers is None and host is None else wanted
+    chosen = config.layers is not None or config.branches is not None or host is not None
+    own = wanted if chosen else None
     cls = type(pipe) if before is None else before.original_class
     new = Patch(config, cls, original, own, host)
+    if before is not None:
+        new.inherit(before)
+        before.release()
     new.compile(pipe)
+    _put_on(pipe, new)
+    if own is not None and host is None:
+        pipe.pag_applied_layers = own  # type: ignore[attr-defined]
+    return pipe
+
+
+def _put_on(pipe: P, new: Patch | SagPatch) -> P:
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
-    if own is not None and host is None:
-        pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
 
 
@@ -79,8 +95,8 @@ def unpatch(pipe: P) -> P:
     found = getattr(pipe, "_pag_fast", None)
     if found is None:
         return pipe
-    if found.host is None:
-        pipe.pag_applied_layers = _users_layers(pipe)  # type: ignore[attr-defined]
+    if found.host is None and hasattr(pipe, "pag_applied_layers"):
+        pipe.pag_applied_layers = _users_layers(pipe)
     found.release()
     pipe.__class__ = found.original_class
     del pipe._pag_fast  # type: ignore[attr-defined]
@@ -96,11 +112,14 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
     try:
         yield pipe
     finally:
+        inner = getattr(pipe, "_pag_fast", None)
+        if isinstance(before, Patch) and isinstance(inner, Patch):
+            before.inherit(inner)
         unpatch(pipe)
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
-            if before.host is None:
+            if before.host is None and layers_before is not None:
                 pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 
 
@@ -108,7 +127,8 @@ def supported_pipelines() -> tuple[str, ...]:
     """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
     import diffusers
 
-    return tuple(name for name in (*PAG_PIPELINES, *HOSTS) if hasattr(diffusers, name))
+    names = (*PAG_PIPELINES, *SAG_PIPELINES, *HOSTS)
+    return tuple(name for name in names if hasattr(diffusers, name))
 
 
 def _config(layers: Layers | None, options: dict[str, Any]) -> PatchConfig:
@@ -157,11 +177,11 @@ def _check_scales(config: PatchConfig, host: Host | None) -> None:
 def check_pipeline(pipe: Any) -> None:
     """Raises ValueError for a pipeline that cannot be patched."""
     names = {cls.__name__ for cls in type(pipe).__mro__}
-    if host_of(pipe) is None and not names & set(PAG_PIPELINES):
+    if host_of(pipe) is None and not names & {*PAG_PIPELINES, *SAG_PIPELINES}:
         raise ValueError(
             f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
-            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; and pipelines without PAG: "
-            f"{', '.join(HOSTS)}."
+            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; pipelines without PAG: "
+            f"{', '.join(HOSTS)}; and {', '.join(SAG_PIPELINES)}."
         )
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .families import PAG_PIPELINES, denoiser_name, uncompiled
+from .families import PAG_PIPELINES, SAG_PIPELINES, denoiser_name, uncompiled
 from .hosts import denoiser_names
-from .layers import Layers, as_list, resolve
+from .installation import perturbed_branches
+from .layers import Layers, as_list
 from .processors.rows import PerturbedProcessor
+from .sag.pipeline import PatchedSagPipeline
 
 if TYPE_CHECKING:
     from .lasting import Patch
@@ -62,9 +64,15 @@ class PatchedPipeline:
         if pag_attn_processors is not None:
             _check_processors(pag_attn_processors)
             self._pag_attn_processors = pag_attn_processors
+        config = self._pag_fast.config
+        if config.branches is not None:
+            raise ValueError(
+                "This pipeline was patched with branches, each of which has layers of its own: "
+                "patch it again to change them."
+            )
         layers = as_list(pag_applied_layers)
         denoiser = uncompiled(getattr(self, denoiser_name(self)))
-        resolve(denoiser, layers, exact=self._pag_fast.config.exact_layers)
+        perturbed_branches(denoiser, layers, config)
         self.pag_applied_layers = layers
 
     @property
@@ -110,7 +118,7 @@ class HostedPipeline:
         layers = as_list(pag_applied_layers)
         for name in denoiser_names(self):
             model = uncompiled(getattr(self, name))
-            resolve(model, layers, exact=self._pag_fast.config.exact_layers)
+            perturbed_branches(model, layers, self._pag_fast.config)
         self._pag_fast.layers = layers
 
     def maybe_free_model_hooks(self) -> None:
@@ -171,6 +179,8 @@ _RESCALING = (
 def mixins(cls: type) -> tuple[type, ...]:
     """The overrides that a pipeline class needs, in the order of inheritance."""
     names = {base.__name__ for base in cls.__mro__}
+    if names & set(SAG_PIPELINES):
+        return (PatchedSagPipeline,)
     if not names & set(PAG_PIPELINES):
         return (HostedPipeline,)
     found: list[type] = [PatchedPipeline]

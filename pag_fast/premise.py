@@ -76,6 +76,14 @@ class Premise:
             and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(last[1], now, strict=True))
         )
 
+    def leads(self, call: dict[str, Any]) -> bool:
+        """Whether a call has the first rows of the conditioning that :meth:`same_objects` saw last.
+
+        Or all of it: the tensors lie in the same memory, and the numbers are equal.
+        """
+        whole, part = self._last[""][1], _conditioning(call)
+        return len(whole) == len(part) and all(map(_leads, whole, part))
+
     def differing(
         self,
         tensors: dict[str, torch.Tensor],
@@ -120,6 +128,19 @@ def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
             _collect(item, found)
     elif isinstance(value, bool | int | float | str):
         found.append((None, value))
+
+
+def _leads(whole: tuple[Any, Any], part: tuple[Any, Any]) -> bool:
+    (x, version), (first, own) = whole, part
+    if not isinstance(x, torch.Tensor) or not isinstance(first, torch.Tensor):
+        return x is first and version == own
+    return (
+        first.data_ptr() == x.data_ptr()
+        and first.stride() == x.stride()
+        and first.shape[1:] == x.shape[1:]
+        and len(first) <= len(x)
+        and version == own
+    )
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:

@@ -6,9 +6,14 @@ being fast, and they are themselves checked against diffusers' own processors in
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 
 PERTURBATIONS = ("identity", "soft", "blur")
+RESCALE_MODES = ("cfg", "full", "partial", "snf")
 
 
 def perturbed_attention(
@@ -113,6 +118,95 @@ def _softmax_attention(
     return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, dim=-1), value)
 
 
+def noisy_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    clock: torch.Tensor,
+    layer: int = 0,
+    seed: int = 0,
+    sigma: float = 1.0,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    first_query: int = 0,
+) -> torch.Tensor:
+    """Softmax attention with normal noise on its scores: ``softmax(scale·QKᵀ + σ·ε)·V``.
+
+    Args:
+        query: ``[rows, M, H, D]``.
+        key, value: ``[rows, N, H, D]``.
+        clock: number of the step, one int64.
+        layer: number of the layer, below 4096.
+        seed: from 0 to 2⁶³ − 1.
+        attn_mask: additive or boolean, broadcastable to ``[rows, H, M, N]``.
+        first_query: where in the layer the first of the M queries is.
+
+    Returns:
+        ``[rows, M, H, D]``. ε of a row's query and key are fp32 numbers of :func:`score_noise`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key).to(wide) * scale
+    noise = score_noise(scores.shape, clock, layer, seed, first_query)
+    scores = scores + sigma * noise.to(wide)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def score_noise(
+    shape: Sequence[int], clock: torch.Tensor, layer: int, seed: int, first_query: int = 0
+) -> torch.Tensor:
+    """Standard normal fp32 numbers ``[rows, H, M, N]``, a function of their position.
+
+    Four keys share a call of Philox4x32-10 with the counter (key div 4, query, row·H + head,
+    4096·clock + layer) and the halves of ``seed`` as its key; Box–Muller makes two pairs of it. The
+    arithmetic is that of Triton's ``tl.randn4x``.
+    """
+    rows, heads, queries, keys = shape
+    device = clock.device
+    block = torch.arange((keys + 3) // 4, device=device)
+    query = torch.arange(first_query, first_query + queries, device=device)
+    row = torch.arange(rows * heads, device=device)
+    time = (clock.reshape(()) * 4096 + layer) & 0xFFFFFFFF
+    counter = torch.broadcast_tensors(block, query[:, None], row[:, None, None], time)
+    u = [_uniform(x) for x in philox(counter, seed)]
+    pairs = [_box_muller(u[0], u[1]), _box_muller(u[2], u[3])]
+    normal = torch.stack([x for pair in pairs for x in pair], dim=-1)
+    return normal.flatten(-2)[..., :keys].unflatten(0, (rows, heads))
+
+
+def philox(counter: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) of four words each, as int64 from 0 to 2³² − 1."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & low, seed >> 32
+    for _ in range(10):
+        # products of 64 bits wrap around; their bits are right
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((second >> 32) & low) ^ c1 ^ k0
+        c2 = ((first >> 32) & low) ^ c3 ^ k1
+        c1, c3 = second & low, first & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
+
+
+def _uniform(x: torch.Tensor) -> torch.Tensor:
+    """32 random bits as an fp32 number in [0, 1)."""
+    signed = torch.where(x >= 1 << 31, x - (1 << 32), x)
+    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * 4.6566127342e-10
+
+
+def _box_muller(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    radius = torch.sqrt(-2.0 * torch.log(u.clamp(min=1.0e-7)))
+    angle = 6.283185307179586 * v
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
 def linear_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -147,16 +241,30 @@ def combine_guidance(
     guidance_scale: float,
     pag_scale: float,
     rescale: float = 0.0,
+    rescale_mode: str = "cfg",
 ) -> torch.Tensor:
-    """``uncond + g·(cond − uncond) + s·(cond − perturbed)``, optionally with CFG rescale.
+    """``uncond + g·(cond − uncond) + s·(cond − perturbed)``, optionally rescaled.
 
     Without ``uncond`` (CFG off) the base is ``cond``; without ``perturbed`` (the perturbed branch
-    was not run) that term is absent. ``rescale`` is φ of arXiv 2305.08891 section 3.4: the result
-    is mixed with itself scaled to the standard deviation of ``cond``, per sample.
+    was not run) that term is absent. With ``C`` for the prediction without PAG and ``G`` for its
+    term, ``rescale_mode`` is
 
-    All tensors are ``[B, ...]`` of one dtype; the arithmetic is done in fp32 (fp64 stays fp64) and
-    the result has the dtype of ``cond``. Written as one chain of pointwise steps so that Inductor
-    fuses it.
+    - ``"cfg"``: φ = ``rescale`` of arXiv 2305.08891 section 3.4: ``C + G`` is mixed with itself
+      scaled to the standard deviation of ``cond``, per sample;
+    - ``"full"``: ``C + f·G``, with ``f = φ·std(cond) / std(C + G) + (1 − φ)`` per sample;
+    - ``"partial"``: likewise, with ``std(cond + G)``;
+    - ``"snf"``: saliency-adaptive noise fusion (arXiv 2311.10329): :func:`saliency_fusion` of
+      ``C − uncond`` and ``G``, added to ``uncond``. It has no strength, and without ``uncond`` it
+      is ``C + G``.
+
+    The last three are those of ``pamparamm/sd-perturbed-attention``, which applies them to denoised
+    pictures; here they apply to what the model predicts (noise, velocity). ``G`` is the same up to
+    a factor, but ``std(cond)`` is another picture's, and the softmax sees that factor: the same
+    strength does not look the same.
+
+    All tensors are ``[B, ...]`` of one dtype, for ``"snf"`` ``[B, ..., H, W]``; the arithmetic is
+    done in fp32 (fp64 stays fp64) and the result has the dtype of ``cond``. Written as one chain of
+    pointwise steps so that Inductor fuses it.
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(wide)
@@ -164,18 +272,53 @@ def combine_guidance(
     if uncond is not None:
         u = uncond.to(wide)
         out = u + guidance_scale * (c - u)
-    if perturbed is not None:
-        out = out + pag_scale * (c - perturbed.to(wide))
-    if rescale:
-        out = rescale_to(out, c, rescale)
+    if perturbed is None:
+        if rescale and rescale_mode == "cfg":
+            out = rescale_to(out, c, rescale)
+        return out.to(cond.dtype)
+    term = pag_scale * (c - perturbed.to(wide))
+    if rescale_mode == "snf" and uncond is not None:
+        out = u + saliency_fusion(guidance_scale * (c - u), term)
+    elif rescale and rescale_mode in ("full", "partial"):
+        reached = term + (out if rescale_mode == "full" else c)
+        out = out + rescale_factor(reached, c, rescale) * term
+    else:
+        out = out + term
+        if rescale and rescale_mode == "cfg":
+            out = rescale_to(out, c, rescale)
     return out.to(cond.dtype)
 
 
 def rescale_to(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
     """``guided`` mixed with itself at the per-sample standard deviation of ``cond``."""
+    return guided * rescale_factor(guided, cond, rescale)
+
+
+def rescale_factor(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
+    """``φ·std(cond) / std(guided) + (1 − φ)`` of each sample, ``[B, 1, ...]``."""
     dims = list(range(1, guided.ndim))
     ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
-    return guided * (rescale * ratio + (1.0 - rescale))
+    return rescale * ratio + (1.0 - rescale)
+
+
+def saliency_fusion(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """For each pixel and channel whichever of two guidances is the more salient there.
+
+    Saliency is the softmax over a plane ``[H, W]`` of the absolute value, blurred by a Gaussian of
+    3 × 3 pixels and σ = 1 with reflected edges (arXiv 2311.10329). Where both are
+    equal it is the first. Softmaxes are compared by their logarithms, which do not underflow.
+    """
+    return torch.where(_log_saliency(first) >= _log_saliency(second), first, second)
+
+
+def _log_saliency(x: torch.Tensor) -> torch.Tensor:
+    beside = math.exp(-0.5) / (1.0 + 2.0 * math.exp(-0.5))
+    middle = 1.0 - 2.0 * beside
+    planes = x.abs().reshape(-1, *x.shape[-2:])
+    planes = torch.nn.functional.pad(planes, (1, 1, 1, 1), mode="reflect")
+    rows = middle * planes[:, 1:-1] + beside * (planes[:, :-2] + planes[:, 2:])
+    blurred = middle * rows[..., 1:-1] + beside * (rows[..., :-2] + rows[..., 2:])
+    return blurred.flatten(1).log_softmax(1).reshape(x.shape)
 
 
 def qk_norm_rope(
@@ -201,7 +344,7 @@ def qk_norm_rope(
     for x, affine in ((q, q_affine), (k, k_affine)):
         if norm:
             weight, bias = affine or (None, None)
-            x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+            x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         if rotary is not None:
             cos, sin = (table[:, None].to(x.device) for table in rotary)
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -210,3 +353,82 @@ def qk_norm_rope(
             x = (wide * cos + turned * sin).to(x.dtype)
         out.append(x)
     return out[0], out[1]
+
+
+def received_attention(
+    query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None
+) -> torch.Tensor:
+    """How much attention every token receives: softmax(QKᵀ) summed over queries, mean over heads.
+
+    What Self-Attention Guidance (arXiv 2210.00939) compares with 1, the share of a token if all got
+    the same.
+
+    Args:
+        query, key: ``[rows, N, H, D]``.
+        scale: score scale, ``D ** -0.5`` when omitted.
+
+    Returns:
+        ``[rows, N]``, fp32 or wider.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.softmax(scores, -1, dtype=wide).mean(1).sum(1)
+
+
+def degrade_latents(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    received: torch.Tensor,
+    blur: torch.Tensor,
+    *,
+    map_size: tuple[int, int],
+    clean: tuple[float, float],
+    noise: tuple[float, float],
+) -> torch.Tensor:
+    """Latents whose salient parts are blurred, at the noise level they had (arXiv 2210.00939).
+
+    ``blur(x₀)`` where a token receives more than 1, ``x₀`` elsewhere, plus the noise again. Both
+    are sums of the latents and the model's output, with the weights that the prediction type and
+    the scheduler say: ``clean`` gives x₀ as it is when noise is added to it, ``noise`` the noise.
+
+    Args:
+        sample, model_output: ``[B, C, height, width]``.
+        received: ``[B, map height · map width]``, see :func:`received_attention`. The map is
+            enlarged by nearest neighbour.
+        blur: ``[C, 1, K, K]`` with K odd, see :func:`gaussian_kernel`; borders are reflected.
+        map_size: ``(map height, map width)``.
+        clean, noise: weights of ``(sample, model_output)``.
+
+    Returns:
+        ``[B, C, height, width]`` in the dtype of ``sample``; the arithmetic is done in fp32 (fp64
+        stays fp64).
+    """
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    x, output = sample.to(wide), model_output.to(wide)
+    original = clean[0] * x + clean[1] * output
+    border = blur.shape[-1] // 2
+    padded = F.pad(original, (border,) * 4, mode="reflect")
+    blurred = F.conv2d(padded, blur.to(wide), groups=x.shape[1])
+    salient = (received > 1.0).to(wide).unflatten(1, (1, *map_size))
+    mask = F.interpolate(salient, x.shape[-2:])
+    degraded = blurred * mask + original * (1.0 - mask)
+    return (degraded + noise[0] * x + noise[1] * output).to(sample.dtype)
+
+
+def gaussian_kernel(
+    channels: int,
+    size: int = 9,
+    sigma: float = 1.0,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The depthwise Gaussian ``[channels, 1, size, size]`` of :func:`degrade_latents`, sum 1.
+
+    Size and deviation are those of Self-Attention Guidance (arXiv 2210.00939).
+    """
+    x = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.softmax(-0.5 * (x / sigma) ** 2, 0)
+    kernel = torch.outer(weights, weights).expand(channels, 1, size, size)
+    return kernel.to(device, dtype).contiguous()

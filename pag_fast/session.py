@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,12 @@ from .branches.plan import BranchPlan, install
 from .branches.rows import SPLIT, BranchState, change_level, map_tensors
 from .branches.unet import plan_controlnet
 from .families import controlnets, denoiser_name, uncompiled
-from .guidance import scale_at
+from .guidance import scale_at, scales_ahead
 from .installation import is_eager
 from .lean import Lean
 from .pipeline import RescalesOnce
 from .premise import Premise, batched, latents_of
+from .reuse import Difference
 
 if TYPE_CHECKING:
     from .lasting import Patch
@@ -40,7 +41,8 @@ class Session:
     """The state of one running call.
 
     Attributes:
-        ran: what the latest denoiser call returned: its branches in order, and the PAG scale.
+        ran: what the latest denoiser call returned: its branches in order, and the scale of each
+            perturbed one.
         rescaled: CFG rescale has been applied to the current prediction.
         freed: the pipeline has offloaded its models at the end of the call.
     """
@@ -50,7 +52,7 @@ class Session:
         self.denoiser = denoiser or denoiser_name(pipe)
         self.patch = patch
         self.watched = watched
-        self.ran: tuple[tuple[str, ...], float] | None = None
+        self.ran: tuple[tuple[str, ...], tuple[float, ...]] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
         self._residual_slabs: tuple[int, int] | None = None
@@ -63,7 +65,9 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._leans: list[Lean] = []
         self._scales: dict[Any, Any] = {}
+        self._looked_ahead: set[Any] = set()
         self._calls = 0
+        self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
 
     # ---- installing and removing ----
 
@@ -90,11 +94,13 @@ class Session:
         """The pipeline is about to denoise with PAG: install processors and hooks.
 
         Raises:
-            ValueError: a layer that does not exist, or a model whose batch is split inside.
+            ValueError: a layer that does not exist, a model whose batch is split inside, or rescale
+                asked for twice.
         """
         denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
         _refuse_split_inference(model)
+        _refuse_two_rescales(self._own_rescale(), self.patch.config.rescale_mode)
         eager = is_eager(denoiser, model)
         self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = Kept(self.installed.state)
@@ -110,6 +116,10 @@ class Session:
         self._undo += self._kept.install(self.installed.invariants.values())
         self._install_leans()
         self._enter_with(denoiser, self.enter_denoiser, self._leave())
+
+    def _own_rescale(self) -> float:
+        """The ``guidance_rescale`` of the pipeline's call."""
+        return float(getattr(self.pipe, "_guidance_rescale", 0.0))
 
     def _leave(self) -> Callable[[Any], Any] | None:
         """What is done with the denoiser's output, if anything."""
@@ -168,7 +178,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         if self.pag:
-            self.installed.state.slabs = None
+            self.installed.forget()
 
     # ---- a step ----
 
@@ -208,42 +218,122 @@ class Session:
             # a callback left only the cond rows: the perturbed branch starts as their copy
             call = _change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
-        scale = scale_at(self.pipe, call["timestep"], self._scales)
-        if layout[-1] == PERTURBED and scale == 0.0:
-            call = _change_rows(call, rows, frames, len(layout), len(layout) - 1)
-            layout = layout[:-1]
-            self.patch.steps["perturbed branch dropped"] += 1
-        elif self.patch.compilation is not None and layout[-1] == PERTURBED:
-            self._warm(call, layout, frames)
+        scales, branches = self._scales_at(call["timestep"]), len(self.installed.branches)
+        if layout[-1] == PERTURBED and branches > 1:
+            # the pipeline's batch has rows for one perturbed branch: the others begin as its copies
+            full = len(layout)
+            call = _change_rows(call, rows, frames, full, full + branches - 1)
+            layout += (PERTURBED,) * (branches - 1)
+        rows = latents_of(call).shape[0]
+        drops = layout[-1] == PERTURBED and self._drops(scales, sample)
+        if self.patch.compilation is not None and layout[-1] == PERTURBED:
+            self._warm(call, layout, frames, dropped=drops)
+        if drops:
+            call = _change_rows(call, rows, frames, len(layout), len(layout) - branches)
+            layout = layout[:-branches]
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
         self._advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
-        self.ran = layout, scale
+        self.installed.prepare(latents_of(call), self._calls - 1)
+        self.ran = layout, scales
         return call
+
+    def _scales_at(self, timestep: Any) -> tuple[float, ...]:
+        """The guidance scale of each perturbed branch."""
+        schedule = self.patch.config.schedule
+        return tuple(
+            [
+                scale_at(self.pipe, timestep, self._scales, schedule, branch.scale)
+                for branch in self.installed.branches
+            ]
+        )
+
+    def _drops(self, scales: tuple[float, ...], latents: torch.Tensor) -> bool:
+        """Whether a step does without the perturbed rows."""
+        if not any(scales):
+            self.patch.steps["perturbed branch dropped"] += 1
+            return True
+        if self._difference is not None and self._difference.serves(latents[-self.unit :]):
+            self.patch.steps["difference reused"] += 1
+            return True
+        return False
+
+    def _predictions(
+        self, prediction: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, float]:
+        """Uncond, cond, one perturbed prediction that stands for all, and its scale.
+
+        With several branches in fp32, to be rounded once. What was not run may be had by the
+        difference of an earlier step.
+        """
+        assert self.ran is not None
+        layout, scales = self.ran
+        slabs = prediction.chunk(len(layout))
+        branches, scale = dict(zip(layout, slabs, strict=True)), sum(scales)
+        uncond, cond, perturbed = branches.get(UNCOND), branches[COND], branches.get(PERTURBED)
+        if len(scales) > 1:
+            wide = torch.promote_types(prediction.dtype, torch.float32)
+            uncond, cond = None if uncond is None else uncond.to(wide), cond.to(wide)
+            if perturbed is not None:
+                # s·(c − p) of one p is the sum over all
+                weighted = zip(scales, slabs[-len(scales) :], strict=True)
+                perturbed = torch.stack([s / scale * p.to(wide) for s, p in weighted]).sum(0)
+        if self._difference is not None and scale:
+            if perturbed is None:
+                perturbed = self._difference.perturbed(cond)
+            else:
+                self._difference.hold(cond, perturbed)
+        return uncond, cond, perturbed, scale
 
     def _begin_step(self) -> None:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
 
-    def _warm(self, call: dict[str, Any], layout: tuple[str, ...], frames: int) -> None:
-        """Where a later step will drop the perturbed branch: compile that step now, not then."""
-        compilation, timesteps = self.patch.compilation, self.pipe.scheduler.timesteps
+    def _warm(
+        self, call: dict[str, Any], layout: tuple[str, ...], frames: int, *, dropped: bool
+    ) -> None:
+        """Compile now, not then, what a later step needs.
+
+        Where this step drops the perturbed branch that is the model with it, else without.
+        """
+        compilation, latents, full = self.patch.compilation, latents_of(call), len(layout)
         assert compilation is not None
-        latents, full = latents_of(call), len(layout)
         key = latents.shape, latents.dtype, full
-        if key in compilation.warmed or scale_at(self.pipe, timesteps[-1], self._scales) != 0.0:
+        if key in compilation.warmed or key in self._looked_ahead:
+            return
+        self._looked_ahead.add(key)
+        if self._difference is None and all(runs != dropped for runs in self._ahead(call)):
             return
         compilation.warmed.add(key)
-        fewer = _change_rows(dict(call), latents.shape[0], frames, full, full - 1)
-        self.installed.state.slabs = None
-        self._advance(self._kept, fewer, False)
-        self._align_residuals(fewer, full - 1)
+        if dropped:
+            other, rows, counted = dict(call), full, self.patch.steps.copy()
+            self.installed.state.slabs = self._slabs(other, layout, frames, False)
+            self.patch.steps = counted
+        else:
+            rows = full - len(self.installed.branches)
+            other = _change_rows(dict(call), latents.shape[0], frames, full, rows)
+            self.installed.state.slabs = None
+        self._advance(self._kept, other, False)
+        self._align_residuals(other, rows)
         self._warming = True
         try:
-            getattr(self.pipe, self.denoiser)(**fewer)
+            getattr(self.pipe, self.denoiser)(**other)
         finally:
             self._warming = False
+
+    def _ahead(self, call: dict[str, Any]) -> Iterator[bool]:
+        """Of this step and those that follow, as far as can be told: do they have a scale?"""
+        schedule = self.patch.config.schedule
+        scales = [
+            scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
+            for branch in self.installed.branches
+        ]
+        return (any(step) for step in zip(*scales, strict=True))
+
+    def _scheduled(self, call: dict[str, Any]) -> Any:
+        """The scheduler's timestep of a model call."""
+        return call["timestep"]
 
     def _advance(self, kept: Kept, call: dict[str, Any], same: bool) -> None:
         kept.advance(latents_of(call), same=same, watched=self.watched)
@@ -258,6 +348,13 @@ class Session:
             return None
         full = len(layout)
         if self.installed.plan.reason:
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        if self.installed.plan.shuffled and _knows_places(call):
+            self.patch.fall_back(
+                "masks or residuals tell tokens apart by where they are: shuffled branches run "
+                "apart"
+            )
             self.patch.steps["not shared"] += 1
             return full, full, full
         if call.get(_ADAPTER) is not None:
@@ -278,7 +375,10 @@ class Session:
         everything = batched(call, full * self.unit, frames)
         # a mask concatenated to the latents can be replaced by a callback; the latents cannot
         recheck = self.watched and self.installed.denoiser.config.in_channels == 9
-        differing = premise.differing(everything, full, -2, -1, key="cond", recheck=recheck)
+        shared = full - len(self.installed.branches)
+        differing = premise.differing(
+            everything, full, shared - 1, shared, key="cond", recheck=recheck
+        )
         if differing:
             self.patch.fall_back(
                 f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
@@ -286,12 +386,13 @@ class Session:
             self.patch.steps["not shared"] += 1
             return full, full, full
         self.patch.steps["shared"] += 1
-        return self._merged(everything, full, recheck), full - 1, full
+        return self._merged(everything, full, recheck), shared, full
 
     def _merged(self, everything: dict[str, torch.Tensor], full: int, recheck: bool) -> int:
         """Slabs at MERGED: one, where uncond and cond differ in their text alone."""
-        if not (self.installed.plan.merged and full == 3):
-            return full - 1
+        shared = full - len(self.installed.branches)
+        if not (self.installed.plan.merged and shared == 2):
+            return shared
         others = {
             n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
         }
@@ -379,7 +480,7 @@ class Session:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
         assert self.ran is not None
-        layout, scale = self.ran
+        layout, scales = self.ran
         # what follows the last step, decoding, is where memory runs short
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
             self._calls = 0
@@ -388,27 +489,30 @@ class Session:
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
-        branches = dict(zip(layout, useful.chunk(len(layout)), strict=True))
-        rescale = 0.0
-        if UNCOND in branches and isinstance(self.pipe, RescalesOnce):
+        config, rescale = self.patch.config, 0.0
+        uncond, cond, perturbed, scale = self._predictions(useful)
+        if config.rescale_mode is not None:
+            rescale = config.rescale or 0.0
+        elif uncond is not None and isinstance(self.pipe, RescalesOnce):
             rescale = float(self.pipe._guidance_rescale)
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
-            branches.get(UNCOND),
-            branches[COND],
-            branches.get(PERTURBED),
+            uncond,
+            cond,
+            perturbed,
             guidance_scale=guidance_scale,
             pag_scale=scale,
             rescale=rescale,
-            backend=self.patch.config.backend,
-        )
+            rescale_mode=config.rescale_mode or "cfg",
+            backend=config.backend,
+        ).to(useful.dtype)
         if sigma:
             # the pipeline splits the sigma channels off behind this point: give it some to split
             # off
             padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
             padded[:, : channels // 2] = combined
             combined = padded
-        return combined, branches[COND]
+        return combined, cond.to(useful.dtype)
 
 
 @functools.cache
@@ -445,6 +549,13 @@ def _change_rows(
     return change_arguments(call, change)
 
 
+def _knows_places(call: dict[str, Any]) -> bool:
+    """Whether something between a transformer's blocks depends on where a token is."""
+    names = "block_controlnet_hidden_states", "controlnet_block_samples"
+    masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    return bool(masks) or any(call.get(name) is not None for name in names)
+
+
 def mend_rows(call: dict[str, Any], rows: int) -> None:
     """Arguments that diffusers hands over with too few or too many rows."""
     cond = call.get("timestep_cond")
@@ -461,4 +572,12 @@ def _refuse_split_inference(model: nn.Module) -> None:
             "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
             "perturbed rows can no longer be told apart (stock diffusers perturbs the wrong rows). "
             "Use enable_free_noise() without enable_free_noise_split_inference()."
+        )
+
+
+def _refuse_two_rescales(own: float, mode: str | None) -> None:
+    if mode is not None and own > 0.0:
+        raise ValueError(
+            f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave one "
+            "of them out."
         )

@@ -43,9 +43,10 @@ def snapshot() -> Callable[[Any], dict[Any, Any]]:
 
     def take(pipe: Any) -> dict[Any, Any]:
         # a call sets attributes such as _guidance_scale itself; they are not ours to undo
-        seen: dict[Any, Any] = {"class": type(pipe), "layers": pipe.pag_applied_layers}
+        seen: dict[Any, Any] = {"class": type(pipe)}
+        seen["layers"] = getattr(pipe, "pag_applied_layers", None)
         seen["attributes"] = {k for k in vars(pipe) if "pag_fast" in k or callable(vars(pipe)[k])}
-        seen["pair"] = pipe._pag_attn_processors
+        seen["pair"] = getattr(pipe, "_pag_attn_processors", None)
         for part, component in pipe.components.items():
             if isinstance(component, torch.nn.Module):
                 for name, module in component.named_modules():

@@ -77,7 +77,12 @@ PROBLEMS = [
     Problem(80, 2, 64, 2, 1, context=13),
     Problem(333, 2, 64, 4, 2, context=77),
     Problem(100, 2, 72, 2, 0, context=36, forked=1),
+    Problem(77, 2, 40, 0, 2),
+    Problem(80, 2, 64, 0, 1, context=13),
     Problem(4097, 1, 64, 2, 1),
+    # a forward of the perturbed branch alone
+    Problem(77, 2, 64, 0, 2),
+    Problem(80, 2, 64, 0, 2, context=13),
 ]
 
 
@@ -251,7 +256,7 @@ def test_joint_processor_applies_qk_norm():
 # ---- the op as an op ----
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[7], PROBLEMS[9], PROBLEMS[11]], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[i] for i in (1, 7, 9, 11, -2, -1)], ids=str)
 def test_opcheck(problem):
     q, k, v = problem.tensors(torch.float32)
     rows = (problem.attend, problem.context, None, None, problem.forked)
@@ -262,7 +267,7 @@ def test_opcheck(problem):
 
 
 def test_opcheck_in_place():
-    for problem in (PROBLEMS[1], PROBLEMS[9]):
+    for problem in (PROBLEMS[1], PROBLEMS[9], PROBLEMS[-1]):
         q, k, v = problem.tensors(torch.float32)
         rows = (problem.attend, problem.context)
         torch.library.opcheck(
@@ -270,7 +275,7 @@ def test_opcheck_in_place():
         )
 
 
-@pytest.mark.parametrize("problem", PROBLEMS[:3] + PROBLEMS[9:12], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS[:3] + PROBLEMS[9:12] + PROBLEMS[-2:], ids=str)
 def test_fake_on_a_gpu_that_is_not_there(problem):
     real = ops.perturbed_attention(*problem.tensors(torch.float32), **problem.arguments)
     with FakeTensorMode():
@@ -280,7 +285,7 @@ def test_fake_on_a_gpu_that_is_not_there(problem):
     assert (fake.shape, fake.stride()) == (real.shape, real.stride())
 
 
-@pytest.mark.parametrize("problem", PROBLEMS[1:12], ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS[1:12], PROBLEMS[-1]], ids=str)
 def test_no_work_hides_from_the_flop_counter(problem):
     """The op's formula against the same work counted op by op, inside."""
     q, k, v = (x.to("meta") for x in problem.tensors(torch.float32))
@@ -307,8 +312,8 @@ def test_flops_of_stock_attention_are_counted_alike():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attend": 0}, "num_attend must be in 1..3"),
-        ({"num_attend": 4}, "num_attend must be in 1..3"),
+        ({"num_attend": -1}, "num_attend must be in 0..3"),
+        ({"num_attend": 4}, "num_attend must be in 0..3"),
         ({"num_context": 16}, "num_context must be in 0..15"),
         ({"num_forked": 1}, "num_forked=1 needs every row"),
         ({"backend": "cuda"}, "choose one of auto, torch, triton"),

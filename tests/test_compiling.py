@@ -50,6 +50,16 @@ def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
 
 
+def test_attention_arguments_of_a_call():
+    """Dynamo cannot read a stored signature once it has seen diffusers take such a dict apart."""
+    name = "StableDiffusion3PAGPipeline"
+    pipe = build(name)
+    arguments = {"joint_attention_kwargs": {"scale": 1.0}}
+    stock = latents(pipe, call_kwargs(name, pipe, **arguments))
+    pag_fast.patch(pipe, compile=pag_fast.CompileConfig(backend="eager"))
+    assert relative(latents(pipe, call_kwargs(name, pipe, **arguments)), stock) < 1e-5
+
+
 @pytest.mark.parametrize("name", [UNET, "StableDiffusion3PAGPipeline"])
 def test_inductor(name):
     pipe = build(name)

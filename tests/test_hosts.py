@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
+import tiny
 import torch
 from numerics import relative
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 
 import pag_fast
+from pag_fast import reference
+from pag_fast.compiling import CompileConfig
 from pag_fast.layers import resolve
 
-CFG = pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
+SD, FLUX, WAN = "StableDiffusionPipeline", "FluxPipeline", "WanPipeline"
+SD3, LUMINA = "StableDiffusion3Pipeline", "Lumina2Pipeline"
 
 
 @functools.lru_cache(maxsize=2)
@@ -31,9 +38,9 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
         return latents(pipe, kwargs)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@CFG
-@pytest.mark.parametrize("layers", ["middle", "all"])
+@pytest.mark.parametrize(
+    ("layers", "cfg", "batch"), [("middle", True, 2), ("middle", False, 1), ("all", True, 1)]
+)
 @pytest.mark.parametrize("name", HOSTS)
 def test_equals_three_separate_forwards(name, layers, cfg, batch):
     pipe = _pipe(name)
@@ -53,3 +60,297 @@ def test_equals_three_separate_forwards(name, layers, cfg, batch):
     assert torch.equal(patched, again), "a second call gives another picture"
     assert steps == {"shared": 4}
     assert torch.equal(latents(pipe, kwargs()), stock), "unpatching changed the picture"
+
+
+@pytest.mark.parametrize("name", [SD, "StableDiffusionControlNetPipeline", FLUX, SD3])
+def test_the_default_layers_and_a_scale_for_each_call(name):
+    pipe = _pipe(name)
+    layers = [r"\.0\."] if name in (FLUX, SD3) else None  # 3 blocks have no thirteenth
+
+    def run(**extra):
+        return latents(pipe, {**call_kwargs(name, pipe), **extra})
+
+    stock = run()
+    with pag_fast.patched(pipe, layers):
+        assert pipe.pag_scale == 3.0 and pipe.do_perturbed_attention_guidance
+        default, three, one = run(), run(pag_scale=3.0), run(pag_scale=1.0)
+        assert torch.equal(run(pag_scale=0.0), stock)
+        assert pipe.pag_scale == 3.0, "a call's scale is for that call"
+    assert torch.equal(default, three)
+    assert relative(one, three) > 1e-4
+    with pag_fast.patched(pipe, layers, pag_scale=1.0):
+        assert torch.equal(run(), one)
+
+
+@pytest.mark.parametrize("name", [SD, "StableDiffusionImg2ImgPipeline", FLUX, WAN, LUMINA])
+def test_adaptive_scale(name):
+    """Diffusers' formula of the scheduler's timesteps, whatever the model is told of them."""
+    pipe = _pipe(name)
+    layers = HOSTS[name].layers["middle"]
+    extra = {"strength": 0.5} if "Img2Img" in name else {}
+
+    def kwargs():
+        return call_kwargs(name, pipe, steps=4, **extra)
+
+    latents(pipe, kwargs())
+    steps = [float(t) for t in pipe.scheduler.timesteps][-2 if extra else 0 :]
+    truth = _slow(pipe, name, layers, kwargs(), lambda i: max(0.0, 3.0 - 0.01 * (1000 - steps[i])))
+    with pag_fast.patched(pipe, layers, pag_adaptive_scale=0.01):
+        patched = latents(pipe, kwargs())
+        dropped = pipe._pag_fast.steps["perturbed branch dropped"]
+    assert dropped == sum(3.0 - 0.01 * (1000 - t) <= 0 for t in steps) > 0
+    assert relative(patched, truth) < 1e-5
+
+
+def test_cogvideox_decides_on_its_scale_behind_the_model():
+    """So the difference goes into uncond and cond: for a constant scale that is the same."""
+    name = "CogVideoXPipeline"
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    with pag_fast.patched(pipe, layers):
+        constant = latents(pipe, call_kwargs(name, pipe))
+        dynamic = latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
+        host = pipe._pag_fast.host
+        pipe._pag_fast.host = dataclasses.replace(host, scale=lambda *_: None)
+        assert relative(latents(pipe, call_kwargs(name, pipe)), constant) < 1e-5
+    assert relative(dynamic, constant) > 1e-3
+
+
+def test_the_two_denoisers_of_wan():
+    """High noise goes through one model, low noise through the other: both get PAG."""
+    pipe = build(WAN)
+    second = build(WAN, num_layers=4).transformer
+    torch.manual_seed(1)
+    for parameter in second.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipe.register_modules(transformer_2=second)
+    pipe.register_to_config(boundary_ratio=0.9)
+    layers = HOSTS[WAN].layers["middle"]
+    truth = None
+    kwargs = functools.partial(call_kwargs, WAN, pipe, steps=4, guidance_scale_2=3.0)
+    first_only = latents(pipe, kwargs())
+    calls = []
+    handle = second.register_forward_hook(lambda *_: calls.append(1))
+    with pag_fast.patched(pipe, layers):
+        truth = latents(pipe, kwargs())
+        assert pipe._pag_fast.steps["shared"] == 4
+    handle.remove()
+    assert 0 < len(calls) < 8
+    assert relative(truth, first_only) > 1e-3
+    # the scale of the second model divides its difference: cond' = cond + (s/g₂)·(cond − perturbed)
+    with pag_fast.patched(pipe, layers):
+        pipe._pag_fast.host = dataclasses.replace(pipe._pag_fast.host, scale=lambda *_: None)
+        assert relative(latents(pipe, kwargs()), truth) < 1e-5
+
+
+def test_skip_layer_guidance_of_sd3_is_left_alone():
+    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    skip["skip_layer_guidance_start"] = 0.0
+    with pag_fast.patched(pipe, layers):
+        plain = latents(pipe, call_kwargs(SD3, pipe))
+        both = latents(pipe, call_kwargs(SD3, pipe, **skip))
+        assert dict(pipe._pag_fast.steps) == {"shared": 4}
+    assert relative(both, plain) > 1e-4
+
+
+@pytest.mark.parametrize("name", [SD, FLUX, LUMINA])
+def test_a_callback_that_changes_the_prompt(name):
+    """Copies of the prompt that were made for the perturbed rows follow it."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+
+    def callback(pipe, step, timestep, tensors):
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].roll(1, -1)
+        return tensors
+
+    def kwargs():
+        inputs = ["latents", "prompt_embeds"]
+        return call_kwargs(
+            name,
+            pipe,
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=inputs,
+        )
+
+    truth = _slow(pipe, name, layers, kwargs())
+    with pag_fast.patched(pipe, layers):
+        assert relative(latents(pipe, kwargs()), truth) < 1e-5
+        unchanged = latents(pipe, call_kwargs(name, pipe))
+    assert relative(unchanged, truth) > 1e-4
+
+
+@pytest.mark.parametrize("name", [SD, "StableDiffusionControlNetPipeline", FLUX, WAN, LUMINA])
+def test_nothing_is_left_behind(name, snapshot):
+    pipe = build(name)
+    stock = latents(pipe, call_kwargs(name, pipe))
+    before = snapshot(pipe)  # some pipelines' first call leaves a registry of diffusers' behind
+    pag_fast.patch(pipe, HOSTS[name].layers["middle"])
+    patched = latents(pipe, call_kwargs(name, pipe))
+    model = _model(pipe)
+    attention = next(iter(resolve(model, HOSTS[name].layers["middle"]).values()))
+    for where in (attention, model):
+        between = snapshot(pipe)
+        handle = where.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            latents(pipe, call_kwargs(name, pipe))
+        handle.remove()
+        assert snapshot(pipe) == between
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), patched)
+    pag_fast.unpatch(pipe)
+    assert snapshot(pipe) == before
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SD, SD3, FLUX, WAN, "QwenImagePipeline", "LTXPipeline", "CogVideoXPipeline",
+     "HunyuanVideoPipeline"],
+)  # fmt: skip
+def test_compiled_without_recompiling(name):
+    """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
+    torch._dynamo.reset()
+    pipe, layers = build(name), HOSTS[name].layers["middle"]
+    eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
+    config = CompileConfig(backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    with pag_fast.patched(pipe, layers, compile=config):
+        assert relative(latents(pipe, call_kwargs(name, pipe)), eager) < 1e-5
+        made = counters["stats"]["unique_graphs"] - before
+        for scale in (1.0, 2.0):
+            latents(pipe, call_kwargs(name, pipe, steps=3, pag_scale=scale))
+        assert counters["stats"]["unique_graphs"] - before == made
+    assert made == (1 if name in (SD, SD3, "LTXPipeline", "CogVideoXPipeline") else 2)
+    torch._dynamo.reset()
+
+
+def test_what_depends_on_the_prompt_runs_once_for_each_pass():
+    pipe, calls = build(FLUX), []
+    pipe.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(1))
+    weight = pipe.transformer.context_embedder.weight
+    counted = []
+    with pag_fast.patched(pipe, HOSTS[FLUX].layers["middle"]), _Products(weight, counted):
+        latents(pipe, call_kwargs(FLUX, pipe, steps=4))
+    assert len(calls) == 8 and len(counted) == 2
+
+
+class _Products(TorchFunctionMode):
+    """Counts the products with one weight."""
+
+    def __init__(self, weight, counted):
+        super().__init__()
+        self.weight, self.counted = weight, counted
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear and args[1] is self.weight:
+            self.counted.append(1)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_adapter_in_a_perturbed_layer_is_refused(snapshot):
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = build(FLUX)
+    block = pipe.transformer.transformer_blocks[1].attn
+    block.set_processor(FluxIPAdapterAttnProcessor(16, 16))
+    pag_fast.patch(pipe, "^transformer_blocks.1")
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="runs FluxIPAdapterAttnProcessor, whose arithmetic"):
+        latents(pipe, call_kwargs(FLUX, pipe))
+    assert snapshot(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pag_scale": -1.0}, "pag_scale must be a number that is not negative; got -1.0"),
+        ({"pag_adaptive_scale": True}, "pag_adaptive_scale must be a number"),
+        ({"layers": "blocks.77"}, "matches none of the 6 self-attention layers of FluxT"),
+    ],
+)
+def test_bad_options(options, message, snapshot):
+    pipe = _pipe(FLUX)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=message):
+        pag_fast.patch(pipe, **options)
+    assert snapshot(pipe) == before
+
+
+def test_a_pag_pipeline_takes_its_scale_in_the_call():
+    pipe = tiny.build("StableDiffusionPAGPipeline")
+    with pytest.raises(ValueError, match="takes it in every call"):
+        pag_fast.patch(pipe, pag_scale=2.0)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
+def test_rescale_modes(name, mode):
+    """What reaches the scheduler, against the op on what the model has predicted."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    rescale = {} if mode == "snf" else {"rescale": 0.7}
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
+        # in front of the session's own hook, which combines
+        handle = _model(pipe).register_forward_hook(lambda *a: predicted.append(a[2][0]))
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(name, pipe, steps=1))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    if name == SD:
+        uncond, cond, perturbed = predicted[0].chunk(3)
+    else:
+        (cond, perturbed), uncond = predicted[0].chunk(2), predicted[1]
+    plain, truth = (
+        reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **options)
+        for options in ({}, {"rescale_mode": mode, **rescale})
+    )
+    assert relative(truth, plain) > 1e-4
+    assert relative(combined[0], truth) < 1e-5
+
+
+def test_guidance_is_rescaled_once():
+    pipe, name = _pipe(SD), SD
+    twice = pytest.raises(ValueError, match=r"guidance_rescale=0\.5 and the patch rescale_mode")
+    with pag_fast.patched(pipe, rescale_mode="full", rescale=0.7), twice:
+        latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.5))
+    name = "CogVideoXPipeline"
+    pipe = _pipe(name)
+    with pag_fast.patched(pipe, HOSTS[name].layers["middle"], rescale_mode="partial", rescale=0.7):
+        latents(pipe, call_kwargs(name, pipe))
+        with pytest.raises(ValueError, match="decides on later"):
+            latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
+
+
+def test_a_window_compiles_no_third_graph():
+    """The step without a perturbed branch is compiled in the first."""
+    torch._dynamo.reset()
+    pipe = build(SD)
+    options = {"schedule": pag_fast.Schedule(stop=2), "compile": CompileConfig(backend="eager")}
+    graphs = []
+
+    def callback(pipe, step, timestep, tensors):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return {}
+
+    with pag_fast.patched(pipe, **options):
+        latents(pipe, call_kwargs(SD, pipe, steps=4, callback_on_step_end=callback))
+        assert pipe._pag_fast.steps == {"shared": 2, "perturbed branch dropped": 2}
+    assert len(set(graphs)) == 1
+    torch._dynamo.reset()
+
+
+def test_layers_can_be_changed_between_calls():
+    pipe = _pipe(SD)
+    with pag_fast.patched(pipe, "mid"):
+        mid = latents(pipe, call_kwargs(SD, pipe))
+        pipe.set_pag_applied_layers("up_blocks.2")
+        up = latents(pipe, call_kwargs(SD, pipe))
+        with pytest.raises(ValueError, match="matches none"):
+            pipe.set_pag_applied_layers("sideways")
+    with pag_fast.patched(pipe, "up_blocks.2"):
+        assert torch.equal(latents(pipe, call_kwargs(SD, pipe)), up)
+    assert relative(up, mid) > 1e-4

@@ -192,12 +192,14 @@ def test_compiled_modules_are_left_to_their_compiler():
 
 
 def test_modules_that_diffusers_hooks_into_always_run():
-    from diffusers.hooks import HookRegistry
+    from diffusers.hooks import HookRegistry, ModelHook
 
     model = build(UNET).unet
     everything = set(invariant_modules(model))
     name = min(everything)
-    HookRegistry.check_if_exists_or_initialize(model.get_submodule(name))
+    registry = HookRegistry.check_if_exists_or_initialize(model.get_submodule(name))
+    assert set(invariant_modules(model)) == everything, "an empty registry does nothing"
+    registry.register_hook(ModelHook(), "hook")
     assert set(invariant_modules(model)) == everything - {name}
 
 

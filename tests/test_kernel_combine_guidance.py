@@ -30,6 +30,22 @@ def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
     assert_close_as_torch(out, reference.combine_guidance(*inputs, 7.0, 3.0, rescale), truth)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["full", "partial"])
+@pytest.mark.parametrize("which", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.parametrize("shape", [(3, 4, 33, 41), (2, 70, 16)], ids=str)
+def test_rescaling_the_term_alone(dtype, mode, which, shape, launches):  # noqa: F811
+    branches = {name: torch.randn(shape).to(dtype) for name in which}
+    inputs = [branches.get(name) for name in "ucp"]
+    wide = [None if x is None else x.double() for x in inputs]
+    scales = {"guidance_scale": 7.0, "pag_scale": 3.0, "rescale": 0.7, "rescale_mode": mode}
+    out = combine_guidance(*inputs, **scales)
+    # without a perturbed branch there is nothing to rescale
+    assert len(launches) == (2 if "p" in which else 1)
+    truth = reference.combine_guidance(*wide, **scales)
+    assert_close_as_torch(out, reference.combine_guidance(*inputs, **scales), truth)
+
+
 def test_large_samples(launches):  # noqa: F811
     """As of a video: larger pieces, or every program would read thousands of moments."""
     u, c, p = torch.randn(3, 1, 4, 2, 400, 401).unbind()

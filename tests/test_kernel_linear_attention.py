@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 # the interpreter multiplies bf16 wrongly, and does not say so
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 MIXES = {"cfg": (3, 2, 0), "cfg off": (2, 1, 0), "fork": (2, 2, 1), "all attend": (2, 2, 0)}
+MIXES["none attends"] = (2, 0, 0)
 
 
 def _check(q, k, v, num_attend, num_forked):

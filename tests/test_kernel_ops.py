@@ -51,6 +51,12 @@ def _blur(backend):
     )
 
 
+def _noisy(backend):
+    q, k, v = torch.randn(3, *QKV).unbind()
+    clock = torch.zeros(1, dtype=torch.int64)
+    return lambda: ops.noisy_attention(q, k, v, clock=clock, seed=3, backend=backend)
+
+
 def _masked(backend):
     q, k, v = torch.randn(3, *QKV).unbind()
     mask = torch.randn(1, 1, 1, QKV[1])
@@ -84,7 +90,28 @@ def _combine(backend):
     )
 
 
-CALLS = [_attention, _attention_, _fork, _soft, _blur, _masked, _linear, _norm, _combine]
+def _received(backend):
+    q, k, _ = torch.randn(3, *QKV).unbind()
+    return lambda: ops.received_attention(q, k, backend=backend)
+
+
+def _degrade(backend):
+    sample, output = torch.randn(2, 1, 2, 5, 6).unbind()
+    received, blur = 2 * torch.rand(1, 6), reference.gaussian_kernel(2, 3)
+    return lambda: ops.degrade_latents(
+        sample,
+        output,
+        received,
+        blur,
+        map_size=(2, 3),
+        clean=(1.2, -0.5),
+        noise=(0.1, 0.7),
+        backend=backend,
+    )
+
+
+CALLS = [_attention, _attention_, _fork, _soft, _blur, _noisy, _masked, _linear, _norm, _combine]
+CALLS += [_received, _degrade]
 by_name = pytest.mark.parametrize("make", CALLS, ids=lambda make: make.__name__.strip("_"))
 
 
@@ -116,12 +143,17 @@ def test_opcheck(launches):  # noqa: F811
         (op.perturbed_attention, (q, k, v, 2, 5, None, None, 1, "identity", None)),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "soft", torch.rand(2))),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "blur", None)),
+        (op.noisy_attention, (q, k, v, torch.zeros(1).long(), 2, 3, 0.5, None, 0.3)),
         (op.linear_attention, (q[:1], k[:1], v, 1, 0)),
         (op.combine_guidance, (q, k, v, 7.0, 3.0, 0.7)),
+        (op.received_attention, (q, k, 0.3)),
         (op.qk_norm_rope_, (q.clone(), k.clone(), *(None,) * 6, True, 1e-6)),
     ]
     for name, arguments in cases:
         torch.library.opcheck(name.default, (*arguments, "triton"))
+    for mode in ("full", "partial"):
+        arguments = (q, k, v, 7.0, 3.0, 0.7, "triton", mode)
+        torch.library.opcheck(op.combine_guidance.default, arguments)
 
 
 def test_scales_do_not_recompile(launches):  # noqa: F811

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("launches", "poisoned")
 
 # rows of v, attending rows, forked rows
 MIXES = {"cfg": (3, 2, 0), "cfg off": (2, 1, 0), "fork": (2, 2, 1), "all attend": (2, 2, 0)}
+MIXES["none attends"] = (2, 0, 0)
 
 
 def _inputs(dtype, rows, tokens, heads, dim):

@@ -61,3 +61,45 @@ def test_a_dtype_the_kernels_lack_is_refused(launches):  # noqa: F811
     with pytest.raises(ValueError, match=r"cannot run this call on .* in torch\.float64"):
         latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
     launches.append("none wanted")
+
+
+NOISE = "_noisy_attention_fwd_kernel"
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "counts"),
+    [
+        ("soft", {ATTENTION: 2}),
+        # behind the fork, one query in PyTorch
+        ("blur", {ATTENTION: 1}),
+        ("noise", {NOISE: 2}),
+    ],
+)
+def test_other_perturbations(perturbation, counts, launches):  # noqa: F811
+    """A layer at the fork and one behind it: the picture of the PyTorch backend."""
+    name = "PixArtSigmaPAGPipeline"
+    pipe = build(name)
+    kwargs = {"perturbation": perturbation}
+    pag_fast.patch(pipe, [2, 3], backend="torch", **kwargs)
+    expected = latents(pipe, call_kwargs(name, pipe))
+    assert launches == []
+    pag_fast.patch(pipe, [2, 3], backend="triton", **kwargs)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), expected) < 1e-5
+    counted = Counter(launches)
+    assert counted.pop(COMBINE) == STEPS
+    assert counted == {kernel: STEPS * count for kernel, count in counts.items()}
+
+
+@pytest.mark.parametrize("perturbation", ["soft", "blur", "noise"])
+def test_other_perturbations_of_joint_attention(perturbation, launches):  # noqa: F811
+    """SD3, with two branches that begin in the same layer."""
+    name = "StableDiffusion3PAGPipeline"
+    pipe = build(name)
+    branches = [pag_fast.Branch([2, 3], perturbation), pag_fast.Branch(2, "identity", 1.0)]
+    made = []
+    for backend in ("torch", "triton"):
+        assert launches == []
+        pag_fast.patch(pipe, branches=branches, backend=backend)
+        made.append(latents(pipe, call_kwargs(name, pipe)))
+    assert relative(made[1], made[0]) < 1e-5
+    assert Counter(launches)[NOISE if perturbation == "noise" else ATTENTION] >= 2 * STEPS

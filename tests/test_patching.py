@@ -21,8 +21,12 @@ NAME = "StableDiffusionXLPAGPipeline"
 def test_public_names():
     assert sorted(pag_fast.__all__) == sorted(
         [
+            "Branch",
             "CompileConfig",
             "PatchConfig",
+            "Reuse",
+            "Schedule",
+            "Step",
             "__version__",
             "explain",
             "layer_costs",
@@ -40,9 +44,9 @@ def test_every_pag_pipeline_of_diffusers_is_supported():
 
     theirs = {name for name in dir(pag) if name.endswith("Pipeline") and "PAG" in name}
     assert theirs == set(PIPELINES)
-    assert set(pag_fast.supported_pipelines()) == theirs | {
-        n for n in HOSTS if hasattr(diffusers, n)
-    }
+    hosts = {name for name in HOSTS if hasattr(diffusers, name)}
+    ours = theirs | hosts | {"StableDiffusionSAGPipeline"}
+    assert set(pag_fast.supported_pipelines()) == ours
 
 
 def test_patch_returns_the_pipeline_and_keeps_its_face():
@@ -116,9 +120,9 @@ def test_layers_set_after_patching_survive():
     [
         ({"layers": ["nothing"]}, "matches none of the"),
         ({"layers": []}, "layers is empty"),
-        ({"speed": 11}, "Unknown option 'speed': choose from layers, pag_scale"),
+        ({"speed": 11}, "Unknown option 'speed': choose from layers, perturbation"),
         ({"backend": "cuda"}, "Unknown backend 'cuda': choose one of auto, torch, triton"),
-        ({"perturbation": "blur"}, "Unknown perturbation 'blur': choose one of 'identity'"),
+        ({"perturbation": "blurry"}, "Unknown perturbation 'blurry': choose one of 'identity'"),
         ({"share_branches": 1}, "share_branches must be True or False; got 1"),
         ({"config": "fast"}, "config must be a PatchConfig; got str"),
     ],

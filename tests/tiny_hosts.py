@@ -364,15 +364,23 @@ def _linear_identity(attn: Any) -> Any:
 
 
 @contextlib.contextmanager
-def slow_pag(pipe: Any, name: str, attentions: list[Any], pag_scale: Any, cfg_scale: float) -> Any:
+def slow_pag(
+    pipe: Any,
+    name: str,
+    attentions: list[Any],
+    pag_scale: Any,
+    cfg_scale: float,
+    fresh: Any = lambda index, latents: True,
+) -> Any:
     """``pipe`` with PAG on ``attentions``: a forward of its own for the perturbed branch.
 
-    ``pag_scale`` is a number, or a function of the step.
+    ``pag_scale`` is a number, or a function of the step; ``fresh`` says in which steps there is a
+    perturbed branch, whose difference the others use again.
     """
     spec = HOSTS[name]
     batched = spec.cfg == "guidance_scale" and name not in ("WanPipeline", "Lumina2Pipeline")
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    own, passes = model.forward, [0]
+    own, passes, held = model.forward, [0], [None]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         parameters = list(inspect_parameters(model))
@@ -389,12 +397,13 @@ def slow_pag(pipe: Any, name: str, attentions: list[Any], pag_scale: Any, cfg_sc
         frames = call["sample"].shape[2] if "sample" in call and call["sample"].ndim == 5 else 1
         cond = {k: _second_half(k, v, rows, frames) for k, v in call.items()} if both else call
         lengths, image = _text_and_image(name, cond)
-        with _perturbed(attentions, spec.text, lengths, image):
-            perturbed = own(**cond)[0]
         scale = pag_scale(index) if callable(pag_scale) else pag_scale
         prediction, g = out[0], cfg_scale if cfg_scale > 1 else 1.0
         uncond, cond_out = prediction.chunk(2) if both else (prediction[:0], prediction)
-        guided = torch.cat([uncond, cond_out + scale / g * (cond_out - perturbed)])
+        if fresh(index, cond["sample" if "sample" in cond else "hidden_states"]):
+            with _perturbed(attentions, spec.text, lengths, image):
+                held[0] = cond_out - own(**cond)[0]
+        guided = torch.cat([uncond, cond_out + scale / g * held[0]])
         return (guided,) if isinstance(out, tuple) else type(out)(sample=guided)
 
     model.forward = forward

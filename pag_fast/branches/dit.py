@@ -7,12 +7,13 @@ or image tokens) runs on the shared rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from .blocks import Actions, begins_behind, is_shuffled, runs_without
+from .layouts import Layout, layout_of, walk
 from .plan import (
     BranchPlan,
     Site,
@@ -25,73 +26,38 @@ from .plan import (
 from .rows import MERGED, SHARED, SPLIT
 
 
-@dataclass(frozen=True)
-class _Layout:
-    blocks: tuple[str, ...]  # attributes that hold blocks, in execution order
-    attentions: tuple[str, ...]  # self-attentions of a block in execution order
-    merge: bool = False  # whether only the text, behind block 0's self-attention, sets uncond apart
-    # in front of the blocks: modules, or lists of them, that take more than a block's share
-    before: tuple[str, ...] = ()
+def _execution_order(blocks: list[tuple[str, Any]], layout: Layout, names: set[str]) -> list[str]:
+    """``names`` of attentions and blocks, those that are known, as the model runs them."""
+    ordered = []
+    for name, _ in blocks:
+        ordered += [name, *[f"{name}.{attn}" for attn in layout.attentions]]
+    return [name for name in ordered if name in names]
 
 
-_JOINT = ("transformer_blocks", "single_transformer_blocks")
+def plan_dit(
+    model: Any,
+    perturbed: set[str],
+    *,
+    merge: bool,
+    blocks: Mapping[str, Actions] | None = None,
+) -> BranchPlan:
+    """The plan of a diffusion transformer whose attentions named in ``perturbed`` are perturbed.
 
-_LAYOUTS = {
-    "SD3Transformer2DModel": _Layout(("transformer_blocks",), ("attn", "attn2")),
-    "HunyuanDiT2DModel": _Layout(("blocks",), ("attn1",)),
-    "PixArtTransformer2DModel": _Layout(("transformer_blocks",), ("attn1",), merge=True),
-    "SanaTransformer2DModel": _Layout(("transformer_blocks",), ("attn1",), merge=True),
-    "FluxTransformer2DModel": _Layout(_JOINT, ("attn",)),
-    "QwenImageTransformer2DModel": _Layout(("transformer_blocks",), ("attn",)),
-    "CogVideoXTransformer3DModel": _Layout(("transformer_blocks",), ("attn1",)),
-    "HunyuanVideoTransformer3DModel": _Layout(_JOINT, ("attn",), before=("context_embedder",)),
-    "WanTransformer3DModel": _Layout(("blocks",), ("attn1",), merge=True),
-    "LTXVideoTransformer3DModel": _Layout(("transformer_blocks",), ("attn1",), merge=True),
-    "Lumina2Transformer2DModel": _Layout(
-        ("layers",), ("attn",), before=("context_refiner", "noise_refiner")
-    ),
-}
-
-
-def perturbable(model: Any) -> tuple[str, ...] | None:
-    """Names of a transformer's attentions over image tokens, in the order it runs them.
-
-    ``None`` for a class that is not known.
+    ``blocks`` says what happens to each branch in blocks that are perturbed as a whole.
     """
-    layout = _layout(model)
-    if layout is None:
-        return None
-    return tuple(
-        f"{name}.{attn}"
-        for name, block in _blocks(model, layout)
-        for attn in layout.attentions
-        if getattr(block, attn, None) is not None
-    )
-
-
-def _layout(model: Any) -> _Layout | None:
-    classes = (cls.__name__ for cls in type(model).__mro__)
-    return next((_LAYOUTS[name] for name in classes if name in _LAYOUTS), None)
-
-
-def _blocks(model: Any, layout: _Layout) -> list[tuple[str, Any]]:
-    return [
-        (f"{part}.{index}", block)
-        for part in layout.blocks
-        for index, block in enumerate(getattr(model, part))
-    ]
-
-
-def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
-    """The plan of a diffusion transformer whose attentions named in ``perturbed`` are perturbed."""
-    layout = _layout(model)
-    order = tuple(name for name in perturbable(model) or () if name in perturbed)
-    if layout is None or len(order) < len(perturbed):
-        return unshared(tuple(sorted(perturbed)), "a perturbed layer is in no known block")
+    blocks = blocks or {}
+    names, layout = perturbed | set(blocks), layout_of(model)
+    walked = [] if layout is None else walk(model, layout)
+    order = () if layout is None else tuple(_execution_order(walked, layout, names))
+    if layout is None or len(order) < len(names):
+        return unshared(tuple(sorted(names)), "a perturbed layer is in no known block")
     fork = order[0]
-    blocks = _blocks(model, layout)
-    fork_index = next(i for i, (name, _) in enumerate(blocks) if fork.startswith(f"{name}."))
-    merge = merge and layout.merge
+    fork_index = next(i for i, (name, _) in enumerate(walked) if f"{fork}.".startswith(f"{name}."))
+    inside = any(name.startswith(f"{walked[fork_index][0]}.") for name in perturbed)
+    shuffled = fork in blocks and layout.equivariant and is_shuffled(blocks[fork])
+    # where nothing in the fork's block needs the rows of the perturbed branches
+    behind = shuffled or (fork in blocks and begins_behind(blocks[fork], inside))
+    merge = merge and layout.merge and (fork_index > 0 or behind or fork not in blocks)
 
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
     plan.sites += text_projection_sites(model)
@@ -99,20 +65,24 @@ def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
         Site(name, module, SPLIT, SHARED, leaves=SPLIT, names=argument_names(module))
         for name, module in _before(model, layout)
     ]
-    for index, (name, block) in enumerate(blocks):
-        if index >= fork_index:
-            plan.sites += text_key_sites(block, name)
-        arrives = SPLIT if index == 0 else SHARED
+    if shuffled:
+        plan.shuffled = tuple(name for name, _ in walked[fork_index:])
+    for index, (name, block) in enumerate(walked):
+        arrives = SPLIT if index == 0 or (index > fork_index and not shuffled) else SHARED
         attentions = [
             (attn, getattr(block, attn))
             for attn in layout.attentions
             if getattr(block, attn, None) is not None
         ]
-        if index < fork_index:
-            leaves = SPLIT if index == fork_index - 1 else None
-            plan.sites.append(
-                Site(name, block, arrives, SHARED, leaves, names=argument_names(block))
-            )
+        streams = ("skip",) if getattr(block, "skip_linear", None) is not None else ()
+        alone = index > fork_index and runs_without(blocks.get(name))
+        if index < fork_index or (behind and index == fork_index) or alone or shuffled:
+            last = index == fork_index - 1 and not behind
+            leaves, arguments = SPLIT if last else None, argument_names(block)
+            plan.sites.append(Site(name, block, arrives, SHARED, leaves, streams, arguments))
+            if index >= fork_index:
+                plan.blocks[name] = arrives, SHARED
+                plan.extend(name)
             if merge and index == 0:
                 attn_name, attn = attentions[0]
                 site = Site(
@@ -120,7 +90,9 @@ def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
                 )
                 plan.sites.append(site)
                 plan.merged_until = f"{name}.attn2"
-        elif index == fork_index:
+            continue
+        plan.sites += text_key_sites(block, name)
+        if index == fork_index and fork not in blocks:
             level = MERGED if merge and index == 0 else SHARED
             plan.levels[fork] = level
             plan.sites += block_sites(name, attentions, fork, level)
@@ -132,13 +104,13 @@ def plan_dit(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
                 ]
             if level == MERGED:
                 plan.merged_until = fork
-        if index >= fork_index and getattr(block, "skip_linear", None) is not None:
+        if streams:
             # long skips stored before the fork meet the stream behind it
-            plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=("skip",)))
+            plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=streams))
     return plan
 
 
-def _before(model: Any, layout: _Layout) -> Iterator[tuple[str, nn.Module]]:
+def _before(model: Any, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
     for name in layout.before:
         module = getattr(model, name)
         if isinstance(module, nn.ModuleList):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .plan import BranchPlan, argument_names, eager_modules, replace_forward
+from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks, replace_forward
 from .rows import Align, BranchState, Leave
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
@@ -183,7 +183,8 @@ class Kept:
             same = same and not latents.is_inference()
             self._weights = weights
         if not same:
-            self._epochs = epoch = self._epochs + 1
+            # others may have counted on, too
+            self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
 
@@ -209,7 +210,7 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
             or (own in _KEYS_AND_VALUES and _sees_text(model, parent))
             or _IMAGE_KEYS_AND_VALUES.fullmatch(name)
         ):
-            hooked = any(hasattr(inner, "_diffusers_hook") for inner in module.modules())
+            hooked = any(map(has_diffusers_hooks, module.modules()))
             # HunyuanVideo refines its text anew in every step
             steady = "timestep" not in argument_names(module)
             if id(module) not in seen and steady and not hooked:

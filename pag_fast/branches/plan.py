@@ -51,16 +51,22 @@ class BranchPlan:
 
     Attributes:
         fork: name of the attention where the perturbed branch begins; ``None`` for a ControlNet.
+        begins: where the perturbed branches part from cond, if not in the fork: behind blocks that
+            they skip, or that they leave as a permutation of cond.
         levels: level each perturbed attention's input arrives at (SPLIT except at the fork).
         sites, skip_sites: modules to hook.
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
-        order: the perturbed attentions in execution order.
+        order: the perturbed attentions and blocks in execution order.
+        blocks: levels a perturbed block's input arrives at and that it runs on (both SPLIT if it is
+            not here).
+        shuffled: blocks from a shuffled fork on whose perturbed rows are a permutation of cond's.
         reason: why nothing can be shared, or ``""``.
     """
 
     fork: str | None = None
+    begins: str = ""
     levels: dict[str, int] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     skip_sites: list[SkipSite] = field(default_factory=list)
@@ -69,7 +75,15 @@ class BranchPlan:
     merged: bool = False
     merged_until: str = ""
     order: tuple[str, ...] = ()
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shuffled: tuple[str, ...] = ()
     reason: str = ""
+
+    def extend(self, block: str) -> None:
+        """The perturbed branches begin behind this block, if they begin behind the one before."""
+        before, _, index = block.rpartition(".")
+        if block == self.fork or self.begins == f"{before}.{int(index) - 1}":
+            self.begins = block
 
     def hooks(
         self, state: BranchState, without: Container[str] = ()
@@ -127,6 +141,12 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], No
             module.forward = own
 
     return restore
+
+
+def has_diffusers_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers do something when the module runs: fetch or cast its weights."""
+    # an empty registry is what cache_context leaves behind
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -40,6 +40,9 @@ class BranchState:
         context: which of several passes with conditionings of their own takes its turn.
         num_contexts: text tokens of each sample, where blocks get text and image as one sequence.
         num_image: image tokens of each sample, likewise.
+        size: height and width of the latents.
+        clock: number of the step in its pipeline call, one int64 on the device: random numbers
+            start from it. A tensor, so that compiled graphs are the same in every step.
     """
 
     def __init__(self) -> None:
@@ -49,6 +52,14 @@ class BranchState:
         self.context = ""
         self.num_contexts: tuple[int, ...] = ()
         self.num_image = 0
+        self.size: tuple[int, int] | None = None
+        self.clock: torch.Tensor | None = None
+
+    def clock_on(self, like: torch.Tensor) -> torch.Tensor:
+        """The clock; at its first step where nobody has set it."""
+        if self.clock is not None:
+            return self.clock
+        return torch.zeros(1, dtype=torch.int64, device=like.device)
 
 
 def change_level(x: torch.Tensor, have: int, want: int) -> torch.Tensor:

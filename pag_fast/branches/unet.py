@@ -8,9 +8,11 @@ blocks before the fork are cut back to the shared rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .blocks import Actions, begins_behind, is_shuffled, runs_without
 from .plan import (
     BranchPlan,
     Site,
@@ -76,15 +78,13 @@ def _blocks(unit: _Unit) -> list[Any]:
 
 
 def execution_order(model: Any, names: set[str]) -> tuple[str, ...] | None:
-    """``names`` of attention modules sorted as the model runs them; ``None`` if that is unknown."""
+    """``names`` of attentions and blocks sorted as the model runs them; ``None`` if unknown."""
     units, _ = _walk(model)
     ordered = []
     for unit in units:
         for index, _ in enumerate(_blocks(unit)):
-            for attn in ("attn1", "attn2"):
-                name = f"{unit.name}.transformer_blocks.{index}.{attn}"
-                if name in names:
-                    ordered.append(name)
+            block = f"{unit.name}.transformer_blocks.{index}"
+            ordered += [n for n in (block, f"{block}.attn1", f"{block}.attn2") if n in names]
     return tuple(ordered) if len(ordered) == len(names) else None
 
 
@@ -104,24 +104,48 @@ def _text_first(units: list[_Unit], model: Any) -> bool:
     )
 
 
-def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
+def _is_equivariant(unit: _Unit) -> bool:
+    """Whether a transformer treats an image token alike wherever it is."""
+    return type(unit.module).__name__ == "Transformer2DModel" and all(
+        type(block).__name__ == "BasicTransformerBlock"
+        and block.pos_embed is None
+        and block.norm_type == "layer_norm"
+        and not hasattr(block, "fuser")  # GLIGEN's boxes
+        for block in _blocks(unit)
+    )
+
+
+def plan_unet(
+    model: Any,
+    perturbed: set[str],
+    *,
+    merge: bool,
+    blocks: Mapping[str, Actions] | None = None,
+) -> BranchPlan:
     """The plan of a UNet whose attention modules named in ``perturbed`` are perturbed.
 
     ``merge`` asks for uncond and cond to run as one until the first cross-attention, where the
-    model allows it.
+    model allows it. ``blocks`` says what happens to each branch in blocks that are perturbed as a
+    whole.
     """
-    order = execution_order(model, perturbed)
+    blocks = blocks or {}
+    names = perturbed | set(blocks)
+    order = execution_order(model, names)
     units, reason = _walk(model)
     if order is None:
         # outside any known unit (attention in an unknown block): run everything apart
-        return unshared(
-            tuple(sorted(perturbed)), reason or "a perturbed layer is in no known block"
-        )
+        return unshared(tuple(sorted(names)), reason or "a perturbed layer is in no known block")
     fork = order[0]
     unit_name, _, rest = fork.partition(".transformer_blocks.")
     fork_unit = next(i for i, unit in enumerate(units) if unit.name == unit_name)
     fork_block = int(rest.split(".")[0])
     merge = merge and _text_first(units, model)
+    begin = _Begin(fork, fork_block)
+    if fork in blocks:
+        inside = any(name.startswith(f"{fork}.") for name in perturbed)
+        begin.shuffled = is_shuffled(blocks[fork]) and _is_equivariant(units[fork_unit])
+        begin.behind = begin.shuffled or begins_behind(blocks[fork], inside)
+        begin.is_block = True
 
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
     # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
@@ -152,14 +176,22 @@ def plan_unet(model: Any, perturbed: set[str], *, merge: bool) -> BranchPlan:
         if stream != runs or climbs is not None or (runs != SPLIT and not before_fork):
             plan.sites.append(Site(unit.name, unit.module, stream, runs, climbs))
         if index == fork_unit:
-            plan.levels[fork] = MERGED if merge and index == 1 and fork_block == 0 else SHARED
-            plan.sites += _fork_sites(unit, fork_block, fork, plan.levels[fork])
+            begin.level = MERGED if merge and index == 1 and fork_block == 0 else SHARED
+            plan.levels[fork] = begin.level
+            _fork_sites(plan, unit, begin)
         if merge and index == 1:
-            plan.merged_until = _merged_attention(plan, unit)
-        if long_text and index >= fork_unit:
-            first = fork_block if index == fork_unit else 0
-            for i, block in enumerate(_blocks(unit)[first:], first):
-                plan.sites += text_key_sites(block, f"{unit.name}.transformer_blocks.{i}")
+            plan.merged_until = _merged_attention(plan, unit, begin)
+        for i, block in enumerate(_blocks(unit)) if index >= fork_unit else ():
+            name = f"{unit.name}.transformer_blocks.{i}"
+            is_behind = index > fork_unit or i > fork_block
+            if is_behind and name not in plan.blocks and runs_without(blocks.get(name)):
+                plan.sites.append(Site(name, block, SPLIT, SHARED))
+                plan.blocks[name] = SPLIT, SHARED
+                if index == fork_unit:
+                    plan.extend(name)
+            is_split = is_behind or name == fork or fork.startswith(f"{name}.")
+            if long_text and is_split and name not in plan.blocks:
+                plan.sites += text_key_sites(block, name)
         stream = runs if climbs is None else climbs
     _plan_skips(model, plan, levels)
     return plan
@@ -172,31 +204,50 @@ def _block_site(model: Any, block: tuple[int, int], stream: int) -> Site:
     return Site(name, model.get_submodule(name), stream, SHARED)
 
 
-def _merged_attention(plan: BranchPlan, unit: _Unit) -> str:
+def _merged_attention(plan: BranchPlan, unit: _Unit, begin: _Begin) -> str:
     """Let the first transformer's self-attention run on one slab; returns where uncond parts."""
     name = f"{unit.name}.transformer_blocks.0"
-    if plan.fork == f"{name}.attn1":
-        return plan.fork
+    if begin.fork == f"{name}.attn1" or (begin.fork == name and not begin.behind):
+        return begin.fork
     plan.sites.append(Site(f"{name}.attn1", _blocks(unit)[0].attn1, SHARED, MERGED, SHARED))
     return f"{name}.attn2"
 
 
-def _fork_sites(unit: _Unit, fork_block: int, fork: str, level: int) -> list[Site]:
-    sites = []
-    for index, block in enumerate(_blocks(unit)[: fork_block + 1]):
+@dataclass
+class _Begin:
+    """How the perturbed branches begin in the transformer that holds the fork."""
+
+    fork: str
+    block: int
+    is_block: bool = False  # the fork is a whole block
+    behind: bool = False  # nothing in the fork's block needs the perturbed rows
+    shuffled: bool = False  # nor does anything up to the transformer's end
+    level: int = SHARED  # that the fork's input arrives at
+
+
+def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
+    blocks = _blocks(unit)
+    last = begin.block + begin.behind
+    if begin.shuffled:
+        last = len(blocks)
+        names = [f"{unit.name}.transformer_blocks.{i}" for i in range(begin.block, last)]
+        plan.shuffled = tuple(names)
+    for index, block in enumerate(blocks[:last]):
         name = f"{unit.name}.transformer_blocks.{index}"
-        if index < fork_block:
-            arrives = SPLIT if index == 0 else SHARED
-            leaves = SPLIT if index == fork_block - 1 else None
-            sites.append(Site(name, block, arrives, SHARED, leaves))
-            continue
+        arrives = SPLIT if index == 0 else SHARED
+        leaves = SPLIT if index == begin.block - 1 and not begin.behind else None
+        plan.sites.append(Site(name, block, arrives, SHARED, leaves))
+        if index >= begin.block:
+            plan.blocks[name] = arrives, SHARED
+            plan.extend(name)
+    if not begin.is_block:
+        block, name = blocks[begin.block], f"{unit.name}.transformer_blocks.{begin.block}"
         attentions = [
             (attn, getattr(block, attn))
             for attn in ("attn1", "attn2")
             if getattr(block, attn, None) is not None
         ]
-        sites += block_sites(name, attentions, fork, level)
-    return sites
+        plan.sites += block_sites(name, attentions, begin.fork, begin.level)
 
 
 def _plan_skips(

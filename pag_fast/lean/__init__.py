@@ -9,13 +9,13 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..branches.plan import eager_modules, replace_forward
+from ..branches.plan import eager_modules, has_diffusers_hooks, replace_forward
 from ..branches.rows import BranchState
 from .joined import Joined, is_plain
 from .projections import QKV, TimeProjections
@@ -45,26 +45,26 @@ class Lean:
 
     Args:
         model: a denoiser or ControlNet that is not in training.
-        perturbed: names of its perturbed attentions.
+        perturbed: its perturbed attentions, and how many of their projections see the same rows.
         traced: join queries, keys and values of compiled modules too. Their compiler sees the one
             product; it would not join the weights itself.
     """
 
     def __init__(
-        self, model: nn.Module, perturbed: Container[str] = (), *, traced: bool = False
+        self, model: nn.Module, perturbed: Mapping[str, int] | None = None, *, traced: bool = False
     ) -> None:
         self.divisors: list[tuple[Any, str]] = []
         self.qkv: list[tuple[Any, list[Any], int]] = []
         self.time: list[tuple[Any, Any]] = []
         eager = {name for name, _ in eager_modules(model)}
         # weights that hooks move around would be parted in every call
-        moves = any(h in vars(m) for m in model.modules() for h in ("_hf_hook", "_diffusers_hook"))
+        moves = any("_hf_hook" in vars(m) or has_diffusers_hooks(m) for m in model.modules())
         for name, module in model.named_modules():
             if name in eager:
                 self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
                 self.time += [] if moves else _time(module)
             if (traced or name in eager) and not moves:
-                self.qkv += _qkv(module, name in perturbed)
+                self.qkv += _qkv(module, (perturbed or {}).get(name, 3))
         # the attention whose processor has to be a known one, and its layers or those of the time
         self._groups: list[tuple[Any, QKV | TimeProjections]] = []
 
@@ -119,13 +119,15 @@ class Lean:
             yield None, TimeProjections(layers, Joined(linears))
 
 
-def _qkv(module: Any, perturbed: bool) -> Iterator[tuple[Any, list[Any], int]]:
+def _qkv(module: Any, together: int) -> Iterator[tuple[Any, list[Any], int]]:
     parts = module._modules
     if vars(module).get("is_cross_attention", True) or parts.get("to_q") is None:
         return
     has_text = all(parts.get(name) is not None for name in _TEXT)
     # image-only perturbed attention projects V on more rows, and into its output
-    yield module, [parts.get(name) for name in _IMAGE], 2 if perturbed and not has_text else 3
+    together = 3 if has_text else together
+    if together > 1:
+        yield module, [parts.get(name) for name in _IMAGE], together
     if has_text:
         yield module, [parts[name] for name in _TEXT], 3
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..branches.plan import has_diffusers_hooks
+
 
 def is_plain(module: Any) -> bool:
     """Whether ``module`` is a linear layer and nothing else: no adapter, quantizer or hook."""
@@ -17,7 +19,7 @@ def is_plain(module: Any) -> bool:
         and type(module.weight.data) is torch.Tensor
         and not module.weight.is_inference()
         and not hasattr(module, "_hf_hook")
-        and not hasattr(module, "_diffusers_hook")
+        and not has_diffusers_hooks(module)
         and module._compiled_call_impl is None
         and "forward" not in vars(module)
     )

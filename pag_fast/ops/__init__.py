@@ -11,18 +11,26 @@ file per op: its public function, its PyTorch backend, its registration. The Tri
 from __future__ import annotations
 
 from .backend import BACKENDS, check_backend, resolve_backend
-from .combine_guidance import combine_guidance
+from .combine_guidance import check_rescale_mode, combine_guidance
+from .degrade_latents import degrade_latents
 from .linear_attention import linear_attention
-from .perturbed_attention import perturbed_attention, perturbed_attention_
+from .noisy_attention import noisy_attention
+from .perturbed_attention import perturbed_attention, perturbed_attention_, softmax_attention
 from .qk_norm_rope import qk_norm_rope_
+from .received_attention import received_attention
 
 __all__ = [
     "BACKENDS",
     "check_backend",
+    "check_rescale_mode",
     "combine_guidance",
+    "degrade_latents",
     "linear_attention",
+    "noisy_attention",
     "perturbed_attention",
     "perturbed_attention_",
     "qk_norm_rope_",
+    "received_attention",
     "resolve_backend",
+    "softmax_attention",
 ]

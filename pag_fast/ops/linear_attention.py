@@ -37,6 +37,10 @@ def torch_linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_attend: int, num_forked: int
 ) -> torch.Tensor:
     """The PyTorch backend of :func:`linear_attention`: two batched matrix products."""
+    out = forked_rows_like(v, num_forked)
+    out[num_attend:].copy_(v[reference.identity_rows(num_attend, num_forked)])
+    if num_attend == 0:
+        return out
     wide = torch.promote_types(v.dtype, torch.float32)
     query = F.relu(q).to(wide).permute(0, 2, 3, 1)
     key = F.relu(k).to(wide).transpose(1, 2)
@@ -44,9 +48,7 @@ def torch_linear_attention(
     value = F.pad(v[:num_attend].to(wide).permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
     sums = (value @ key) @ query
     attended = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
-    out = forked_rows_like(v, num_forked)
     out[:num_attend].copy_(attended.permute(0, 3, 1, 2))
-    out[num_attend:].copy_(v[reference.identity_rows(num_attend, num_forked)])
     return out
 
 

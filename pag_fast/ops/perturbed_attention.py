@@ -160,8 +160,8 @@ def check_attention(
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
     rows, tokens = v.shape[:2]
-    if not 0 < num_attend <= rows:
-        raise ValueError(f"num_attend must be in 1..{rows} (the rows of v); got {num_attend}.")
+    if not 0 <= num_attend <= rows:
+        raise ValueError(f"num_attend must be in 0..{rows} (the rows of v); got {num_attend}.")
     if not 0 <= num_context < tokens:
         raise ValueError(f"num_context must be in 0..{tokens - 1}; got {num_context}.")
     if num_forked and (rows != num_attend or not 0 < num_forked <= rows):
@@ -213,7 +213,7 @@ def torch_perturbed_attention(
     num_image = v.shape[1] - num_context
     source = reference.identity_rows(num_attend, num_forked)
     if perturbation == "soft":
-        out[: v.shape[0]].copy_(_sdpa(q, k, v, attn_mask, scale))
+        out[: v.shape[0]].copy_(softmax_attention(q, k, v, attn_mask, scale))
         if num_forked:
             out[num_attend:].copy_(out[source])
         assert strength is not None
@@ -221,13 +221,17 @@ def torch_perturbed_attention(
         image.lerp_(v[source, :num_image], strength.to(v.dtype)[:, None])
         return out
     mask = reference.rows_of(attn_mask, slice(num_attend))
-    out[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
+    if num_attend:
+        a = num_attend
+        out[:a].copy_(softmax_attention(q[:a], k[:a], v[:a], mask, scale))
     if out.shape[0] == num_attend:
         return out
     mask = reference.rows_of(attn_mask, source)
     if perturbation == "blur":
         mean = q[source, :num_image].mean(1, keepdim=True)
-        out[num_attend:, :num_image].copy_(_sdpa(mean, k[source], v[source], mask, scale))
+        out[num_attend:, :num_image].copy_(
+            softmax_attention(mean, k[source], v[source], mask, scale)
+        )
     elif num_context == 0:
         out[num_attend:].copy_(v[source])
     else:
@@ -240,7 +244,7 @@ def torch_perturbed_attention(
         out[num_attend:, num_image:].copy_(
             out[source, num_image:]
             if num_forked
-            else _sdpa(q[source, num_image:], k[source], v[source], mask, scale)
+            else softmax_attention(q[source, num_image:], k[source], v[source], mask, scale)
         )
     return out
 
@@ -291,8 +295,9 @@ def _torch_perturbed_attention_(
     attn_mask: torch.Tensor | None,
     scale: float | None,
 ) -> None:
-    mask = reference.rows_of(attn_mask, slice(num_attend))
-    v[:num_attend].copy_(_sdpa(q[:num_attend], k[:num_attend], v[:num_attend], mask, scale))
+    if num_attend:
+        a, mask = num_attend, reference.rows_of(attn_mask, slice(num_attend))
+        v[:a].copy_(softmax_attention(q[:a], k[:a], v[:a], mask, scale))
     if num_context == 0 or num_attend == v.shape[0]:
         return
     num_image = v.shape[1] - num_context
@@ -300,18 +305,19 @@ def _torch_perturbed_attention_(
     q, k, v = q[num_attend:], k[num_attend:], v[num_attend:]
     # both read the values that they then replace
     mask = reference.rows_of(attn_mask, slice(num_attend, None))
-    text = _sdpa(q[:, num_image:], k, v, mask, scale)
+    text = softmax_attention(q[:, num_image:], k, v, mask, scale)
     v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale, mask))
     v[:, num_image:].copy_(text)
 
 
-def _sdpa(
+def softmax_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    scale: float | None,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
+    """PyTorch's attention on ``[rows, N, H, D]``, the layout of all ops here."""
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, scale=scale
     ).transpose(1, 2)

@@ -69,7 +69,7 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         rows = num_attend if num_forked else out.shape[0]
         text = self.project_text(attn, out[:rows, num_image:].flatten(2).contiguous())
         if num_forked:
-            text = torch.cat([text, text[-num_forked:]])
+            text = torch.cat([text] + [text[-num_forked:]] * len(self.branches))
         image = out[:, :num_image]
         if getattr(attn, "to_out", None) is None:
             return image.flatten(2), text

@@ -62,7 +62,8 @@ class PerturbedLuminaAttention(PerturbedProcessor):
             picks = [slice(None)]
         else:
             picks = [slice(i, None, samples) for i in range(samples)]
-        out = value.new_zeros((value.shape[0] + num_forked, *value.shape[1:]))
+        forked = num_forked * len(self.branches)
+        out = value.new_zeros((value.shape[0] + forked, *value.shape[1:]))
         for index, pick in enumerate(picks):
             text = contexts[index]
             # the op takes the text last: its order is nothing to an attention

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 
-from .. import ops
 from ..branches.rows import SPLIT, BranchState
+from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
+
+_IDENTITY = Identity()
 
 
 class PerturbedProcessor:
@@ -20,32 +24,72 @@ class PerturbedProcessor:
             arguments while it loads adapters) every row attends.
         level: level at which the input arrives: SPLIT, or a lower one at the fork.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        branches: what happens here to each perturbed branch; ``None``: it attends.
+        layer: the layer that carries this processor.
     """
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # diffusers asks for the signature in every call: keep it from being derived every time
-        cls.__call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
+    #: its attention has no softmax
+    linear: ClassVar[bool] = False
 
     def __init__(
-        self, state: BranchState | None = None, level: int = SPLIT, backend: str = "auto"
+        self,
+        state: BranchState | None = None,
+        level: int = SPLIT,
+        backend: str = "auto",
+        branches: Sequence[AttentionPerturbation | None] = (_IDENTITY,),
+        layer: Layer | None = None,
     ) -> None:
         self.state = state
         self.level = level
         self.backend = backend
+        self.branches = tuple(branches)
+        self.layer = Layer(linear=self.linear) if layer is None else layer
+        constants = [None if b is None else b.constant(self.layer) for b in self.branches]
+        self.constants = [None if c is None else torch.tensor(c) for c in constants]
+        scored = [i for i, b in enumerate(self.branches, 1) if b is None or b.needs_scores]
+        self._scored = max(scored, default=0)
+
+    def place(self, device: torch.device) -> None:
+        """Have the perturbations' numbers on the device that the layer runs on."""
+        for index, constant in enumerate(self.constants):
+            if constant is not None and constant.device != device:
+                self.constants[index] = constant.to(device)
 
     def rows(self, total: int) -> tuple[int, int]:
-        """``(num_attend, num_forked)`` for an input of ``total`` rows."""
+        """``(num_attend, num_forked)`` for an input of ``total`` rows.
+
+        ``num_forked`` is how many rows each perturbed branch has that begins here.
+        """
         slabs = None if self.state is None else self.state.slabs
         if slabs is None:
             return total, 0
         have, full = slabs[self.level], slabs[SPLIT]
         unit = total // have
-        return (total - unit, 0) if have == full else (total, unit)
+        return (total - len(self.branches) * unit, 0) if have == full else (total, unit)
 
     def scored(self, num_attend: int, total: int, num_context: int = 0) -> int:
         """How many rows of the input need queries and keys: identity rows without text do not."""
-        return total if num_context else num_attend
+        if num_context:
+            return total
+        return num_attend + self._scored * (total - num_attend) // len(self.branches)
+
+    def same_input(self, attn: Any) -> int:
+        """How many of the projections q, k and v, in this order, see the same rows."""
+        if self._scored < len(self.branches):
+            return 2
+        first = self.branches[0]
+        means = len(self.branches) == 1 and first is not None and first.means_query(attn)
+        return 1 if means and self.level == SPLIT else 3
+
+    def means_query(self, attn: Any, num_attend: int, total: int, rotary: Any) -> bool:
+        """Whether the perturbed rows need no queries but the projected mean of their input."""
+        return (
+            num_attend < total
+            and len(self.branches) == 1
+            and rotary is None
+            and self.branches[0] is not None
+            and self.branches[0].means_query(attn)
+        )
 
     def attention(
         self,
@@ -58,24 +102,75 @@ class PerturbedProcessor:
         num_context: int = 0,
         attn_mask: torch.Tensor | None = None,
         scale: float | None = None,
+        mean_query: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention on all rows ``[rows, N, H, D]`` of the layer, perturbed where they are to be.
 
         ``query`` and ``key`` have the rows that :meth:`scored` says; ``value`` may be overwritten.
         """
-        run = ops.perturbed_attention_
-        if num_forked:
-            run = functools.partial(ops.perturbed_attention, num_forked=num_forked)
-        return run(
+        rows = Rows(
             query,
             key,
             value,
-            num_attend=num_attend,
-            num_context=num_context,
-            attn_mask=attn_mask,
-            scale=scale,
-            backend=self.backend,
+            num_attend,
+            num_forked,
+            num_context,
+            attn_mask,
+            scale,
+            self.backend,
+            self.layer,
+            mean_query=mean_query,
         )
+        if num_attend == value.shape[0] and not num_forked:
+            return _IDENTITY.attend(rows)
+        if len(self.branches) == 1:
+            return self._perturbed(0, rows)
+        return self._forked(rows) if num_forked else self._several(rows)
+
+    def _perturbed(self, index: int, rows: Rows) -> torch.Tensor:
+        perturbation = self.branches[index]
+        assert perturbation is not None
+        if self.constants[index] is not None:
+            self.place(rows.value.device)
+            rows.constant = self.constants[index]
+        return perturbation.attend(rows)
+
+    def _several(self, rows: Rows) -> torch.Tensor:
+        """Several branches: the first perturbed one together with the rows that attend."""
+        unit = (rows.value.shape[0] - rows.num_attend) // len(self.branches)
+        parts: list[torch.Tensor] = []
+        start = 0
+        for index, perturbation in enumerate(self.branches):
+            stop = rows.num_attend + (index + 1) * unit
+            if perturbation is None:
+                continue
+            some = _rows(rows, start, stop)
+            some.num_attend = stop - unit - start
+            parts.append(self._perturbed(index, some))
+            start = stop
+        if start < rows.value.shape[0]:
+            some = _rows(rows, start, rows.value.shape[0])
+            some.num_attend = some.value.shape[0]
+            parts.append(_IDENTITY.attend(some))
+        return torch.cat(parts)
+
+    def _forked(self, rows: Rows) -> torch.Tensor:
+        """Several branches that all begin here, from the last attending rows."""
+        first = next(i for i, b in enumerate(self.branches) if b is not None)
+        begun = self._perturbed(first, dataclasses.replace(rows))
+        parts = [begun[: rows.num_attend]]
+        for index, perturbation in enumerate(self.branches):
+            if index == first:
+                parts.append(begun[rows.num_attend :])
+            elif perturbation is None:
+                parts.append(parts[0][rows.source])
+            else:
+                some = _rows(rows, rows.num_attend - rows.num_forked, rows.num_attend)
+                some.num_attend = some.num_forked = 0
+                if not (perturbation.needs_scores or rows.num_context):
+                    some.query, some.key = some.query[:0], some.key[:0]
+                parts.append(self._perturbed(index, some))
+        return torch.cat(parts)
 
     def spread(self, out: torch.Tensor, num_forked: int) -> torch.Tensor:
         """Output rows of all branches, where uncond and cond attended as one slab."""
@@ -84,6 +179,29 @@ class PerturbedProcessor:
         assert self.state is not None and self.state.slabs is not None
         missing = self.state.slabs[SPLIT] * num_forked - out.shape[0]
         return out if missing == 0 else torch.cat([out[:missing], out])
+
+
+@functools.cache
+def with_signature(cls: Any) -> Any:
+    """``cls`` for eager mode: diffusers derives the signature of its call anew in every call.
+
+    Not for compilers: Dynamo cannot read a stored signature where attention arguments are given.
+    """
+    own = cls.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
+
+
+def _rows(rows: Rows, start: int, stop: int) -> Rows:
+    """Some rows of all; those that have no queries and keys are the last."""
+    some = slice(start, stop)
+    mask = rows.mask(some)
+    query, key, value = rows.query[some], rows.key[some], rows.value[some]
+    return dataclasses.replace(rows, query=query, key=key, value=value, attn_mask=mask)
 
 
 def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:

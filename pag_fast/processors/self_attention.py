@@ -40,18 +40,32 @@ class PerturbedSelfAttention(PerturbedProcessor):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        num_attend, num_forked = self.rows(hidden_states.shape[0])
-        attending = hidden_states[: self.scored(num_attend, hidden_states.shape[0])]
-        query = heads_last(attn.to_q(attending), attn.heads)
-        key = heads_last(attn.to_k(attending), attn.heads)
-        value = heads_last(attn.to_v(hidden_states), attn.heads)
-        query, key = self.normalise(attn, query, key, rotary)
-        mask = _mask(attn, attention_mask, attending.shape[0], hidden_states.shape[1])
-
-        out = self.attention(
-            query, key, value, num_attend=num_attend, num_forked=num_forked, attn_mask=mask
-        )
-        del query, key, value  # the output projection needs their room
+        total, tokens = hidden_states.shape[:2]
+        num_attend, num_forked = self.rows(total)
+        num_scored = self.scored(num_attend, total)
+        if num_scored:
+            scored = hidden_states if num_scored == total else hidden_states[:num_scored]
+            queried, mean_query = scored, None
+            if self.means_query(attn, num_attend, total, rotary):
+                queried = hidden_states[:num_attend]
+                mean = hidden_states[num_attend:].mean(1, keepdim=True)
+                mean_query = heads_last(attn.to_q(mean), attn.heads)
+            query = heads_last(attn.to_q(queried), attn.heads)
+            key = heads_last(attn.to_k(scored), attn.heads)
+            value = heads_last(attn.to_v(hidden_states), attn.heads)
+            query, key = self.normalise(attn, query, key, rotary)
+            out = self.attention(
+                query,
+                key,
+                value,
+                num_attend=num_attend,
+                num_forked=num_forked,
+                attn_mask=_mask(attn, attention_mask, num_scored, tokens),
+                mean_query=mean_query,
+            )
+            del query, key, value  # the output projection needs their room
+        else:
+            out = heads_last(attn.to_v(hidden_states), attn.heads)
         out = self.spread(project_out(attn, out), num_forked)
         if image_shape is not None:
             out = out.transpose(1, 2).unflatten(2, image_shape[2:])
@@ -75,7 +89,7 @@ class PerturbedSelfAttention(PerturbedProcessor):
         """The module's input with the rows of its output."""
         if not num_forked:
             return x
-        return self.spread(torch.cat([x, x[-num_forked:]]), num_forked)
+        return self.spread(torch.cat([x] + [x[-num_forked:]] * len(self.branches)), num_forked)
 
 
 def rotate(x: torch.Tensor, rotary: Any) -> torch.Tensor:

@@ -22,14 +22,18 @@ class PerturbedVideoAttention(PerturbedProcessor):
     ) -> torch.Tensor:
         total = hidden_states.shape[0]
         num_attend, num_forked = self.rows(total)
-        scored = hidden_states[: self.scored(num_attend, total)]
-        out = self.attention(
-            self.rotate(attn, attn.norm_q(attn.to_q(scored)), rotary_emb),
-            self.rotate(attn, attn.norm_k(attn.to_k(scored)), rotary_emb),
-            heads_last(attn.to_v(hidden_states), attn.heads),
-            num_attend=num_attend,
-            num_forked=num_forked,
-        )
+        scored = self.scored(num_attend, total)
+        if scored:
+            attending = hidden_states[:scored]
+            out = self.attention(
+                self.rotate(attn, attn.norm_q(attn.to_q(attending)), rotary_emb),
+                self.rotate(attn, attn.norm_k(attn.to_k(attending)), rotary_emb),
+                heads_last(attn.to_v(hidden_states), attn.heads),
+                num_attend=num_attend,
+                num_forked=num_forked,
+            )
+        else:
+            out = heads_last(attn.to_v(hidden_states), attn.heads)
         return self.spread(project_out(attn, out), num_forked)
 
     def rotate(self, attn: Any, x: torch.Tensor, rotary: Any) -> torch.Tensor:

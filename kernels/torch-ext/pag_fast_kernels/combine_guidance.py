@@ -1,9 +1,10 @@
-"""uncond + g·(cond − uncond) + s·(cond − perturbed), with CFG rescale, in one or two launches.
+"""uncond + g·(cond − uncond) + s·(cond − perturbed), rescaled, in one or two launches.
 
 Rescale (Lin et al., arXiv 2305.08891, section 3.4) needs the standard deviation of each sample of
-cond and of the prediction. The first launch reduces chunks of a sample to mean and sum of squared
-deviations, the second merges them (Chan et al. 1983: no cancellation, and the same result in every
-run) and writes the prediction. Nothing is stored in between but 4 numbers a chunk.
+cond and of the prediction, or of cond plus the PAG term where that alone is rescaled. The first
+launch reduces chunks of a sample to mean and sum of squared deviations, the second merges them
+(Chan et al. 1983: no cancellation, and the same result in every run) and writes the prediction.
+Nothing is stored in between but 4 numbers a chunk.
 
 Floor, for E elements of s bytes in each branch, b branches:
 
@@ -27,16 +28,17 @@ LARGE = 1 << 20  # elements of a sample
 @triton.jit
 def _combined(u_ptr, c_ptr, p_ptr, offsets, mask, stride_u, stride_c, stride_p, sample, g, s,
               HAS_U: tl.constexpr, HAS_P: tl.constexpr):  # fmt: skip
-    """The prediction and cond, fp32."""
+    """The prediction without PAG, PAG's term and cond, fp32."""
     c = tl.load(c_ptr + sample * stride_c + offsets, mask=mask, other=0.0).to(tl.float32)
     out = c
+    term = tl.zeros_like(c)
     if HAS_U:
         u = tl.load(u_ptr + sample * stride_u + offsets, mask=mask, other=0.0).to(tl.float32)
         out = u + g * (c - u)
     if HAS_P:
         p = tl.load(p_ptr + sample * stride_p + offsets, mask=mask, other=0.0).to(tl.float32)
-        out += s * (c - p)
-    return out, c
+        term = s * (c - p)
+    return out, term, c
 
 
 @triton.jit
@@ -67,9 +69,10 @@ def _guidance_moments_kernel(
     chunk = tl.program_id(0)
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    out, c = _combined(
+    out, term, c = _combined(
         u_ptr, c_ptr, p_ptr, offsets, mask, stride_u, stride_c, stride_p, sample, g, s, HAS_U, HAS_P
     )
+    out += term
     count = tl.minimum(numel - chunk * BLOCK, BLOCK).to(tl.float32)
     out_mean, out_squares = _moments(out, mask, count)
     c_mean, c_squares = _moments(c, mask, count)
@@ -108,6 +111,7 @@ def _combine_guidance_kernel(
     HAS_U: tl.constexpr,
     HAS_P: tl.constexpr,
     RESCALE: tl.constexpr,
+    TERM_ONLY: tl.constexpr,  # rescale PAG's term, not the sum
     BLOCK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
@@ -115,7 +119,7 @@ def _combine_guidance_kernel(
     chunk = tl.program_id(0)
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    out, c = _combined(
+    out, term, c = _combined(
         u_ptr, c_ptr, p_ptr, offsets, mask, stride_u, stride_c, stride_p, sample, g, s, HAS_U, HAS_P
     )
     if RESCALE:
@@ -126,8 +130,10 @@ def _combine_guidance_kernel(
         out_squares = _merged_squares(base, index, counts, present, numel)
         c_squares = _merged_squares(base + 2, index, counts, present, numel)
         # both have numel − 1 below: it cancels
-        factor = tl.sqrt(c_squares / out_squares)
-        out *= rescale * factor + (1.0 - rescale)
+        factor = rescale * tl.sqrt(c_squares / out_squares) + (1.0 - rescale)
+        out = out + factor * term if TERM_ONLY else factor * (out + term)
+    else:
+        out += term
     tl.store(out_ptr + sample * numel + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -139,8 +145,12 @@ def combine_guidance(
     guidance_scale: float,
     pag_scale: float,
     rescale: float = 0.0,
+    rescale_mode: str = "cfg",
 ) -> torch.Tensor:
     """The prediction [samples, …], contiguous, in cond's dtype; sums in fp32.
+
+    ``rescale_mode`` says what ``rescale`` applies to: "cfg", to the sum; "full" and "partial", to
+    PAG's term, by the standard deviation of the sum or of cond with the term.
 
     Branches are [samples, …] with unit stride inside a sample, as slices of a batch and of its
     channels are: learned sigma channels are skipped by not being in the slice.
@@ -151,6 +161,9 @@ def combine_guidance(
     chunks = triton.cdiv(numel, chunk)
     # an absent branch needs some pointer: it is never read
     u, p = cond if uncond is None else uncond, cond if perturbed is None else perturbed
+    term_only = rescale_mode != "cfg"
+    if term_only and perturbed is None:
+        rescale = 0.0
     flags = {"HAS_U": uncond is not None, "HAS_P": perturbed is not None, "BLOCK": chunk}
     strides = u.stride(0), cond.stride(0), p.stride(0)
     moments = out
@@ -166,7 +179,7 @@ def combine_guidance(
                 numel,
                 guidance_scale,
                 pag_scale,
-                **flags,
+                **(flags | {"HAS_U": False} if rescale_mode == "partial" else flags),
                 num_warps=warps,
             )
     with on_device(cond):
@@ -184,6 +197,7 @@ def combine_guidance(
             rescale,
             **flags,
             RESCALE=bool(rescale),
+            TERM_ONLY=bool(rescale) and term_only,
             BLOCK_CHUNKS=triton.next_power_of_2(chunks),
             num_warps=warps,
         )

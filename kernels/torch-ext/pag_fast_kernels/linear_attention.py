@@ -167,19 +167,20 @@ def linear_attention(
     block, warps = tile(chip, v.dtype)
     tiles = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block, "PRECISION": precision}
     with on_device(v):
-        _linear_attention_state_kernel[(slices, num_attend * heads)](
-            k,
-            v,
-            state,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            heads,
-            tokens,
-            slice_tokens,
-            **tiles,
-            num_warps=warps,
-        )
-    with on_device(v):
+        # an empty grid is an error of CUDA
+        if num_attend:
+            _linear_attention_state_kernel[(slices, num_attend * heads)](
+                k,
+                v,
+                state,
+                *k.stride()[:3],
+                *v.stride()[:3],
+                heads,
+                tokens,
+                slice_tokens,
+                **tiles,
+                num_warps=warps,
+            )
         _linear_attention_apply_kernel[(triton.cdiv(tokens, block), out.shape[0] * heads)](
             q,
             v,

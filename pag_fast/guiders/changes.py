@@ -1,0 +1,130 @@
+"""What is perturbed in a forward: attentions, feed-forwards, or whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..branches.plan import argument_names
+from ..branches.rows import SPLIT, BranchState
+from ..families import family_of
+from ..installation import check_processors
+from ..processors.rows import PerturbedProcessor
+from .recording import Replacement
+
+
+class Processed:
+    """An attention with another processor."""
+
+    def __init__(self, attention: Any, processor: PerturbedProcessor) -> None:
+        self.attention = attention
+        self.processor = processor
+
+    def install(self) -> Callable[[], None]:
+        """Put the processor on; returns what puts the former one back."""
+        before = self.attention.processor
+        self.attention.set_processor(self.processor)
+
+        def restore() -> None:
+            if self.attention.processor is self.processor:
+                self.attention.set_processor(before)
+
+        return restore
+
+
+class Skipped(Replacement):
+    """A module that returns what it is given.
+
+    Args:
+        module: the module that does not run.
+        returns: names of the arguments that take the place of its outputs, in order.
+    """
+
+    def __init__(self, module: nn.Module, returns: tuple[str, ...]) -> None:
+        super().__init__(module)
+        self.returns = returns
+        self._names = argument_names(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found: list[torch.Tensor | None] = []
+        for name in self.returns:
+            if name in kwargs:
+                found.append(kwargs[name])
+            elif name in self._names[: len(args)]:
+                found.append(args[self._names.index(name)])
+            else:
+                found.append(None)
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+class Perturbed:
+    """Attentions of one model that run on the rows of the perturbed branch alone.
+
+    Raises:
+        ValueError: an attention whose processor does what ours does not.
+    """
+
+    def __init__(self, model: nn.Module, attentions: dict[str, Any], backend: str = "auto") -> None:
+        family = family_of(model)
+        check_processors(attentions, family.replaces)
+        self._sequence = family.sequence
+        self.state = BranchState()
+        # nobody attends
+        self.state.slabs = (0, 0, 1)
+        self.changes = [
+            Processed(attention, family.processor(self.state, SPLIT, backend))
+            for attention in attentions.values()
+        ]
+
+    def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the processors which tokens are text, from the arguments of the model."""
+        if self._sequence is not None:
+            call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
+            self.state.num_contexts, self.state.num_image = self._sequence(model, call)
+
+
+def skipped_block(block: nn.Module) -> Skipped:
+    """A transformer block that leaves its streams alone, in the order in which it returns them."""
+    hidden, context = "hidden_states", "encoder_hidden_states"
+    order: dict[int | None, str] = {0: hidden}
+    metadata = _metadata(block)
+    if metadata is not None:
+        hidden = getattr(metadata, "hidden_states_argument_name", None) or hidden
+        context = getattr(metadata, "encoder_hidden_states_argument_name", None) or context
+        order = {
+            metadata.return_hidden_states_index: hidden,
+            metadata.return_encoder_hidden_states_index: context,
+        }
+        order.pop(None, None)
+    names = argument_names(block)
+    if metadata is None and hidden not in names:
+        hidden = names[0]
+        order = {0: hidden}
+    return Skipped(block, tuple(order[index] for index in sorted(order)))  # type: ignore[type-var]
+
+
+def skipped_attention(attention: nn.Module) -> Skipped:
+    """An attention that returns its input; joint attention returns that of both streams."""
+    joint = any(getattr(attention, name, None) is not None for name in ("add_q_proj", "add_k_proj"))
+    context = ("encoder_hidden_states",) if joint else ()
+    return Skipped(attention, ("hidden_states", *context))
+
+
+def skipped_feed_forward(module: nn.Module) -> Skipped:
+    """A feed-forward that returns its input."""
+    return Skipped(module, (argument_names(module)[0],))
+
+
+def _metadata(block: nn.Module) -> Any:
+    """What diffusers knows about the outputs of a block's class; ``None`` for others."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    for cls in type(block).__mro__:
+        try:
+            return TransformerBlockRegistry.get(cls)
+        except ValueError:
+            continue
+    return None

@@ -1,0 +1,183 @@
+"""Forwards of one denoiser: cond's is recorded, the perturbed one begins where the two part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..branches.resume import Known
+from .recording import Record, Replay
+
+COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
+
+
+class Change(Protocol):
+    """What makes a forward the perturbed one."""
+
+    def install(self) -> Callable[[], None]:
+        """Put it on the model; returns what takes it off again."""
+
+
+class Resumption:
+    """Runs a denoiser's forwards of one guided step; between them nothing of it is changed.
+
+    The objects that are put on the model are made once, as compiled graphs guard on them.
+
+    Args:
+        known: what need not run again in the perturbed forward.
+        changes: what is perturbed.
+        modules: every module of the model that was looked at, by name.
+        prepare: called with the model and the arguments of a perturbed forward before it runs.
+    """
+
+    def __init__(
+        self,
+        known: Sequence[Known],
+        changes: Sequence[Change],
+        modules: dict[str, nn.Module],
+        prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.records = [Record(item) for item in known]
+        self.replays = [Replay(record) for record in self.records]
+        self.changes = changes
+        self.modules = modules
+        self._prepare = prepare
+        # why the perturbed forward last ran as a whole, or ""
+        self.reason = ""
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a call of a pipeline: what was recorded is of no use, and all is checked anew."""
+        self.forget()
+        self._compared = False
+        self._usable: bool | None = None
+
+    def forget(self) -> None:
+        """Free everything that was recorded."""
+        self._values: list[Any] | None = None
+        self._inputs: list[Any] = []
+        self._has_run = False
+        for record in self.records:
+            record.take()
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has the modules this was made for."""
+        found = dict(model.named_modules())
+        return all(found.get(name) is module for name, module in self.modules.items())
+
+    def forward(
+        self,
+        model: nn.Module,
+        branch: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        traced: bool,
+        resumed: bool,
+    ) -> Any:
+        """``run(*args, **kwargs)`` as the forward of one branch.
+
+        Args:
+            traced: the model is compiled as a whole. All forwards but the perturbed one then run
+                with the same changes, so that they share a graph.
+            resumed: a perturbed forward follows cond's in this step.
+        """
+        if branch == PERTURBED:
+            return self._perturbed(model, run, args, kwargs)
+        wanted = resumed and branch == COND and self._is_usable()
+        if not wanted and not traced:
+            return run(*args, **kwargs)
+        # a pass of several forwards, over windows of a video say, has more than one state to keep
+        repeated = self._has_run
+        if wanted:
+            self.forget()
+            self._has_run = True
+        with ExitStack() as stack:
+            stack.callback(self._drop)
+            for record in self.records:
+                stack.callback(record.install())
+            # some models take things out of their arguments
+            inputs = _leaves((args, kwargs))
+            out = run(*args, **kwargs)
+            intact = traced or all(record.is_intact() for record in self.records)
+            if wanted and intact and not repeated:
+                self._values = [record.take() for record in self.records]
+                self._inputs = inputs
+        return out
+
+    def _perturbed(
+        self,
+        model: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        values = self._values
+        self.reason = self._why_not(args, kwargs)
+        with ExitStack() as stack:
+            stack.callback(self.forget)
+            if not self.reason:
+                assert values is not None
+                for record in self.records:
+                    record.value = values.pop(0)
+                for replay in self.replays:
+                    stack.callback(replay.install())
+            for change in self.changes:
+                stack.callback(change.install())
+            if self._prepare is not None:
+                self._prepare(model, args, kwargs)
+            return run(*args, **kwargs)
+
+    def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why the perturbed forward has to run from its beginning, or ``""``."""
+        if not self._is_usable():
+            return "hooks of diffusers run with the modules in front, or the model is in training"
+        if self._values is None:
+            return "nothing usable was recorded in cond's forward"
+        same = _same(self._inputs, _leaves((args, kwargs)), values=not self._compared)
+        self._compared = True
+        return "" if same else "it was called with other arguments than cond's"
+
+    def _is_usable(self) -> bool:
+        """Whether a forward may be taken over from another: no dropout, no hooks that expect it."""
+        if self._usable is None:
+            roots = [record.module for record in self.records]
+            inner = [module for root in roots for module in root.modules()]
+            hooked = any(getattr(_registry(module), "hooks", None) for module in inner)
+            self._usable = not hooked and not any(module.training for module in inner)
+        return self._usable
+
+    def _drop(self) -> None:
+        for record in self.records:
+            record.take()
+
+
+def _registry(module: nn.Module) -> Any:
+    return getattr(module, "_diffusers_hook", None)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Everything in nested arguments, the keys of dictionaries among it."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (key, *_leaves(item))]
+    if isinstance(value, tuple | list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
+def _same(before: list[Any], now: list[Any], *, values: bool) -> bool:
+    return len(before) == len(now) and all(
+        a is b or _equal(a, b, values=values) for a, b in zip(before, now, strict=True)
+    )
+
+
+def _equal(a: Any, b: Any, *, values: bool) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return alike and (not values or torch.equal(a, b))
+    return type(a) is type(b) and isinstance(a, int | float | str) and a == b

@@ -1,0 +1,113 @@
+"""Softmax attention with noise on its scores."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from .backend import define, is_left_alone, is_unwatched, resolve_backend
+
+# scores that are materialised at a time: each takes some 64-bit integers on the way
+_MAX_SCORES = 1 << 22
+
+
+def noisy_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    clock: torch.Tensor,
+    layer: int = 0,
+    seed: int = 0,
+    sigma: float = 1.0,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``softmax(scale·q·kᵀ + σ·ε)·v`` for every row; shapes, and what ε is:
+    :func:`pag_fast.reference.noisy_attention`.
+
+    ``clock`` is a tensor so that another step is neither another graph nor a wait for the device.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that is not available.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            "noisy_attention takes q as [rows, M, heads, head_dim], k and v as [rows, N, heads, "
+            f"head_dim]; got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if q.shape[2:] != k.shape[2:] or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must share heads, head_dim and dtype; got {tuple(q.shape[2:])} and "
+            f"{tuple(k.shape[2:])}, {q.dtype}, {k.dtype} and {v.dtype}."
+        )
+    if clock.dtype != torch.int64 or clock.numel() != 1:
+        raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
+    if not is_left_alone(backend, v):
+        # registers: in fp32 a wider head would spill
+        fits = v.shape[-1] <= (64 if v.dtype == torch.float32 else 256) and attn_mask is None
+        fits = fits and all(x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 for x in (k, v))
+        default = "torch" if v.dtype == torch.float32 else "triton"
+        backend = resolve_backend(backend, v, fits=fits, default=default)
+    else:
+        backend = "torch"
+    op = torch.ops.pag_fast.noisy_attention.default
+    run = _noisy_attention if is_unwatched(v) else op
+    return run(q, k, v, clock, layer, seed, sigma, attn_mask, scale, backend)
+
+
+def _noisy_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    clock: torch.Tensor,
+    layer: int,
+    seed: int,
+    sigma: float,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    out = q.new_empty(q.shape)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        from pag_fast_kernels import noisy_attention as kernel
+
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        return kernel(q, k, v, out, clock=clock, layer=layer, seed=seed, sigma=sigma, scale=scale)
+    rows, queries, heads, _ = q.shape
+    step = max(1, _MAX_SCORES // max(1, rows * heads * k.shape[1]))
+    for start in range(0, queries, step):
+        some = slice(start, start + step)
+        mask = attn_mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., some, :]
+        out[:, some] = reference.noisy_attention(
+            q[:, some],
+            k,
+            v,
+            clock=clock,
+            layer=layer,
+            seed=seed,
+            sigma=sigma,
+            attn_mask=mask,
+            scale=scale,
+            first_query=start,
+        )
+    return out
+
+
+define(
+    "noisy_attention(Tensor q, Tensor k, Tensor v, Tensor clock, int layer, int seed, float sigma, "
+    "Tensor? attn_mask, float? scale, str backend) -> Tensor",
+    _noisy_attention,
+    lambda q, *_: q.new_empty(q.shape),
+)
+
+
+@register_flop_formula(torch.ops.pag_fast.noisy_attention)
+def _(q, k, *_, **__):  # type: ignore[no-untyped-def]
+    rows, queries, heads, dim = q
+    return 4 * rows * queries * k[1] * heads * dim

@@ -1,0 +1,109 @@
+"""The lasting part of a patched ``StableDiffusionSAGPipeline``, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..config import PatchConfig
+from ..lean import Lean
+from .attention import RememberingSelfAttention
+from .session import SagSession
+
+_METHODS = ("pred_epsilon", "pred_x0", "prepare_ip_adapter_image_embeds", "sag_masking")
+
+
+def is_sag(pipe: Any) -> bool:
+    """Whether ``pipe`` is a pipeline of Self-Attention Guidance."""
+    return any(cls.__name__ == "StableDiffusionSAGPipeline" for cls in type(pipe).__mro__)
+
+
+class SagPatch:
+    """Settings, what calls have run, and what can be reused; as :class:`pag_fast.lasting.Patch`.
+
+    Attributes:
+        host: none: the pipeline knows its guidance itself.
+
+    Raises:
+        ValueError: options that mean nothing here, or a pipeline that is not as diffusers wrote it.
+    """
+
+    host = None
+
+    def __init__(self, pipe: Any, config: PatchConfig) -> None:
+        before = getattr(pipe, "_pag_fast", None)
+        self.original_class: type = type(pipe) if before is None else before.original_class
+        _check(pipe, self.original_class, config)
+        self.config = config
+        self.session: SagSession | None = None
+        self.steps: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        # lasting: compiled blocks guard on it
+        self.processor = RememberingSelfAttention()
+        self._lean: tuple[Any, Lean] | None = None
+
+    def call(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``call``, the pipeline's own ``__call__``, inside a session."""
+        if self.session is not None:
+            raise ValueError(
+                "This pipeline is already running: a patched pipeline cannot be called from its "
+                "own callback or from a second thread."
+            )
+        self.session = session = SagSession(pipe, self, bool(kwargs.get("callback")))
+        try:
+            session.open()
+            return call(*args, **kwargs)
+        finally:
+            self.session = None
+            session.end()
+
+    def fall_back(self, reason: str) -> None:
+        """Count a fallback; warn the first time, raise if strict."""
+        if self.config.strict:
+            raise ValueError(f"{reason} (strict=True)")
+        if reason not in self.fallbacks:
+            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
+        self.fallbacks[reason] += 1
+
+    def lean(self, model: Any) -> Lean:
+        """What can be left out in the UNet, found anew when something changed."""
+        key = [id(module) for module in model.modules()]
+        if self._lean is None or self._lean[0] != key:
+            self.release()
+            self._lean = key, Lean(model)
+        return self._lean[1]
+
+    def release(self) -> None:
+        """Leave the UNet as it was found."""
+        if self._lean is not None:
+            self._lean[1].release()
+            self._lean = None
+
+
+def _check(pipe: Any, cls: type, config: PatchConfig) -> None:
+    if config.layers is not None:
+        raise ValueError(
+            "Self-Attention Guidance perturbs no layers: it blurs what the middle self-attention "
+            f"looks at. Leave out layers for {cls.__name__}."
+        )
+    if config.compilation is not None:
+        raise ValueError(
+            f"{cls.__name__} puts a new hook onto its UNet in every call, for which a compiled "
+            "UNet would be compiled anew: leave out compile."
+        )
+    for name in _METHODS:
+        if not getattr(cls, name).__module__.startswith("diffusers."):
+            raise ValueError(
+                f"{cls.__name__} has its own {name}, which a patch would pass over: pag_fast takes "
+                "StableDiffusionSAGPipeline as diffusers wrote it."
+            )
+    middle = getattr(getattr(pipe.unet, "mid_block", None), "attentions", None)
+    if not middle or not hasattr(middle[0], "transformer_blocks"):
+        raise ValueError(
+            f"{type(pipe.unet).__name__} has no transformer in its middle block, whose attention "
+            "Self-Attention Guidance looks at."
+        )
