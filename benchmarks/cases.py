@@ -13,7 +13,8 @@ import torch
 from tiny import PIPELINES, build, randomise
 
 from pag_fast import models
-from pag_fast.zoo import CARDS, CLIP_TOKENS, T5_TOKENS
+from pag_fast.inputs import CLIP_TOKENS, T5_TOKENS
+from pag_fast.zoo import CARDS
 
 _HALF = {"block_out_channels": (160, 320, 640), "cross_attention_dim": 1024}
 _HALF_UNET = {**_HALF, "attention_head_dim": (2, 5, 10), "sample_size": 64}

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from benchmarks.compare import COUNTED, compare_counts
 from pag_fast.bench.record import SCHEMA, read_json
 from pag_fast.launches import launch_counts
-from pag_fast.ledger import entry
+from pag_fast.ledger import entries
 from pag_fast.zoo import CARDS
 
 TABLE = Path(__file__).parent / "counts.json"
@@ -43,9 +43,8 @@ def collect(pipelines: Sequence[str] = tuple(CARDS), *, progress: bool = True) -
     launches: dict[str, dict[str, int]] = {}
     moved: dict[str, dict[str, int]] = {}
     for name in tqdm(pipelines, disable=not progress, unit="pipeline"):
-        for cfg in (True, False):
-            line = entry(name, cfg=cfg)
-            cost = line.cost
+        for line in entries(name):
+            cost, cfg = line.cost, line.cfg
             flops[line.label] = {
                 "stock": cost.stock,
                 "patched": cost.patched,

@@ -22,11 +22,11 @@ import torch
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from pag_fast import launches
+from pag_fast.bound import lower_bound, trace
 from pag_fast.config import PatchConfig
-from pag_fast.flops import controlnet_cost, lower_bound, patched_flops, trace
-from pag_fast.ledger import card_inputs, find_card
+from pag_fast.flops import controlnet_cost, patched_flops
 from pag_fast.premise import latents_of
-from pag_fast.zoo import ModelCard, meta_model
+from pag_fast.zoo import ModelCard, find_card, meta_model
 
 PAGE = Path(__file__).with_name("README.md")
 PIPELINES = {
@@ -231,7 +231,7 @@ def _denoiser(pipeline: str) -> Steps:
     card = find_card(pipeline)
     layers = list(card.documented_layers)
     model = meta_model(card, "denoiser")
-    inputs = card_inputs(card, model)
+    inputs = card.size.inputs(model)
     with launches.counted(Recorded) as cfg:
         model(**inputs(2), return_dict=False)
         uncond, cond = latents_of(inputs(2)).chunk(2)
@@ -249,7 +249,7 @@ def _denoiser(pipeline: str) -> Steps:
 
 def _controlnet(card: ModelCard) -> Steps:
     net = meta_model(card, "controlnet")
-    inputs = card_inputs(card, net)
+    inputs = card.size.inputs(net)
     with launches.counted(Recorded) as cfg:
         net(**inputs(2), return_dict=False)
     stock, patched = launches.controlnet_launches(net, inputs, cfg=True, new=Recorded)

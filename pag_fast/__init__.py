@@ -14,6 +14,7 @@ from typing import Any
 
 from .compiling import CompileConfig
 from .config import PatchConfig
+from .costs import layer_costs
 from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
 from .perturbations import Branch
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "__version__",
     "explain",
+    "layer_costs",
     "patch",
     "patched",
     "supported_pipelines",

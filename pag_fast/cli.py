@@ -35,8 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     layers = commands.add_parser(
         "layers", help="layers PAG can perturb in a pipeline, and what PAG costs on each"
     )
-    layers.add_argument("pipeline", nargs="?", help="class name; omitted, the supported ones")
-    layers.add_argument("--no-cfg", action="store_true", help="without classifier-free guidance")
+    layers.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a pipeline's class name for its published size, a folder or hub id of a pipeline "
+        '(its configurations alone are read), or "emoji"; omitted, the known names',
+    )
+    layers.add_argument("--cfg", choices=("on", "off"), default="on", help="guidance: on or off")
+    layers.add_argument("--all", action="store_true", help="a line for each layer of a transformer")
+    layers.add_argument("--height", type=int, help="pixels; omitted, the model's own")
+    layers.add_argument("--width", type=int)
+    layers.add_argument("--frames", type=int, help="of a video")
+    layers.add_argument("--json", type=Path, help="write the costs to this file too")
     layers.set_defaults(run=_layers)
 
     ledger = commands.add_parser(
@@ -105,24 +116,29 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layers(arguments: argparse.Namespace) -> None:
-    from .explain import table
-    from .flops import layer_costs
-    from .ledger import card_inputs, find_card
+    from . import models
+    from .costs import layer_costs
+    from .hosts import HOSTS
     from .patching import supported_pipelines
-    from .zoo import meta_model
+    from .zoo import CARDS
 
-    if arguments.pipeline is None:
-        print("\n".join(supported_pipelines()))
-        print("\npag-fast layers PIPELINE lists the layers of one.")
+    model = arguments.model
+    if model is None:
+        names = dict.fromkeys([*supported_pipelines(), *CARDS])
+        print("\n".join(names))
+        print("\npag-fast layers MODEL lists the layers of one.")
         return
-    card = find_card(arguments.pipeline)
-    model = meta_model(card, "denoiser")
-    cfg = not arguments.no_cfg
-    costs = layer_costs(model, card_inputs(card, model), cfg=cfg)
-    print(f"{card.pipeline}, {card.checkpoint}, {card.height}×{card.width}; a step with PAG there,")
-    print(f"in steps of {'classifier-free guidance' if cfg else 'no guidance'} without PAG:\n")
-    rows = [(c.name, f"{c.over_cfg:.3f}×", f"{c.stock_over_cfg:.3f}×") for c in costs]
-    print("\n".join(table(("layer", "branches shared", "stock"), rows)))
+    pipe = model
+    if model == "emoji":
+        pipe = models.emoji()
+    elif model not in CARDS and model not in HOSTS and (Path(model).is_dir() or "/" in model):
+        pipe = models.skeleton(model)
+    size = {"height": arguments.height, "width": arguments.width, "frames": arguments.frames}
+    costs = layer_costs(pipe, cfg=arguments.cfg == "on", **size)
+    print(costs.table(every=arguments.all))
+    if arguments.json is not None:
+        text = json.dumps(costs.as_dict(), indent=2, ensure_ascii=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
 def _ledger(arguments: argparse.Namespace) -> None:

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from .branches.invariant import invariant_modules
 from .branches.plan import BranchPlan
 from .branches.unet import plan_controlnet
 from .config import PatchConfig
 from .families import controlnets, denoiser_name, uncompiled
-from .flops import Cost, controlnet_cost, denoiser_cost
+from .flops import Cost, controlnet_cost, step_costs
+from .hosts import Host, denoiser_names, host_of
+from .inputs import Size
 from .installation import Installation, PerturbedBranch, is_eager
 from .lean import Lean
+from .zoo import meta_twin
 
 _PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
 
@@ -54,11 +55,13 @@ class Explanation:
         calls: what each model call runs on.
         flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
         schedule: the PAG scale from step to step, in words.
-        size: ``(height, width)`` in pixels the prediction is for.
+        size, frames: ``(height, width)`` in pixels, and of a video the frames, the prediction is
+            for.
         steps: denoiser calls so far, by how they ran.
         fallbacks: reasons why something ran unshared, and how often.
         once: modules that run once per call, as they see nothing but the conditioning.
         launches: what is left out of every step without changing its result, by model.
+        source: where a choice of layers that nobody made comes from: a paper, an issue, or none.
     """
 
     pipeline: str
@@ -79,6 +82,8 @@ class Explanation:
     launches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     perturbations: tuple[str, ...] = ()
+    frames: int = 1
+    source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts and numbers, ready for JSON."""
@@ -92,15 +97,15 @@ class Explanation:
             f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
         )
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
-        lines += [f"perturbed layers ({len(self.layers)})", *_shorten(self.layers), ""]
+        source = f", by default: {self.source}" if self.source else ""
+        lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
         lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
         lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
         lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
-            height, width = self.size
-            lines += ["", f"TFLOPs per step, one image of {height}×{width}"]
+            lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
             lines += flops_table(
                 [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
                 "CFG",
@@ -118,13 +123,18 @@ class Explanation:
 
 
 def explain(
-    pipe: Any, *, height: int | None = None, width: int | None = None, flops: bool = True
+    pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    flops: bool = True,
 ) -> Explanation:
     """What ``pipe`` runs, patched or as it would be patched.
 
     Args:
         pipe: a pipeline that :func:`pag_fast.patch` takes.
-        height, width: pixels to predict FLOPs for; omitted, the pipeline's default size.
+        height, width, frames: what to predict FLOPs for; omitted, the pipeline's default size.
         flops: predict FLOPs too, by tracing the models' configurations on the meta device, which
             takes seconds.
 
@@ -140,12 +150,17 @@ def explain(
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
-    installed = Installation(model, applied_layers(pipe), config)
+    layers = applied_layers(pipe)
+    installed = Installation(model, layers, config)
     plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    size = _size(pipe, model, height, width)
-    notes: list[str] = []
-    predicted = _predict(pipe, model, nets, config, size, notes) if flops else ()
+    size, host = Size.of(pipe).but(height, width, frames), host_of(pipe)
+    sequential = host is not None and host.sequential
+    notes = [
+        f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
+        for name in denoiser_names(pipe)[1:]
+    ]
+    predicted = _predict(model, nets, layers, config, size, host, notes) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
         denoiser=type(model).__name__,
@@ -153,11 +168,11 @@ def explain(
         backend=config.backend,
         layers=plan.order,
         fork=plan.fork,
-        tree=_tree(plan, len(installed.branches)),
+        tree=_tree(plan, len(installed.branches), sequential),
         sites=tuple(str(site) for site in plan.sites),
-        calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches))),
+        calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches), sequential)),
         flops=predicted,
-        size=size,
+        size=(size.height, size.width),
         schedule=_PIPELINES_SCALE if config.schedule is None else str(config.schedule),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
@@ -165,6 +180,8 @@ def explain(
         launches=tuple(_launches(pipe, config, installed.same_input())),
         notes=tuple(notes),
         perturbations=tuple(map(_describe, installed.branches)),
+        frames=size.frames,
+        source=host.source if host is not None and tuple(layers) == host.layers else "",
     )
 
 
@@ -201,10 +218,18 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
 
 
-def _tree(plan: BranchPlan, branches: int) -> tuple[str, ...]:
-    apart = " | ".join(["uncond", "cond", *["perturbed"] * branches])
+def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
+    perturbed = ["perturbed"] * branches
+    apart = " | ".join(["uncond", "cond", *perturbed])
     if plan.reason:
         return (f"{apart} run apart: {plan.reason}",)
+    if sequential:
+        end = f"the end of {plan.begins}" if plan.begins else plan.fork
+        return (
+            f"cond = perturbed   until {end}",
+            f"{' | '.join(['cond', *perturbed])}   from there on",
+            "uncond             a call of its own",
+        )
     lines = []
     if plan.merged_until:
         lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
@@ -216,70 +241,48 @@ def _tree(plan: BranchPlan, branches: int) -> tuple[str, ...]:
 
 
 def _calls(
-    denoiser: str, plan: BranchPlan, nets: Sequence[Any], branches: int
+    denoiser: str, plan: BranchPlan, nets: Sequence[Any], branches: int, sequential: bool
 ) -> Iterable[ModelCall]:
     for cfg in (True, False):
-        prompts = 2 if cfg else 1
+        together = cfg and not sequential
+        prompts = 2 if together else 1
         full = prompts + branches
         path = [full] if plan.reason else [prompts, full]
-        if plan.merged and cfg:
+        if plan.merged and together:
             path.insert(0, 1)
-        if plan.fork and plan.fork == plan.merged_until and cfg:
+        if plan.fork and plan.fork == plan.merged_until and together:
             path = [1, full]
         yield ModelCall(denoiser, cfg, full, " → ".join(map(str, path)))
+        if cfg and sequential:
+            yield ModelCall(f"{denoiser}, uncond", cfg, 1, "1")
         for net in nets:
             merged = cfg and bool(plan_controlnet(net).merged_until)
             yield ModelCall(type(net).__name__, cfg, full, "1 → 2" if merged else str(prompts))
 
 
-def _size(pipe: Any, model: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-    sample = model.config.get("sample_size") or 64
-    rows, columns = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
-    return height or rows * factor, width or columns * factor
-
-
 def _predict(
-    pipe: Any,
     model: Any,
     nets: Sequence[Any],
+    layers: Any,
     config: PatchConfig,
-    size: tuple[int, int],
+    size: Size,
+    host: Host | None,
     notes: list[str],
 ) -> tuple[Predicted, ...]:
-    from .zoo import forward_kwargs
-
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-
-    def inputs(twin: Any) -> Any:
-        return lambda rows: forward_kwargs(
-            twin, rows=rows, height=size[0], width=size[1], vae_scale_factor=factor
-        )
-
     try:
-        twin, net_twins = _meta_twin(model), [_meta_twin(net) for net in nets]
+        twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
+        sequential = host is not None and host.sequential
+        costs = step_costs(twin, layers, size.inputs(twin), sequential=sequential, config=config)
         predicted = []
-        for cfg in (True, False):
-            cost = denoiser_cost(
-                twin, pipe.pag_applied_layers, inputs(twin), cfg=cfg, config=config
-            )
+        for cfg, cost in zip((True, False), costs, strict=True):
             for net in net_twins:
-                cost = cost + controlnet_cost(net, inputs(net), cfg=cfg)
+                cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg)
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
     except Exception as error:
         # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained
         notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {error})")
         return ()
     return tuple(predicted)
-
-
-def _meta_twin(model: Any) -> Any:
-    config = dict(model.config)
-    if config.get("encoder_hid_dim_type") == "ip_image_proj":
-        config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
-    with torch.device("meta"):
-        twin = type(model).from_config(config).eval()
-    return torch.nn.Module.to(twin, torch.float16)
 
 
 def _shorten(names: Sequence[str]) -> list[str]:

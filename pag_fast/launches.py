@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from . import ops
 from .branches.rows import BranchState
 from .config import PatchConfig
-from .flops import Inputs, controlnet_step, patched_step, stock_step
+from .flops import controlnet_step, patched_step, stock_step
+from .inputs import Inputs
 from .ops.backend import IMPLEMENTATIONS
 from .premise import latents_of
 
@@ -157,19 +158,24 @@ def launch_counts(
         layers: perturbed layers; omitted, those that the documentation names.
 
     Raises:
-        ValueError: no such pipeline.
+        ValueError: no such pipeline, or one without PAG of its own: it has no stock to compare.
     """
-    from .ledger import card_inputs, find_card
-    from .zoo import meta_model
+    from .hosts import HOSTS
+    from .zoo import find_card, meta_model
 
     card = find_card(pipeline)
+    if card.pipeline in HOSTS:
+        raise ValueError(
+            f"{pipeline} has no PAG of its own, so that there are no launches of stock PAG to "
+            "count: choose a PAG pipeline such as StableDiffusionXLPAGPipeline."
+        )
     chosen = list(layers or card.documented_layers)
     model = meta_model(card, "denoiser")
-    parts = [denoiser_launches(model, chosen, card_inputs(card, model), cfg=cfg)]
+    parts = [denoiser_launches(model, chosen, card.size.inputs(model), cfg=cfg)]
     if card.controlnet is not None:
         net = meta_model(card, "controlnet")
-        parts.append(controlnet_launches(net, card_inputs(card, net), cfg=cfg))
-    parts.append(guidance_launches(model, card_inputs(card, model), cfg=cfg))
+        parts.append(controlnet_launches(net, card.size.inputs(net), cfg=cfg))
+    parts.append(guidance_launches(model, card.size.inputs(model), cfg=cfg))
     return LaunchCounts(
         sum(stock.total for stock, _ in parts),
         sum(patched.total for _, patched in parts),

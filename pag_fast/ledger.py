@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .flops import Cost, Inputs, controlnet_cost, denoiser_cost
-from .zoo import CARDS, ModelCard, forward_kwargs, meta_model
+from .flops import Cost, controlnet_cost, step_costs
+from .zoo import CARDS, find_card, meta_model
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,34 @@ class Entry:
         }
 
 
-def find_card(pipeline: str) -> ModelCard:
-    """The model card of a pipeline.
+def entries(
+    pipeline: str, layers: Sequence[str] | None = None, *, cfg: Sequence[bool] = (True, False)
+) -> list[Entry]:
+    """The ledger's lines of one pipeline, one for each value of ``cfg``.
+
+    Without ``layers``, those that the documentation names.
 
     Raises:
-        ValueError: no such pipeline.
+        ValueError: no such pipeline, or no such layer.
     """
-    if pipeline not in CARDS:
-        raise ValueError(f"Unknown pipeline {pipeline!r}: choose from {', '.join(CARDS)}.")
-    return CARDS[pipeline]
-
-
-def card_inputs(card: ModelCard, model: Any) -> Inputs:
-    """Forward arguments for a model of ``card`` at the card's size."""
-    return lambda rows: forward_kwargs(
-        model,
-        rows=rows,
-        height=card.height,
-        width=card.width,
-        vae_scale_factor=card.vae_scale_factor,
-    )
-
-
-def entry(pipeline: str, layers: Sequence[str] | None = None, *, cfg: bool = True) -> Entry:
-    """One line of the ledger; without ``layers``, those that the documentation names."""
     card = find_card(pipeline)
     chosen = tuple(layers or card.documented_layers)
     model = meta_model(card, "denoiser")
-    cost = denoiser_cost(model, list(chosen), card_inputs(card, model), cfg=cfg)
+    inputs = card.size.inputs(model)
+    costs = step_costs(model, list(chosen), inputs, cfg=cfg, sequential=card.sequential)
     if card.controlnet is not None:
         net = meta_model(card, "controlnet")
-        cost = cost + controlnet_cost(net, card_inputs(card, net), cfg=cfg)
-    return Entry(pipeline, chosen, cfg, cost)
+        nets = [controlnet_cost(net, card.size.inputs(net), cfg=both) for both in cfg]
+        costs = [cost + more for cost, more in zip(costs, nets, strict=True)]
+    return [Entry(card.name, chosen, both, cost) for both, cost in zip(cfg, costs, strict=True)]
+
+
+def entry(pipeline: str, layers: Sequence[str] | None = None, *, cfg: bool = True) -> Entry:
+    """One line of the ledger: see :func:`entries`."""
+    return entries(pipeline, layers, cfg=[cfg])[0]
 
 
 def ledger(pipelines: Sequence[str] | None = None) -> Iterator[Entry]:
     """The ledger's lines, one at a time: documented layers, CFG on and off."""
     for pipeline in pipelines or CARDS:
-        for cfg in (True, False):
-            yield entry(pipeline, cfg=cfg)
+        yield from entries(pipeline)

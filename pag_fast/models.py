@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from dataclasses import dataclass
@@ -91,6 +92,54 @@ def load(source: str, dtype: torch.dtype | None = None, device: str | None = Non
             'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
         ) from error
     return pipe.to(device)
+
+
+def skeleton(source: str) -> Any:
+    """A pipeline without its weights and text encoders: models on the meta device, for counting.
+
+    Args:
+        source: the folder of a saved pipeline, of which only configurations are read, or a hub id.
+
+    Raises:
+        ValueError: nothing to load there, or no pipeline of diffusers.
+    """
+    import diffusers
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(source)
+        cls = getattr(diffusers, config["_class_name"])
+        wanted = inspect.signature(cls.__init__).parameters
+        parts = {name: _part(source, name, config.get(name)) for name in wanted if name != "self"}
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{source!r} could not be read as a pipeline of diffusers: {error} "
+            'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
+        ) from error
+    if "requires_safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    return cls(
+        **{name: part for name, part in parts.items() if part is not inspect.Parameter.empty}
+    )
+
+
+_OMITTED = inspect.Parameter.empty
+
+
+def _part(source: str, name: str, value: Any) -> Any:
+    """One component of a pipeline, as ``model_index.json`` names it, or one of its options."""
+    import diffusers
+
+    if not isinstance(value, list | tuple):
+        return _OMITTED if value is None else value
+    library, kind = value
+    if library != "diffusers" or kind is None:
+        return None
+    cls = getattr(diffusers, kind)
+    config = cls.load_config(source, subfolder=name)
+    if not issubclass(cls, torch.nn.Module):
+        return cls.from_config(config)
+    with torch.device("meta"):
+        return cls.from_config(config)
 
 
 def _device() -> str:

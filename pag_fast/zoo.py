@@ -1,18 +1,20 @@
-"""Published configurations of the models behind the PAG pipelines, without their weights.
+"""Published configurations of the models behind the pipelines, without their weights.
 
-The ledger builds them on the meta device, and :func:`forward_kwargs` makes the arguments with which
-diffusers' PAG pipelines call any model of these classes.
+The ledger builds them on the meta device; :mod:`pag_fast.inputs` makes the arguments with which
+diffusers' pipelines call them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-CLIP_TOKENS, T5_TOKENS = 77, 256
+from .hosts import HOSTS
+from .inputs import Size
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class ModelCard:
     """A pipeline's denoiser (and ControlNet) at a published size.
 
     ``documented_layers`` are those that diffusers' or the model's documentation recommends;
-    ``height`` and ``width``, in pixels, are the model's native size.
+    ``height``, ``width`` (pixels) and ``frames`` are the model's native size. ``variant`` tells
+    checkpoints of one pipeline apart. ``config`` may leave out what is the class's default.
     """
 
     pipeline: str
@@ -31,7 +34,24 @@ class ModelCard:
     height: int = 1024
     width: int = 1024
     controlnet: dict[str, Any] | None = None
-    vae_scale_factor: int = field(default=8)
+    vae_scale_factor: int = 8
+    frames: int = 1
+    frame_factor: int = 1
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the ledger and the command line call it."""
+        return f"{self.pipeline}-{self.variant}" if self.variant else self.pipeline
+
+    @property
+    def size(self) -> Size:
+        return Size(self.height, self.width, self.frames, self.vae_scale_factor, self.frame_factor)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the pipeline runs uncond and cond in two calls of the denoiser."""
+        return self.pipeline in HOSTS and HOSTS[self.pipeline].sequential
 
 
 _SD15: dict[str, Any] = {
@@ -160,6 +180,28 @@ def _dit(pipeline: str, checkpoint: str, model: str, config: Any, layer: str) ->
     return ModelCard(pipeline, checkpoint, model, config, (layer,), vae_scale_factor=factor)
 
 
+# height, width, frames, frames to a latent frame, pixels to a latent pixel
+_WAN_SIZE, _COGVIDEOX_SIZE = (480, 832, 81, 4), (480, 720, 49, 4)
+_WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_COGVIDEOX = "CogVideoXTransformer3DModel"
+_COGVIDEOX_5B = {
+    "num_attention_heads": 48,
+    "num_layers": 42,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+def _host(
+    name: str, checkpoint: str, model: str, size: tuple[int, ...] = (1024, 1024), **config: Any
+) -> ModelCard:
+    """``config``: what differs from the class's defaults, from diffusers' conversion scripts."""
+    fields = ("height", "width", "frames", "frame_factor", "vae_scale_factor")
+    pipeline, _, variant = name.partition("-")
+    layers = HOSTS[pipeline].layers
+    sizes: dict[str, Any] = dict(zip(fields, size, strict=False))
+    return ModelCard(pipeline, checkpoint, model, config, layers, variant=variant, **sizes)
+
+
 _CARDS = [
     _sd("StableDiffusionPAGPipeline"),
     _sd("StableDiffusionPAGImg2ImgPipeline"),
@@ -174,12 +216,13 @@ _CARDS = [
     ModelCard("KolorsPAGPipeline", "Kolors", "UNet2DConditionModel", _KOLORS, ("mid",)),
     ModelCard(
         "AnimateDiffPAGPipeline",
-        "Stable Diffusion 1.5 + motion adapter v1.5-2, 16 frames",
+        "Stable Diffusion 1.5 + motion adapter v1.5-2",
         "UNetMotionModel",
         _MOTION,
         ("mid_block.*attn1",),
         height=512,
         width=512,
+        frames=16,
     ),
     _dit(
         "StableDiffusion3PAGPipeline",
@@ -210,8 +253,48 @@ _CARDS = [
         _SANA,
         "transformer_blocks.8",
     ),
+    _host("FluxPipeline", "FLUX.1-dev", "FluxTransformer2DModel", guidance_embeds=True),
+    # the size that its README names for squares, and prompts of 128 tokens
+    _host("QwenImagePipeline", "Qwen-Image", "QwenImageTransformer2DModel", (1328, 1328)),
+    _host("WanPipeline", "Wan 2.1 T2V 14B", "WanTransformer3DModel", _WAN_SIZE),
+    _host("WanPipeline-1.3B", "Wan 2.1 T2V 1.3B", "WanTransformer3DModel", _WAN_SIZE, **_WAN_1B),
+    _host("LTXPipeline", "LTX-Video 2B 0.9", "LTXVideoTransformer3DModel", (512, 704, 161, 8, 32)),
+    _host("CogVideoXPipeline", "CogVideoX 5b", _COGVIDEOX, _COGVIDEOX_SIZE, **_COGVIDEOX_5B),
+    _host("CogVideoXPipeline-2b", "CogVideoX 2b", _COGVIDEOX, _COGVIDEOX_SIZE),
+    _host(
+        "HunyuanVideoPipeline",
+        "HunyuanVideo",
+        "HunyuanVideoTransformer3DModel",
+        (720, 1280, 129, 4),
+    ),
+    _host("Lumina2Pipeline", "Lumina-Image 2.0", "Lumina2Transformer2DModel", cap_feat_dim=2304),
 ]
-CARDS: dict[str, ModelCard] = {card.pipeline: card for card in _CARDS}
+CARDS: dict[str, ModelCard] = {card.name: card for card in _CARDS}
+
+# pipelines whose denoiser is that of a card, at its size
+_ALIKE = {card.pipeline.replace("PAG", ""): card for card in _CARDS if not card.variant}
+
+
+def find_card(pipeline: str) -> ModelCard:
+    """The model card of a pipeline.
+
+    Pipelines without PAG, and those that begin with a picture, have the denoiser of another one.
+
+    Raises:
+        ValueError: no such pipeline.
+    """
+    if pipeline in CARDS:
+        return CARDS[pipeline]
+    if pipeline not in HOSTS:
+        near = difflib.get_close_matches(pipeline, [*CARDS, *HOSTS], 4, 0.3) or ["FluxPipeline"]
+        raise ValueError(
+            f"Unknown pipeline {pipeline!r}: try {' or '.join(near)}, or one of those that "
+            "`pag-fast layers` lists."
+        )
+    related = pipeline.replace("Alpha", "Sigma")
+    if related not in _ALIKE:
+        related = related.replace("Img2Img", "").replace("Inpaint", "")
+    return replace(_ALIKE[related], pipeline=pipeline, documented_layers=HOSTS[pipeline].layers)
 
 
 def meta_model(
@@ -234,118 +317,11 @@ def meta_model(
     return nn.Module.to(model, dtype)
 
 
-def forward_kwargs(
-    model: Any,
-    *,
-    rows: int,
-    height: int,
-    width: int,
-    frames: int = 16,
-    vae_scale_factor: int = 8,
-) -> dict[str, Any]:
-    """Arguments of ``model.forward`` for ``rows`` rows, on its device and in its dtype.
-
-    ``height`` and ``width`` are pixels. Shapes and text lengths are those with which the PAG
-    pipelines of diffusers call the model; everything else follows from ``model.config``. Values are
-    uninitialised: this is for counting.
-
-    Raises:
-        ValueError: a class that none of the pipelines uses.
-    """
-    name = type(model).__name__
-    makers = {
-        "UNet2DConditionModel": _unet,
-        "UNetMotionModel": _unet,
-        "ControlNetModel": _unet,
-        "SD3Transformer2DModel": _sd3,
-        "HunyuanDiT2DModel": _hunyuan,
-        "PixArtTransformer2DModel": _pixart,
-        "SanaTransformer2DModel": _pixart,
-    }
-    if name not in makers:
-        raise ValueError(f"No inputs are known for {name}; known are {', '.join(makers)}.")
-    parameter = next(model.parameters())
-    new = _Maker(parameter.device, parameter.dtype)
-    latent = (height // vae_scale_factor, width // vae_scale_factor)
-    if name == "UNetMotionModel":
-        frames = min(frames, model.config["motion_max_seq_length"])
-        return makers[name](model, new, rows, latent, frames)
-    kwargs = makers[name](model, new, rows, latent, 0)
-    if name == "ControlNetModel":
-        kwargs["controlnet_cond"] = new(rows, 3, height, width)
-    return kwargs
-
-
-class _Maker:
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
-
-
-def _unet(
-    model: Any, new: _Maker, rows: int, latent: tuple[int, int], frames: int
-) -> dict[str, Any]:
-    config = model.config
-    shape = (rows, config.in_channels, *([frames] if frames else []), *latent)
-    text_dim = config.get("encoder_hid_dim") or config.cross_attention_dim
-    tokens = 256 if config.get("encoder_hid_dim_type") == "text_proj" else CLIP_TOKENS
-    kwargs: dict[str, Any] = {
-        "sample": new(*shape),
-        "timestep": 500,
-        "encoder_hidden_states": new(rows * max(frames, 1), tokens, text_dim),
-    }
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        kwargs["added_cond_kwargs"] = {"text_embeds": new(rows, pooled), "time_ids": new(rows, 6)}
-    if config.get("time_cond_proj_dim"):
-        kwargs["timestep_cond"] = new(rows, config.time_cond_proj_dim)
-    return kwargs
-
-
-def _sd3(model: Any, new: _Maker, rows: int, latent: tuple[int, int], _: int) -> dict[str, Any]:
-    config = model.config
-    return {
-        "hidden_states": new(rows, config.in_channels, *latent),
-        "timestep": new(rows),
-        "encoder_hidden_states": new(rows, CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim),
-        "pooled_projections": new(rows, config.pooled_projection_dim),
-    }
-
-
-def _hunyuan(model: Any, new: _Maker, rows: int, latent: tuple[int, int], _: int) -> dict[str, Any]:
-    config = model.config
-    tokens = (latent[0] // config.patch_size) * (latent[1] // config.patch_size)
-    head_dim = model.inner_dim // config.num_attention_heads
-    kwargs: dict[str, Any] = {
-        "hidden_states": new(rows, config.in_channels, *latent),
-        "timestep": new(rows),
-        "encoder_hidden_states": new(rows, config.text_len, config.cross_attention_dim),
-        "text_embedding_mask": new(rows, config.text_len, dtype=torch.int64),
-        "encoder_hidden_states_t5": new(rows, config.text_len_t5, config.cross_attention_dim_t5),
-        "text_embedding_mask_t5": new(rows, config.text_len_t5, dtype=torch.int64),
-        "image_rotary_emb": (
-            new(tokens, head_dim, dtype=torch.float32),
-            new(tokens, head_dim, dtype=torch.float32),
-        ),
-    }
-    if config.use_style_cond_and_image_meta_size:
-        kwargs["image_meta_size"] = new(rows, 6)
-        kwargs["style"] = new(rows, dtype=torch.int64)
-    return kwargs
-
-
-def _pixart(model: Any, new: _Maker, rows: int, latent: tuple[int, int], _: int) -> dict[str, Any]:
-    config = model.config
-    kwargs: dict[str, Any] = {
-        "hidden_states": new(rows, config.in_channels, *latent),
-        "timestep": new(rows),
-        "encoder_hidden_states": new(rows, 300, config.caption_channels),
-        "encoder_attention_mask": new(rows, 300, dtype=torch.int64),
-    }
-    if config.get("use_additional_conditions"):
-        kwargs["added_cond_kwargs"] = {"resolution": new(rows, 2), "aspect_ratio": new(rows, 1)}
-    elif type(model).__name__ == "PixArtTransformer2DModel":
-        kwargs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    return kwargs
+def meta_twin(model: Any) -> nn.Module:
+    """A model of the same configuration on the meta device."""
+    config = dict(model.config)
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
+    with torch.device("meta"):
+        twin = type(model).from_config(config).eval()
+    return nn.Module.to(twin, torch.float16)

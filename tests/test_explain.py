@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import tiny_hosts
 import torch
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
+from pag_fast import hosts
 from pag_fast.cli import main
+from pag_fast.layers import self_attentions
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'
 SIZE = {"height": 16, "width": 16}
+HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if not spec.like]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -38,6 +43,44 @@ def test_explains_every_pipeline(name):
     for layer in (found.layers[0], found.layers[-1]):
         assert layer in text
     assert found.fork in "\n".join(found.tree)
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_explains_pipelines_without_pag(name):
+    spec, pipe = tiny_hosts.HOSTS[name], tiny_hosts.build(name)
+    kwargs = tiny_hosts.call_kwargs(name, pipe)
+    size = {k: kwargs[k] for k in ("height", "width")}
+    if "num_frames" in kwargs:
+        size["frames"] = kwargs["num_frames"]
+    pag_fast.patch(pipe, spec.layers["middle"])
+    rows, model = [], pipe.transformer
+    last = model.norm_out if name == "Lumina2Pipeline" else model.proj_out
+    last.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    tiny_hosts.latents(pipe, kwargs)
+    found = pag_fast.explain(pipe, **size)
+    assert found.fork == found.layers[0] and found.fork in "\n".join(found.tree)
+    assert not found.notes and not found.source
+    for predicted in found.flops:
+        assert predicted.bound <= predicted.patched < predicted.stock
+    on = [call for call in found.calls if call.cfg]
+    assert sum(call.stock for call in on) == 3
+    # the calls of the first step, and the rows on which the last layer of each runs
+    assert [int(call.patched.split(" → ")[-1]) for call in on] == rows[: len(on)]
+    assert len(on) == (2 if hosts.HOSTS[name].sequential else 1)
+    pag_fast.unpatch(pipe)
+    if name in ("FluxPipeline", "HunyuanVideoPipeline"):  # deep enough for their own layers
+        before = pag_fast.explain(pipe, **size)
+        assert before.source == hosts.HOSTS[name].source and before.source in str(before)
+        assert not before.is_patched and before.flops
+
+
+def test_a_second_denoiser_is_named():
+    pipe = tiny_hosts.build("WanPipeline")
+    pipe.register_modules(transformer_2=tiny_hosts.wan())
+    pag_fast.patch(pipe, ["blocks.1"])
+    assert "transformer_2 is perturbed in the same layers as transformer" in str(
+        pag_fast.explain(pipe, flops=False)
+    )
 
 
 def test_data_and_table_agree():
@@ -85,16 +128,87 @@ def test_refuses_what_cannot_be_patched():
 # ---- command line ----
 
 
-def test_layers(capsys):
+def _rows(text):
+    """Cells of the lines that name a layer; a range is its first and its last number."""
+    pattern = re.compile(r"(\S*attn\S*) +([\d.]+)(?: to ([\d.]+))?× +([\d.]+)×(?: +(default))?")
+    return [match.groups() for line in text.splitlines() if (match := pattern.fullmatch(line))]
+
+
+def test_layers(capsys, tmp_path):
     assert main(["layers"]) == 0
-    assert "StableDiffusionXLPAGPipeline" in capsys.readouterr().out
-    assert main(["layers", "SanaPAGPipeline"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines if line.startswith("transformer_blocks")]
-    assert len(table) == 20
-    assert all(float(shared.rstrip("×")) <= float(stock.rstrip("×")) for _, shared, stock in table)
-    assert main(["layers", "SanaPAGPipeline", "--no-cfg"]) == 0
-    assert "2.000×" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "StableDiffusionXLPAGPipeline" in listed and "WanPipeline-1.3B" in listed
+    assert main(["layers", "SanaPAGPipeline", "--json", str(tmp_path / "costs.json")]) == 0
+    text = capsys.readouterr().out
+    rows = _rows(text)
+    assert len(rows) == 20
+    assert [row[0] for row in rows if row[-1]] == ["transformer_blocks.8.attn1"]
+    costs = [float(row[1]) for row in rows]
+    assert costs == sorted(costs, reverse=True) and costs[0] < 1.5 < 1.7 * costs[-1]
+    data = json.loads((tmp_path / "costs.json").read_text("utf-8"))
+    assert [f"{x['over_cfg']:.3f}" for x in data["layers"]] == [row[1] for row in rows]
+    # the default layer alone is the choice: what is counted is what is least, or 1 % more
+    assert 1.0 <= data["default_over_cfg"] / data["layers"][8]["over_cfg"] <= 1.01
+    assert f"{data['default_over_cfg']:.3f}×" in text
+    assert main(["layers", "SanaPAGPipeline", "--cfg", "off", "--height", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "512×1024" in text and {row[3] for row in _rows(text)} == {"2.000"}
+
+
+def test_layers_of_one_transformer_share_a_line():
+    costs = pag_fast.layer_costs(build("StableDiffusionXLPAGPipeline"), **SIZE)
+    grouped, every = _rows(str(costs)), _rows(costs.table(every=True))
+    assert [row[0] for row in every] == [layer.name for layer in costs.layers]
+    names = [row[0] for row in grouped]
+    assert len(set(names)) == len(names) < len(every)
+    mid = [row for row in every if row[0].startswith("mid_block")]
+    name, first, last, _, default = next(row for row in grouped if row[0].startswith("mid_block"))
+    assert name == f"mid_block.attentions.0.transformer_blocks.0-{len(mid) - 1}.attn1"
+    assert [first, last, default] == [mid[0][1], mid[-1][1], "default"]
+
+
+def test_layers_of_the_users_own_model(capsys, tmp_path):
+    """Costs need its configurations alone, and are those of the pipeline with its weights."""
+    name = "LTXPipeline"
+    pipe = tiny_hosts.build(name)
+    pipe.save_pretrained(tmp_path)
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.unlink()
+    size = ["--height", "64", "--width", "64", "--frames", "9"]
+    assert main(["layers", str(tmp_path), *size, "--json", str(tmp_path / "costs.json")]) == 0
+    rows = _rows(capsys.readouterr().out)
+    data = json.loads((tmp_path / "costs.json").read_text("utf-8"))
+    same = pag_fast.layer_costs(pipe, height=64, width=64, frames=9)
+    assert data == json.loads(json.dumps(same.as_dict()))
+    assert [x.name for x in same.layers] == [row[0] for row in rows] == list(_order(pipe))
+    # the published model's default layer is none of four: nothing is marked
+    assert same.default_over_cfg is None and not same.source
+    with pag_fast.patched(pipe, ["blocks.1"]):
+        chosen = pag_fast.layer_costs(pipe, height=64, width=64, frames=9)
+    assert [x.name for x in chosen.layers if x.default] == ["transformer_blocks.1.attn1"]
+    flops = pag_fast.explain(pag_fast.patch(pipe, ["blocks.1"]), height=64, width=64, frames=9)
+    on = flops.flops[0]
+    assert chosen.default_over_cfg == pytest.approx(1.5 * on.patched / on.stock, rel=1e-12)
+
+
+def _order(pipe):
+    """The attentions in the order in which they run."""
+    seen = []
+    names = self_attentions(pipe.transformer)
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+        for name, module in names.items()
+    ]
+    tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(type(pipe).__name__, pipe, steps=1))
+    for handle in handles:
+        handle.remove()
+    return dict.fromkeys(seen)
+
+
+def test_layers_of_the_model_that_ships(capsys):
+    assert main(["layers", "emoji"]) == 0
+    marked = [row[0] for row in _rows(capsys.readouterr().out) if row[-1]]
+    assert marked and all(name.startswith("up_blocks.1.") for name in marked)
 
 
 def test_ledger(capsys, tmp_path):
@@ -117,6 +231,13 @@ def test_env(capsys):
     ("arguments", "message"),
     [
         (["layers", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
+        (["layers", "no/such/folder"], "could not be read as a pipeline"),
+        (
+            ["layers", "SanaPAGPipeline", "--frames", "9"],
+            "frames is for pipelines that make videos",
+        ),
+        (["layers", "SanaPAGPipeline", "--height", "0"], "height must be at least 1"),
+        (["layers", "Lumina2Pipeline", "--height", "1000"], "does not run at 1000×1024"),
         (["ledger", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
         (["demo", "--steps", "1"], "at least 2 steps"),
         (["demo", "--batch", "0"], "a batch of at least 1"),

@@ -53,3 +53,5 @@ def test_attention_is_one_launch_and_its_output_lies_heads_last():
 def test_unknown_pipeline():
     with pytest.raises(ValueError, match="Unknown pipeline 'Nothing'"):
         launch_counts("Nothing")
+    with pytest.raises(ValueError, match="FluxPipeline has no PAG of its own"):
+        launch_counts("FluxPipeline")

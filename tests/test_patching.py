@@ -29,6 +29,7 @@ def test_public_names():
             "Step",
             "__version__",
             "explain",
+            "layer_costs",
             "patch",
             "patched",
             "supported_pipelines",

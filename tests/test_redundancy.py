@@ -7,12 +7,15 @@ of its input are bitwise equal, the work on one of them was redundant.
 from __future__ import annotations
 
 import pytest
+import tiny_hosts
 import torch
 from tiny import PIPELINES, build, call_kwargs, latents
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import pag_fast
+from pag_fast.hosts import HOSTS
+from pag_fast.layers import self_attentions
 
 _SKIP = {torch.ops.pag_fast.combine_guidance}
 
@@ -62,3 +65,27 @@ def test_no_row_is_computed_for_two_branches(name, cfg, layers):
     # what is left, large only at this size: embeddings, and the keys of CLIP's few text tokens
     assert patched < 0.06
     assert stock > 2 * patched or patched < 0.002
+
+
+@pytest.mark.parametrize("layers", ["middle", "last"])
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
+@pytest.mark.parametrize("name", [n for n, spec in tiny_hosts.HOSTS.items() if not spec.like])
+def test_no_row_is_computed_for_two_branches_of_a_host(name, cfg, layers):
+    pipe = tiny_hosts.build(name)
+    chosen = tiny_hosts.HOSTS[name].layers["middle"]
+    if layers == "last":
+        chosen = list(self_attentions(pipe.transformer))[-1:]
+    together = cfg and not HOSTS[name].sequential
+
+    def redundant_share(**options):
+        # enough image tokens to outweigh what is projected from the timestep
+        size = {"height": 96, "width": 96}
+        kwargs = tiny_hosts.call_kwargs(name, pipe, batch=2, cfg=cfg, steps=1, **size)
+        seen = Redundancy(3 if together else 2)
+        with pag_fast.patched(pipe, chosen, **options), seen:
+            tiny_hosts.latents(pipe, kwargs)
+        return seen.redundant / seen.total
+
+    apart, patched = redundant_share(share_branches=False), redundant_share()
+    assert patched < 0.06
+    assert apart > 2 * patched

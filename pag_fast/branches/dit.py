@@ -96,6 +96,12 @@ def plan_dit(
             level = MERGED if merge and index == 0 else SHARED
             plan.levels[fork] = level
             plan.sites += block_sites(name, attentions, fork, level)
+            if getattr(block, "proj_mlp", None) is not None:
+                # it sees what the attention beside it sees, where cond and perturbed are one
+                plan.sites += [
+                    Site(f"{name}.proj_mlp", block.proj_mlp, SPLIT, SHARED),
+                    Site(f"{name}.act_mlp", block.act_mlp, SHARED, SHARED, leaves=SPLIT),
+                ]
             if level == MERGED:
                 plan.merged_until = fork
         if streams:
