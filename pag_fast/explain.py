@@ -219,19 +219,24 @@ def _summary(names: Sequence[str]) -> str:
 
 
 def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
-    prompts = ["cond"] if sequential else ["uncond", "cond"]
-    apart = " | ".join([*prompts, *["perturbed"] * branches])
+    perturbed = ["perturbed"] * branches
+    apart = " | ".join(["uncond", "cond", *perturbed])
     if plan.reason:
         return (f"{apart} run apart: {plan.reason}",)
-    lines = []
-    if plan.merged_until and not sequential:
-        lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
-    if sequential or plan.fork != plan.merged_until:
-        end = f"the end of {plan.begins}" if plan.begins else plan.fork
-        lines.append(f"{' | '.join(prompts)} = perturbed   until {end}")
-    lines.append(f"{apart}   from there on")
     if sequential:
-        lines.append("uncond   in a call of its own")
+        end = f"the end of {plan.begins}" if plan.begins else plan.fork
+        return (
+            f"cond = perturbed   until {end}",
+            f"{' | '.join(['cond', *perturbed])}   from there on",
+            "uncond             a call of its own",
+        )
+    lines = []
+    if plan.merged_until:
+        lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
+    if plan.fork != plan.merged_until:
+        end = f"the end of {plan.begins}" if plan.begins else plan.fork
+        lines.append(f"uncond | cond = perturbed   until {end}")
+    lines.append(f"{apart}   from there on")
     return tuple(lines)
 
 

@@ -174,15 +174,14 @@ def denoiser_cost(
 ) -> Cost:
     """What one denoiser call costs with PAG on ``layers``; ``traced`` is its trace, if known."""
     config = config or PatchConfig()
-    traced = traced or trace(model, inputs)
-    row, prompts = row_flops(traced), 2 if cfg else 1
     branches = perturbed_branches(model, layers, config)
     patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
+    traced = traced or trace(model, inputs)
     if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
-        return Cost((prompts + len(branches)) * row, patched, 0)
+        return Cost(((2 if cfg else 1) + len(branches)) * row_flops(traced), patched, 0)
     layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
     if family_of(model).stock_processors is None:
-        stock = (prompts + 1) * row
+        stock = (3 if cfg else 2) * row_flops(traced)
     else:
         stock = stock_flops(model, layers, inputs, cfg=cfg)
     return Cost(stock, patched, lower_bound(model, traced, layers, inputs, cfg=cfg))
