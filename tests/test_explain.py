@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
+import diffusers
 import pytest
 import tiny_hosts
 import torch
@@ -203,6 +205,17 @@ def _order(pipe):
     for handle in handles:
         handle.remove()
     return dict.fromkeys(seen)
+
+
+def test_sag_has_no_layers_to_choose():
+    parts = build("StableDiffusionPAGPipeline").components
+    names = inspect.signature(diffusers.StableDiffusionSAGPipeline.__init__).parameters
+    pipe = diffusers.StableDiffusionSAGPipeline(
+        **{name: part for name, part in parts.items() if name in names},
+        requires_safety_checker=False,
+    )
+    with pytest.raises(ValueError, match="has no layers to choose"):
+        pag_fast.layer_costs(pipe)
 
 
 def test_layers_of_the_model_that_ships(capsys):

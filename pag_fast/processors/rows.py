@@ -187,12 +187,11 @@ def with_signature(cls: Any) -> Any:
 
     Not for compilers: Dynamo cannot read a stored signature where attention arguments are given.
     """
-    own = cls.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs)
+        return cls.__call__(self, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
     return type(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
 
 
