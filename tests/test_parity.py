@@ -19,9 +19,17 @@ def _pipe(name, layers):
     return build(name, pag_applied_layers=PIPELINES[name].layers[layers])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@CFG
-@pytest.mark.parametrize("layers", ["default", "middle", "last", "all"])
+@pytest.mark.parametrize(
+    ("layers", "cfg", "batch"),
+    [
+        ("default", True, 1),
+        ("default", False, 2),
+        ("middle", True, 2),
+        ("middle", False, 1),
+        ("last", True, 1),
+        ("all", False, 2),
+    ],
+)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_patched_equals_stock(name, layers, cfg, batch):
     pipe = _pipe(name, layers)
