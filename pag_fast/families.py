@@ -26,6 +26,9 @@ from .processors import (
 )
 from .processors.rows import PerturbedProcessor
 
+UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
+"""The branches of a batch, in their order."""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .arguments import latents_of
 from .bound import Traced, lower_bound, row_flops, trace
 from .branches.invariant import invariants
 from .branches.plan import install
@@ -27,7 +28,6 @@ from .inputs import Inputs
 from .installation import Installation, perturbed_branches
 from .lean import Lean
 from .perturbations import Identity
-from .premise import latents_of
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import batched, change_arguments, latents_of, mend_rows
 from .branches.rows import change_level
-from .families import family_of, uncompiled
+from .families import COND, PERTURBED, UNCOND, family_of, uncompiled
 from .guidance import guided_cond, host_timesteps
 from .hosts import Host
-from .premise import batched, latents_of
-from .session import COND, PERTURBED, UNCOND, Session, change_arguments, mend_rows
+from .session import Session
+from .watched import WatchedControlNets
 
 if TYPE_CHECKING:
     from .lasting import Patch
+
+
+class HostedControlNets(WatchedControlNets):
+    """In guess mode these pipelines hand over the cond rows alone."""
+
+    def rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
+        if call.get("guess_mode"):
+            self.state.slabs = None
+            return call
+        return super().rows(call, rows)
 
 
 @dataclass
@@ -56,6 +67,7 @@ class HostedSession(Session):
         loop: Loop,
     ) -> None:
         super().__init__(pipe, patch, watched, denoiser)
+        self.controlnets = HostedControlNets(self)
         self.host = host
         self.arguments = arguments
         self.loop = loop
@@ -98,16 +110,10 @@ class HostedSession(Session):
 
     # ---- a step ----
 
-    def _layout(self, rows: int) -> tuple[str, ...]:
+    def layout(self, rows: int) -> tuple[str, ...]:
         both = not self.host.sequential and self.host.cfg(self.pipe, self.arguments)
         self.unit = rows // 2 if both else rows
         return (UNCOND, COND) if both else (COND,)
-
-    def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
-        if call.get("guess_mode"):
-            self._controlnet_state.slabs = None
-            return call
-        return super()._controlnet_rows(call, rows)
 
     def _is_cond(self, call: dict[str, Any]) -> bool:
         """Whether a call of the denoiser holds cond rows."""
@@ -127,7 +133,7 @@ class HostedSession(Session):
         if self._warming:
             return call
         if getattr(self.pipe, "controlnet", None) is None:
-            self._begin_step()
+            self.begin_step()
         state, sample = self.installed.state, latents_of(call)
         rows = sample.shape[0]
         frames = sample.shape[2] if "sample" in call and sample.ndim == 5 else 1
@@ -138,10 +144,10 @@ class HostedSession(Session):
             state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
         if not cond:
             state.slabs, self.ran = None, None
-            self._advance(self._kept, call, same)
+            self.advance(self._kept, call, same)
             return call
         self.loop.step += 1
-        layout = self._layout(rows)
+        layout = self.layout(rows)
         mend_rows(call, rows)
         if not same:
             self._decided_for = ()
@@ -156,7 +162,7 @@ class HostedSession(Session):
             if not drops:
                 call, layout = extended, everything
                 state.slabs = self._slabs(call, layout, frames, same)
-        self._advance(self._kept, call, same)
+        self.advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
         self.installed.prepare(latents_of(call), self.loop.step)
         self.ran = layout, scales
@@ -221,7 +227,7 @@ class HostedSession(Session):
         if self._is_last_pass():
             # what follows the last step, decoding, is where memory runs short
             self._kept.forget()
-            self._controlnet_kept.forget()
+            self.controlnets.kept.forget()
         if self.ran is None:
             if self._pending is None:
                 return out

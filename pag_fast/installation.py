@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +15,7 @@ from .branches.invariant import invariants
 from .branches.plan import BranchPlan, is_compiled
 from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
-from .families import family_of, has_compiled
+from .families import family_of, has_compiled, uncompiled
 from .layers import resolve, self_attentions
 from .lean import Lean
 from .perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
@@ -195,3 +198,57 @@ def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
                 f"{name} runs {own}, whose arithmetic pag_fast does not know: choose layers with "
                 f"{' or '.join(sorted(known))}, or unload the adapter that has put it there."
             )
+
+
+def enter_with(
+    module: Any,
+    enter: Callable[[dict[str, Any]], dict[str, Any]],
+    leave: Callable[[Any], Any] | None = None,
+) -> list[Callable[[], None]]:
+    """Have ``enter`` rewrite a module's arguments, and ``leave`` its output, in eager mode.
+
+    Returns what takes both off again.
+    """
+    cls: Any = type(uncompiled(module))
+    names = _parameters(cls)
+
+    def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return enter({**dict(zip(names, args, strict=False)), **kwargs})
+
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: ((), entered(args, kwargs)),
+                with_kwargs=True,
+                prepend=True,
+            )
+        ]
+        if leave is not None:
+            handles.append(module.register_forward_hook(lambda _, args, out: leave(out)))
+        return [handle.remove for handle in handles]
+    # module.compile() compiles the hooks along; the values looked at here need eager mode
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = compiled(**entered(args, kwargs))
+        return out if leave is None else leave(out)
+
+    module._compiled_call_impl = call
+    return [lambda: setattr(module, "_compiled_call_impl", compiled)]
+
+
+@functools.cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    """Names of the arguments of a model class's forward."""
+    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
+
+
+def restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:
+    """What puts ``original`` back in place of ``ours``."""
+
+    def restore() -> None:
+        # somebody may have set another processor meanwhile: then it stays
+        if attention.processor is ours:
+            attention.set_processor(original)
+
+    return restore

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import ops
+from .arguments import latents_of
 from .branches.rows import BranchState
 from .config import PatchConfig
 from .flops import controlnet_step, patched_step, stock_step
 from .inputs import Inputs
 from .ops.backend import IMPLEMENTATIONS
-from .premise import latents_of
 
 # allocation and bookkeeping: nothing runs on a device
 _FREE = (

@@ -2,51 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .branches.rows import ROTARY, UNBATCHED
-
-# residuals are aligned one by one; timesteps are equal by construction and new in every step
-_UNCHECKED = (
-    UNBATCHED
-    | ROTARY
-    | {
-        "down_block_additional_residuals",
-        "mid_block_additional_residual",
-        "down_intrablock_additional_residuals",
-        "timestep",
-    }
-)
-_SAMPLE = ("sample", "hidden_states")
-
-
-def latents_of(call: dict[str, Any]) -> torch.Tensor:
-    """The latents among a model's arguments, whatever its family calls them."""
-    return next(call[name] for name in _SAMPLE if name in call)
-
-
-def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
-    """The tensors among a model's arguments that have the batch's rows, by dotted name."""
-    sizes = rows, rows * frames
-    return {name: x for name, x in _tensors("", call) if x.ndim and x.shape[0] in sizes}
-
-
-# no closure that calls itself: as a reference cycle it would keep the tensors alive
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(
-                f"{name}.{index}" if not name.endswith("image_embeds") else name, item
-            )
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key not in _UNCHECKED:
-                yield from _tensors(f"{name}.{key}" if name else key, item)
+from .arguments import SAMPLE, UNCHECKED
 
 
 class Premise:
@@ -95,7 +55,7 @@ class Premise:
         recheck: bool = False,
     ) -> list[str]:
         """Names of the tensors whose slabs ``first`` and ``second`` of ``slabs`` are not equal."""
-        lasting = {name: x for name, x in tensors.items() if name not in _SAMPLE}
+        lasting = {name: x for name, x in tensors.items() if name not in SAMPLE}
         signature = [(name, *_identity(x)) for name, x in lasting.items()]
         if not recheck and key in self._seen and self._seen[key][0] == signature:
             return self._seen[key][2]
@@ -112,7 +72,7 @@ def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The arguments of a model that last from step to step: tensors with versions, and numbers."""
     found: list[tuple[Any, Any]] = []
     for name, value in call.items():
-        if value is not None and name not in _UNCHECKED and name not in _SAMPLE:
+        if value is not None and name not in UNCHECKED and name not in SAMPLE:
             _collect(value, found)
     return found
 

@@ -7,8 +7,6 @@ them.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +14,30 @@ import torch
 from torch import nn
 
 from . import ops
-from .branches.invariant import Kept, invariants
-from .branches.plan import BranchPlan, install
-from .branches.rows import SPLIT, BranchState, change_level, map_tensors
-from .branches.unet import plan_controlnet
-from .families import controlnets, denoiser_name, uncompiled
+from .arguments import (
+    ADAPTER,
+    MID_RESIDUAL,
+    RESIDUALS,
+    batched,
+    change_rows,
+    knows_places,
+    latents_of,
+    mend_rows,
+)
+from .branches.invariant import Kept
+from .branches.plan import install
+from .branches.rows import SPLIT, change_level
+from .families import COND, PERTURBED, UNCOND, controlnets, denoiser_name, uncompiled
 from .guidance import scale_at, scales_ahead
-from .installation import is_eager
+from .installation import enter_with, is_eager, restore_processor
 from .lean import Lean
 from .pipeline import RescalesOnce
-from .premise import Premise, batched, latents_of
+from .premise import Premise
 from .reuse import Difference
+from .watched import WatchedControlNets
 
 if TYPE_CHECKING:
     from .lasting import Patch
-
-UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
-_RESIDUALS = "down_block_additional_residuals"
-_MID_RESIDUAL = "mid_block_additional_residual"
-_ADAPTER = "down_intrablock_additional_residuals"
 
 
 class Session:
@@ -55,7 +58,6 @@ class Session:
         self.ran: tuple[tuple[str, ...], tuple[float, ...]] | None = None
         self._decided: tuple[int, int, int] = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
-        self._residual_slabs: tuple[int, int] | None = None
         self.rescaled = False
         self.freed = False
         self.pag = False
@@ -67,28 +69,14 @@ class Session:
         self._scales: dict[Any, Any] = {}
         self._looked_ahead: set[Any] = set()
         self._calls = 0
+        self.controlnets = WatchedControlNets(self)
         self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
 
     # ---- installing and removing ----
 
     def open(self) -> None:
         """Before the pipeline runs: watch its ControlNets, whether PAG will be on or not."""
-        self._controlnet_state = BranchState()
-        self._controlnet_premise = Premise()
-        self._controlnet_kept = Kept(self._controlnet_state)
-        controlnet = getattr(self.pipe, "controlnet", None)
-        if controlnet is None:
-            return
-        self._enter_with(controlnet, self.enter_controlnet, self.leave_controlnet)
-        self._controlnet_plans = [plan_controlnet(net) for net in controlnets(controlnet)]
-        config, state = self.patch.config, self._controlnet_state
-        for net, plan in zip(controlnets(controlnet), self._controlnet_plans, strict=True):
-            shared = plan if config.share_branches else BranchPlan()
-            eager = is_eager(controlnet, net)
-            keeps = eager and config.cache_conditioning
-            kept = invariants(net, shared, state) if keeps else {}
-            self._undo += [h.remove for h in install(shared.hooks(state, without=kept))]
-            self._undo += self._controlnet_kept.install(kept.values())
+        self._undo += self.controlnets.open()
 
     def begin(self, layers: Any, cfg: bool) -> None:
         """The pipeline is about to denoise with PAG: install processors and hooks.
@@ -110,12 +98,12 @@ class Session:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
         for name, attention in self.installed.attentions.items():
             processor = self.installed.processors[name]
-            self._undo.append(_restore_processor(attention, attention.processor, processor))
+            self._undo.append(restore_processor(attention, attention.processor, processor))
             attention.set_processor(processor)
         self._undo += [handle.remove for handle in install(self.installed.hooks)]
         self._undo += self._kept.install(self.installed.invariants.values())
         self._install_leans()
-        self._enter_with(denoiser, self.enter_denoiser, self._leave())
+        self._undo += enter_with(denoiser, self.enter_denoiser, self._leave())
 
     def _own_rescale(self) -> float:
         """The ``guidance_rescale`` of the pipeline's call."""
@@ -132,46 +120,11 @@ class Session:
         controlnet = getattr(self.pipe, "controlnet", None)
         if controlnet is not None and self.patch.config.fewer_launches:
             nets = [net for net in controlnets(controlnet) if is_eager(controlnet, net)]
-            pairs += [(self.patch.lean(net), self._controlnet_state) for net in nets]
+            pairs += [(self.patch.lean(net), self.controlnets.state) for net in nets]
         for lean, state in pairs:
             if lean is not None:
                 self._undo += lean.install(state)
                 self._leans.append(lean)
-
-    def _enter_with(
-        self,
-        module: Any,
-        enter: Callable[[dict[str, Any]], dict[str, Any]],
-        leave: Callable[[Any], Any] | None = None,
-    ) -> None:
-        """Have ``enter`` rewrite a module's arguments, and ``leave`` its output, in eager mode."""
-        cls: Any = type(uncompiled(module))
-        names = _parameters(cls)
-
-        def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return enter({**dict(zip(names, args, strict=False)), **kwargs})
-
-        compiled = getattr(module, "_compiled_call_impl", None)
-        if compiled is None:
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs: ((), entered(args, kwargs)),
-                    with_kwargs=True,
-                    prepend=True,
-                )
-            ]
-            if leave is not None:
-                handles.append(module.register_forward_hook(lambda _, args, out: leave(out)))
-            self._undo += [handle.remove for handle in handles]
-            return
-        # module.compile() compiles the hooks along; the values looked at here need eager mode
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            out = compiled(**entered(args, kwargs))
-            return out if leave is None else leave(out)
-
-        module._compiled_call_impl = call
-        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled))
 
     def end(self) -> None:
         """Take everything off again, in reverse order."""
@@ -182,7 +135,7 @@ class Session:
 
     # ---- a step ----
 
-    def _layout(self, rows: int) -> tuple[str, ...]:
+    def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
         if not self.unit:
             self.unit = rows // (3 if self.cfg else 2)
@@ -205,35 +158,35 @@ class Session:
         if self._warming:
             return call
         if getattr(self.pipe, "controlnet", None) is None:
-            self._begin_step()
+            self.begin_step()
         sample = latents_of(call)
         rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
         self._calls += 1
-        layout = self._layout(rows)
+        layout = self.layout(rows)
         same = self._premise.same_objects(call, rows)
         if not same:
             self._decided_for = ()
         mend_rows(call, rows)
         if layout == (COND,):
             # a callback left only the cond rows: the perturbed branch starts as their copy
-            call = _change_rows(call, rows, frames, 1, 2)
+            call = change_rows(call, rows, frames, 1, 2)
             layout, rows = (COND, PERTURBED), 2 * rows
         scales, branches = self._scales_at(call["timestep"]), len(self.installed.branches)
         if layout[-1] == PERTURBED and branches > 1:
             # the pipeline's batch has rows for one perturbed branch: the others begin as its copies
             full = len(layout)
-            call = _change_rows(call, rows, frames, full, full + branches - 1)
+            call = change_rows(call, rows, frames, full, full + branches - 1)
             layout += (PERTURBED,) * (branches - 1)
         rows = latents_of(call).shape[0]
         drops = layout[-1] == PERTURBED and self._drops(scales, sample)
         if self.patch.compilation is not None and layout[-1] == PERTURBED:
             self._warm(call, layout, frames, dropped=drops)
         if drops:
-            call = _change_rows(call, rows, frames, len(layout), len(layout) - branches)
+            call = change_rows(call, rows, frames, len(layout), len(layout) - branches)
             layout = layout[:-branches]
         state = self.installed.state
         state.slabs = self._slabs(call, layout, frames, same)
-        self._advance(self._kept, call, same)
+        self.advance(self._kept, call, same)
         self._align_residuals(call, len(layout))
         self.installed.prepare(latents_of(call), self._calls - 1)
         self.ran = layout, scales
@@ -286,7 +239,7 @@ class Session:
                 self._difference.hold(cond, perturbed)
         return uncond, cond, perturbed, scale
 
-    def _begin_step(self) -> None:
+    def begin_step(self) -> None:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
 
@@ -312,9 +265,9 @@ class Session:
             self.patch.steps = counted
         else:
             rows = full - len(self.installed.branches)
-            other = _change_rows(dict(call), latents.shape[0], frames, full, rows)
+            other = change_rows(dict(call), latents.shape[0], frames, full, rows)
             self.installed.state.slabs = None
-        self._advance(self._kept, other, False)
+        self.advance(self._kept, other, False)
         self._align_residuals(other, rows)
         self._warming = True
         try:
@@ -335,7 +288,7 @@ class Session:
         """The scheduler's timestep of a model call."""
         return call["timestep"]
 
-    def _advance(self, kept: Kept, call: dict[str, Any], same: bool) -> None:
+    def advance(self, kept: Kept, call: dict[str, Any], same: bool) -> None:
         kept.advance(latents_of(call), same=same, watched=self.watched)
         if self.watched:
             for lean in self._leans:
@@ -350,14 +303,14 @@ class Session:
         if self.installed.plan.reason:
             self.patch.steps["not shared"] += 1
             return full, full, full
-        if self.installed.plan.shuffled and _knows_places(call):
+        if self.installed.plan.shuffled and knows_places(call):
             self.patch.fall_back(
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
                 "apart"
             )
             self.patch.steps["not shared"] += 1
             return full, full, full
-        if call.get(_ADAPTER) is not None:
+        if call.get(ADAPTER) is not None:
             # some are added in place, to a tensor of which a skip may already be a copy
             self.patch.fall_back("T2I-Adapter residuals: the branches run apart")
             self.patch.steps["not shared"] += 1
@@ -409,69 +362,12 @@ class Session:
                 return residual
             return change_level(residual, residual.shape[0] // self.unit, want)
 
-        if call.get(_RESIDUALS) is not None:
-            levels = plan.residual_levels or (SPLIT,) * len(call[_RESIDUALS])
-            pairs = zip(call[_RESIDUALS], levels, strict=False)
-            call[_RESIDUALS] = [align(residual, level) for residual, level in pairs]
-        if call.get(_MID_RESIDUAL) is not None:
-            call[_MID_RESIDUAL] = align(call[_MID_RESIDUAL], plan.mid_level)
-
-    def enter_controlnet(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
-        self._begin_step()
-        rows = call["sample"].shape[0]
-        same = self._controlnet_premise.same_objects(call, rows)
-        call = self._controlnet_rows(call, rows)
-        self._advance(self._controlnet_kept, call, same)
-        return call
-
-    def _controlnet_rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
-        state, config = self._controlnet_state, self.patch.config
-        cfg = self.pipe.do_classifier_free_guidance
-        if self.pag:
-            layout = self._layout(rows)
-        else:
-            layout, self.unit = ((UNCOND, COND), rows // 2) if cfg else ((COND,), rows)
-        state.slabs = self._residual_slabs = None
-        if call.get("guess_mode") and UNCOND in layout:
-            start = layout.index(COND) * self.unit
-            stop = start + self.unit
-            return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
-        if not (self.pag and config.share_branches):
-            return call
-        full = len(layout)
-        if layout[-1] == PERTURBED:
-            everything = batched(call, rows, 1)
-            differing = self._controlnet_premise.differing(everything, full, -2, -1, key="cond")
-            if differing:
-                self.patch.fall_back(
-                    f"cond and perturbed rows of the ControlNet differ in {', '.join(differing)}: "
-                    "it runs on both"
-                )
-                return call
-            call = _change_rows(call, rows, 1, full, full - 1)
-            self._residual_slabs = full - 1, full
-            full -= 1
-        if full == 2:
-            state.slabs = (self._controlnet_merged(call), 2, 2)
-        return call
-
-    def leave_controlnet(self, out: Any) -> Any:
-        """Residuals for every branch, as the pipeline expects them: it keeps them for the step."""
-        if self._residual_slabs is None:
-            return out
-        have, want = self._residual_slabs
-        return map_tensors(out, lambda x: change_level(x, have, want))
-
-    def _controlnet_merged(self, call: dict[str, Any]) -> int:
-        everything = batched(call, 2 * self.unit, 1)
-        merged = all(plan.merged for plan in self._controlnet_plans)
-        alike = {
-            name: x
-            for name, x in everything.items()
-            if (name != "encoder_hidden_states" if merged else name.startswith("controlnet_cond"))
-        }
-        return 2 if self._controlnet_premise.differing(alike, 2, 0, 1, key="uncond") else 1
+        if call.get(RESIDUALS) is not None:
+            levels = plan.residual_levels or (SPLIT,) * len(call[RESIDUALS])
+            pairs = zip(call[RESIDUALS], levels, strict=False)
+            call[RESIDUALS] = [align(residual, level) for residual, level in pairs]
+        if call.get(MID_RESIDUAL) is not None:
+            call[MID_RESIDUAL] = align(call[MID_RESIDUAL], plan.mid_level)
 
     # ---- the combination ----
 
@@ -485,7 +381,7 @@ class Session:
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
             self._calls = 0
             self._kept.forget()
-            self._controlnet_kept.forget()
+            self.controlnets.kept.forget()
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
@@ -513,57 +409,6 @@ class Session:
             padded[:, : channels // 2] = combined
             combined = padded
         return combined, cond.to(useful.dtype)
-
-
-@functools.cache
-def _parameters(cls: Any) -> tuple[str, ...]:
-    """Names of the arguments of a model class's forward."""
-    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
-
-
-def _restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:
-    def restore() -> None:
-        # somebody may have set another processor meanwhile: then it stays
-        if attention.processor is ours:
-            attention.set_processor(original)
-
-    return restore
-
-
-def change_arguments(
-    call: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, Any]:
-    """A model's arguments with ``change`` applied to their tensors, but not to residuals."""
-    kept = (_RESIDUALS, _MID_RESIDUAL, _ADAPTER)
-    return {**call, **map_tensors({n: v for n, v in call.items() if n not in kept}, change)}
-
-
-def _change_rows(
-    call: dict[str, Any], rows: int, frames: int, have: int, want: int
-) -> dict[str, Any]:
-    """Every batched argument with ``want`` slabs in place of ``have``; residuals are left alone."""
-
-    def change(x: torch.Tensor) -> torch.Tensor:
-        return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
-
-    return change_arguments(call, change)
-
-
-def _knows_places(call: dict[str, Any]) -> bool:
-    """Whether something between a transformer's blocks depends on where a token is."""
-    names = "block_controlnet_hidden_states", "controlnet_block_samples"
-    masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-    return bool(masks) or any(call.get(name) is not None for name in names)
-
-
-def mend_rows(call: dict[str, Any], rows: int) -> None:
-    """Arguments that diffusers hands over with too few or too many rows."""
-    cond = call.get("timestep_cond")
-    if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:
-        call["timestep_cond"] = torch.cat([cond] * (rows // cond.shape[0]))
-    for name in ("image_meta_size", "style"):
-        if call.get(name) is not None and call[name].shape[0] > rows:
-            call[name] = call[name][:rows]
 
 
 def _refuse_split_inference(model: nn.Module) -> None:

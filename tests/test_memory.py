@@ -82,8 +82,9 @@ def kept_bytes(pipe, run) -> int:
     sizes, original = [], Session.combine
 
     def combine(session, *args):
-        kept = (*session._kept.invariants, *session._controlnet_kept.invariants)
-        tensors = [x for invariant in kept for x in _tensors(invariant.value) if x is not None]
+        kept = (*session._kept.invariants, *session.controlnets.kept.invariants)
+        outputs = [output for invariant in kept for output in invariant.kept.values()]
+        tensors = [x for output in outputs for x in _tensors(output.value)]
         groups = [group for lean in session._leans for _, group in lean._groups]
         times = [group for group in groups if isinstance(group, TimeProjections)]
         tensors += [x for group in times for x in (group._x, *group._wholes.values())]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import ops, reference
+from ..arguments import latents_of
 from ..branches.plan import is_compiled
 from ..families import has_compiled, uncompiled
 from ..lean import Lean
-from ..premise import Premise, latents_of
+from ..premise import Premise
 from .attention import QueriesAndKeys, received_from_map
 from .schedule import NoiseSchedule
 from .shared import SharedPasses
