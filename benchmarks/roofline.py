@@ -22,10 +22,10 @@ import torch
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from pag_fast import launches
+from pag_fast.arguments import latents_of
 from pag_fast.bound import lower_bound, trace
 from pag_fast.config import PatchConfig
 from pag_fast.flops import controlnet_cost, patched_flops
-from pag_fast.premise import latents_of
 from pag_fast.zoo import ModelCard, find_card, meta_model
 
 PAGE = Path(__file__).with_name("README.md")

@@ -94,7 +94,7 @@ def replace_table(page: Path, name: str, lines: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=80, help="for the accuracy of each cell")
+    parser.add_argument("--prompts", type=int, default=64, help="for the accuracy of each cell")
     arguments = parser.parse_args()
     pictures = models.emoji_pictures()
     known = NearestPicture(pictures.captions, pictures.images)
