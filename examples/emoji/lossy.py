@@ -39,31 +39,33 @@ SETTINGS: dict[str, Reuse | None] = {
 WITHOUT = "without PAG"
 
 
-def measure(prompts: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for every setting, and one without PAG."""
-    torch.set_num_threads(1)
-    pictures = models.emoji_pictures()
-    known = NearestPicture(pictures.captions, pictures.images)
-    captions = spread(pictures.captions, prompts)
-    pipes: dict[str, Any] = {}
-    for name, reuse in SETTINGS.items():
-        pipes[name] = pag_fast.patch(models.emoji(), reuse=reuse)
-    pipes[WITHOUT] = pipes["exact"]
+def pipelines() -> dict[str, Any]:
+    """A patched pipeline for every setting; the exact one is also the one that runs without PAG."""
+    pipes = {name: pag_fast.patch(models.emoji(), reuse=reuse) for name, reuse in SETTINGS.items()}
     for pipe in pipes.values():
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.set_progress_bar_config(disable=True)
+    return {**pipes, WITHOUT: pipes["exact"]}
 
-    def call(name: str) -> dict[str, Any]:
-        return {**CALL, "pag_scale": 0.0 if name == WITHOUT else PAG_SCALE}
 
-    exact, rows = torch.empty(0), []
+def arguments_of(name: str) -> dict[str, Any]:
+    """Arguments of a setting's calls."""
+    return {**CALL, "pag_scale": 0.0 if name == WITHOUT else PAG_SCALE}
+
+
+def fidelity(pipes: dict[str, Any], prompts: int) -> list[dict[str, Any]]:
+    """A row for every setting: how near its pictures are to the exact ones, and to the prompt."""
+    pictures = models.emoji_pictures()
+    known = NearestPicture(pictures.captions, pictures.images)
+    captions = spread(pictures.captions, prompts)
     jobs = [(caption, i) for i, caption in enumerate(captions[:16])]
+    exact, rows = torch.empty(0), []
     for name, pipe in tqdm(pipes.items(), unit="setting"):
         pipe._pag_fast.steps.clear()
-        images = generate(pipe, jobs, **call(name))
+        images = generate(pipe, jobs, **arguments_of(name))
         ran = 0 if name == WITHOUT else pipe._pag_fast.steps["shared"]
         exact = images if name == "exact" else exact
-        accuracy = prompt_accuracy(pipe, known, captions, seeds=(0,), **call(name))
+        accuracy = prompt_accuracy(pipe, known, captions, seeds=(0,), **arguments_of(name))
         rows.append(
             {
                 "setting": name,
@@ -74,15 +76,25 @@ def measure(prompts: int, rounds: int) -> list[dict[str, Any]]:
                 "images": accuracy.images,
             }
         )
-    timed = {
-        name: lambda name=name, pipe=pipe: generate(pipe, jobs[:8], **call(name))
-        for name, pipe in pipes.items()
-    }
-    samples = interleave(timed, rounds)
-    for row in rows:
-        own, base = samples[row["setting"]], samples["exact"]
-        row["speedup"] = statistics.median(b / a for a, b in zip(own, base, strict=True))
     return rows
+
+
+def speeds(pipes: dict[str, Any], rounds: int) -> dict[str, float]:
+    """How many times as fast as the exact pipeline each setting is: medians within rounds."""
+    captions = spread(models.emoji_pictures().captions, 8)
+    jobs = [(caption, i) for i, caption in enumerate(captions)]
+    samples = interleave(
+        {
+            name: lambda name=name, pipe=pipe: generate(pipe, jobs, **arguments_of(name))
+            for name, pipe in pipes.items()
+        },
+        rounds,
+    )
+    base = samples["exact"]
+    return {
+        name: statistics.median(b / a for a, b in zip(own, base, strict=True))
+        for name, own in samples.items()
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -141,8 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=64, help="for the accuracy of each setting")
     parser.add_argument("--rounds", type=int, default=7, help="how often everything is timed")
+    parser.add_argument("--times-only", action="store_true", help="keep the fidelity measured last")
     arguments = parser.parse_args()
-    rows = measure(arguments.prompts, arguments.rounds)
+    torch.set_num_threads(1)
+    pipes = pipelines()
+    if arguments.times_only:
+        rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    else:
+        rows = fidelity(pipes, arguments.prompts)
+    times = speeds(pipes, arguments.rounds)
+    rows = [{**row, "speedup": times[row["setting"]]} for row in rows]
     RESULT.write_text(json.dumps({"steps": STEPS, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     replace_table(DOCS / "lossy.md", "reuse", table(rows))
     plot(rows, DOCS / "lossy.png")
