@@ -125,10 +125,16 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
 
 def supported_pipelines() -> tuple[str, ...]:
     """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
+    return tuple(filter(_exists, (*PAG_PIPELINES, *SAG_PIPELINES, *HOSTS)))
+
+
+def _exists(pipeline: str) -> bool:
     import diffusers
 
-    names = (*PAG_PIPELINES, *SAG_PIPELINES, *HOSTS)
-    return tuple(name for name in names if hasattr(diffusers, name))
+    try:
+        return hasattr(diffusers, pipeline)
+    except RuntimeError:  # its text encoder is one that this version of transformers has not
+        return False
 
 
 def _config(layers: Layers | None, options: dict[str, Any]) -> PatchConfig:
