@@ -32,6 +32,17 @@ def latents_of(call: dict[str, Any]) -> torch.Tensor:
     return next(call[name] for name in SAMPLE if name in call)
 
 
+def frames_of(call: dict[str, Any]) -> int:
+    """Frames of a UNet for videos: its text, and its batch inside, have a row for each."""
+    sample = call.get("sample")
+    return 1 if sample is None or sample.ndim != 5 else sample.shape[2]
+
+
+def version_of(x: torch.Tensor) -> int:
+    """Another number whenever somebody has written into ``x``; inference tensors do not tell."""
+    return 0 if x.is_inference() else x._version
+
+
 def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
     """The tensors among a model's arguments that have the batch's rows, by dotted name."""
     sizes = rows, rows * frames

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .checks import is_number
 from .compiling import CompileConfig
 from .layers import Layers, as_list
 from .ops import check_backend, check_rescale_mode
@@ -19,8 +20,7 @@ def check_scale(name: str, value: Any) -> None:
     """Raises ValueError unless ``value`` is a finite number that is not negative, or ``None``."""
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0.0 <= value < math.inf):
+    if not (is_number(value) and 0.0 <= value < math.inf):
         raise ValueError(f"{name} must be a number that is not negative; got {value!r}.")
 
 
@@ -162,7 +162,7 @@ def _check_rescale(mode: str | None, rescale: float | None) -> None:
             missing = "a rescale_mode" if mode is None else "another rescale_mode than 'snf'"
             raise ValueError(f'rescale={rescale!r} needs {missing}: "full", "partial" or "cfg".')
         return
-    number = isinstance(rescale, int | float) and not isinstance(rescale, bool)
+    number = is_number(rescale)
     if not number or not 0.0 <= rescale <= 1.0:  # type: ignore[operator]
         raise ValueError(
             f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got {rescale!r}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import batched, change_arguments, latents_of, mend_rows
+from .arguments import change_arguments, frames_of, latents_of, mend_rows, version_of
 from .branches.rows import change_level
 from .families import COND, PERTURBED, UNCOND, family_of, uncompiled
 from .guidance import guided_cond, host_timesteps
@@ -135,8 +135,7 @@ class HostedSession(Session):
         if getattr(self.pipe, "controlnet", None) is None:
             self.begin_step()
         state, sample = self.installed.state, latents_of(call)
-        rows = sample.shape[0]
-        frames = sample.shape[2] if "sample" in call and sample.ndim == 5 else 1
+        rows, frames = sample.shape[0], frames_of(call)
         cond = self._is_cond(call)
         state.context = COND if cond else UNCOND
         same = self._premise.same_objects(call, rows, context=state.context)
@@ -189,24 +188,18 @@ class HostedSession(Session):
             if x.shape[0] not in (rows, rows * frames):
                 return x
             own, version, copy = self._extended.get(id(x), (None, 0, x))
-            # a tensor made in inference mode does not tell whether a callback has written into it
-            now = -1 if x.is_inference() and self.watched else 0 if x.is_inference() else x._version
-            if own is not x or version != now or now < 0:
+            unknown = self.watched and x.is_inference()
+            if own is not x or version != version_of(x) or unknown:
                 copy = change_level(x, have, have + more)
-            extended[id(x)] = x, now, copy
+            extended[id(x)] = x, version_of(x), copy
             return copy
 
         call = change_arguments(call, extend)
         self._extended = extended
         return call
 
-    def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
-        # the perturbed rows are copies: only uncond and cond are to be compared
-        self.patch.steps["shared"] += 1
-        recheck = self.watched and self.installed.denoiser.config.get("in_channels") == 9
-        everything = batched(call, full * self.unit, frames)
-        shared = full - len(self.installed.branches)
-        return self._merged(everything, full, recheck), shared, full
+    def _differing(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> list[str]:
+        return []  # the perturbed rows are copies
 
     # ---- the combination ----
 
@@ -225,9 +218,7 @@ class HostedSession(Session):
             return out
         prediction = out[0]
         if self._is_last_pass():
-            # what follows the last step, decoding, is where memory runs short
-            self._kept.forget()
-            self.controlnets.kept.forget()
+            self._forget()
         if self.ran is None:
             if self._pending is None:
                 return out

@@ -80,9 +80,8 @@ def _true_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> fl
 
 
 def _wan_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
-    second = getattr(pipe, "_guidance_scale_2", None)
-    return float(second if denoiser == "transformer_2" and second is not None
-                 else pipe._guidance_scale)  # fmt: skip
+    second = getattr(pipe, "_guidance_scale_2", None) if denoiser == "transformer_2" else None
+    return float(pipe._guidance_scale if second is None else second)
 
 
 def _lumina_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +10,7 @@ import torch
 
 from .branches.blocks import STREAMS, perturbed_blocks, transformer_blocks
 from .branches.invariant import invariants
-from .branches.plan import BranchPlan, is_compiled
+from .branches.plan import BranchPlan, argument_names, is_compiled
 from .branches.rows import SPLIT, BranchState
 from .config import PatchConfig
 from .families import family_of, has_compiled, uncompiled
@@ -156,6 +154,9 @@ class Installation:
             self.lean = Lean(denoiser, self.same_input(), traced=config.traces)
         self.hooks = [(module, block.enter, block.leave) for module, block in self.blocks]
         self.hooks += self.plan.hooks(self.state, without=self.invariants)
+        self._placed = [
+            p for p in self.processors.values() if any(c is not None for c in p.constants)
+        ]
         self._random = any(branch.perturbation.random for branch in self.branches)
 
     def same_input(self) -> dict[str, int]:
@@ -171,7 +172,7 @@ class Installation:
         # packed latents, and those of a video that is one sequence, do not show where a token is
         shows = latents.ndim == 4 or hasattr(self.denoiser, "down_blocks")
         state.size = (latents.shape[-2], latents.shape[-1]) if shows else None
-        for processor in self.processors.values():
+        for processor in self._placed:
             processor.place(latents.device)
         if self._random:
             state.clock = torch.full((1,), step, dtype=torch.int64, device=latents.device)
@@ -209,8 +210,7 @@ def enter_with(
 
     Returns what takes both off again.
     """
-    cls: Any = type(uncompiled(module))
-    names = _parameters(cls)
+    names = argument_names(uncompiled(module))
 
     def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return enter({**dict(zip(names, args, strict=False)), **kwargs})
@@ -235,12 +235,6 @@ def enter_with(
 
     module._compiled_call_impl = call
     return [lambda: setattr(module, "_compiled_call_impl", compiled)]
-
-
-@functools.cache
-def _parameters(cls: Any) -> tuple[str, ...]:
-    """Names of the arguments of a model class's forward."""
-    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 def restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:

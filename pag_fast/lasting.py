@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from .branches.plan import is_compiled
 from .compiling import Compilation, enough_graphs
 from .config import PatchConfig, check_scale
+from .fallbacks import Falls
 from .hosted import HostedSession, Loop
 from .hosts import Host, denoiser_names
 from .installation import Installation
@@ -19,7 +18,7 @@ from .lean import Lean
 from .session import Session
 
 
-class Patch:
+class Patch(Falls):
     """The lasting part of a patch: settings, what calls have run, and what can be reused."""
 
     def __init__(
@@ -30,7 +29,7 @@ class Patch:
         own_layers: Any,
         host: Host | None = None,
     ) -> None:
-        self.config = config
+        super().__init__(config)
         self.original_class = original_class
         self.original_layers = original_layers
         self.own_layers = own_layers
@@ -39,9 +38,6 @@ class Patch:
         self.layers: list[str | int] = [] if own_layers is None else own_layers
         self.pag_scale = 3.0 if config.pag_scale is None else float(config.pag_scale)
         self.pag_adaptive_scale = float(config.pag_adaptive_scale or 0.0)
-        self.session: Session | None = None
-        self.steps: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()
         # rebuilt only when layers or modules change: a compiled denoiser guards on these objects
         self._installed: dict[int, tuple[Any, Installation]] = {}
         self._leans: dict[int, tuple[Any, Lean]] = {}
@@ -61,11 +57,7 @@ class Patch:
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
-        if self.session is not None:
-            raise ValueError(
-                "This pipeline is already running: a patched pipeline cannot be called from its "
-                "own callback or from a second thread."
-            )
+        self.check_idle()
         self.compile(pipe)
         if self.compilation is not None:
             self.compilation.check_compiler(pipe.device.type)
@@ -123,14 +115,6 @@ class Patch:
             return self.call(pipe, call, args, kwargs)
         finally:
             self.pag_scale, self.pag_adaptive_scale = before
-
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time, raise if strict."""
-        if self.config.strict:
-            raise ValueError(f"{reason} (strict=True)")
-        if reason not in self.fallbacks:
-            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
-        self.fallbacks[reason] += 1
 
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
         """The plan, processors and hooks for ``denoiser``, made anew when something changed."""

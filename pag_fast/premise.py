@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .arguments import SAMPLE, UNCHECKED
+from .arguments import SAMPLE, UNCHECKED, version_of
 
 
 class Premise:
@@ -79,7 +79,7 @@ def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
     if isinstance(value, torch.Tensor):
-        found.append((value, 0 if value.is_inference() else value._version))
+        found.append((value, version_of(value)))
     elif isinstance(value, list | tuple):
         for item in value:
             _collect(item, found)
@@ -104,5 +104,4 @@ def _leads(whole: tuple[Any, Any], part: tuple[Any, Any]) -> bool:
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:
-    version = 0 if x.is_inference() else x._version
-    return x.data_ptr(), tuple(x.shape), x.stride(), version
+    return x.data_ptr(), tuple(x.shape), x.stride(), version_of(x)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import is_number
+
 
 @dataclass(frozen=True)
 class Reuse:
@@ -36,8 +38,7 @@ class Reuse:
             raise ValueError(
                 f"every must be a whole number of steps from 1 on; got {self.every!r}."
             )
-        number = isinstance(self.drift, int | float) and not isinstance(self.drift, bool)
-        if self.drift is not None and not (number and self.drift >= 0.0):
+        if self.drift is not None and not (is_number(self.drift) and self.drift >= 0.0):
             raise ValueError(f"drift must be a number that is not negative; got {self.drift!r}.")
 
 

@@ -20,6 +20,7 @@ from .arguments import (
     RESIDUALS,
     batched,
     change_rows,
+    frames_of,
     knows_places,
     latents_of,
     mend_rows,
@@ -160,7 +161,7 @@ class Session:
         if getattr(self.pipe, "controlnet", None) is None:
             self.begin_step()
         sample = latents_of(call)
-        rows, frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
+        rows, frames = sample.shape[0], frames_of(call)
         self._calls += 1
         layout = self.layout(rows)
         same = self._premise.same_objects(call, rows)
@@ -177,7 +178,7 @@ class Session:
             full = len(layout)
             call = change_rows(call, rows, frames, full, full + branches - 1)
             layout += (PERTURBED,) * (branches - 1)
-        rows = latents_of(call).shape[0]
+            rows = latents_of(call).shape[0]
         drops = layout[-1] == PERTURBED and self._drops(scales, sample)
         if self.patch.compilation is not None and layout[-1] == PERTURBED:
             self._warm(call, layout, frames, dropped=drops)
@@ -324,14 +325,9 @@ class Session:
 
     def _decide(self, call: dict[str, Any], full: int, frames: int) -> tuple[int, int, int]:
         """Compare the rows of the branches."""
-        premise = self._premise
         everything = batched(call, full * self.unit, frames)
-        # a mask concatenated to the latents can be replaced by a callback; the latents cannot
-        recheck = self.watched and self.installed.denoiser.config.in_channels == 9
         shared = full - len(self.installed.branches)
-        differing = premise.differing(
-            everything, full, shared - 1, shared, key="cond", recheck=recheck
-        )
+        differing = self._differing(everything, full, shared)
         if differing:
             self.patch.fall_back(
                 f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
@@ -339,17 +335,28 @@ class Session:
             self.patch.steps["not shared"] += 1
             return full, full, full
         self.patch.steps["shared"] += 1
-        return self._merged(everything, full, recheck), shared, full
+        return self._merged(everything, full, shared), shared, full
 
-    def _merged(self, everything: dict[str, torch.Tensor], full: int, recheck: bool) -> int:
+    def _differing(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> list[str]:
+        """Names of the arguments in which cond and the perturbed branch differ."""
+        return self._premise.differing(
+            everything, full, shared - 1, shared, key="cond", recheck=self._recheck()
+        )
+
+    def _recheck(self) -> bool:
+        """A mask concatenated to the latents can be replaced by a callback; the latents cannot."""
+        return self.watched and self.installed.denoiser.config.get("in_channels") == 9
+
+    def _merged(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> int:
         """Slabs at MERGED: one, where uncond and cond differ in their text alone."""
-        shared = full - len(self.installed.branches)
         if not (self.installed.plan.merged and shared == 2):
             return shared
         others = {
             n: x for n, x in everything.items() if n.split(".")[-1] not in self.installed.text
         }
-        differing = self._premise.differing(others, full, 0, 1, key="uncond", recheck=recheck)
+        differing = self._premise.differing(
+            others, full, 0, 1, key="uncond", recheck=self._recheck()
+        )
         return 2 if differing else 1
 
     def _align_residuals(self, call: dict[str, Any], full: int) -> None:
@@ -371,17 +378,20 @@ class Session:
 
     # ---- the combination ----
 
+    def _forget(self) -> None:
+        """Behind the last step: what follows it, decoding, is where memory runs short."""
+        self._kept.forget()
+        self.controlnets.kept.forget()
+
     def combine(
         self, noise_pred: torch.Tensor, guidance_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(guided prediction, cond prediction)`` from the rows the denoiser returned."""
         assert self.ran is not None
         layout, scales = self.ran
-        # what follows the last step, decoding, is where memory runs short
         if self._calls == getattr(self.pipe, "_num_timesteps", None):
             self._calls = 0
-            self._kept.forget()
-            self.controlnets.kept.forget()
+            self._forget()
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -151,7 +152,12 @@ def has_diffusers_hooks(module: nn.Module) -> bool:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, which some models pass by position."""
-    forward = inspect.unwrap(type(module).forward)
+    return _argument_names(cast(Any, type(module)))
+
+
+@functools.cache
+def _argument_names(cls: Any) -> tuple[str, ...]:
+    forward = inspect.unwrap(cls.forward)
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
 

@@ -43,13 +43,28 @@ class ResumedGuidance(_Base):
     _pass: tuple[nn.Module, str, bool] | None
     _warned: set[str]
 
-    def _begin(self, start: float, stop: float) -> None:
+    def _begin(
+        self,
+        guidance_scale: float,
+        skip_scale: float,
+        start: float,
+        stop: float,
+        guidance_rescale: float,
+        use_original_formulation: bool,
+    ) -> None:
+        """What both constructors do; ``start`` and ``stop`` are those of the perturbation."""
         if not 0.0 <= start < 1.0 or not start <= stop <= 1.0:
             raise ValueError(
                 "Perturbed guidance runs from a start to a stop with 0 <= start < 1 and "
                 f"start <= stop <= 1, as shares of the steps; got {start} and {stop}."
             )
         self.__dict__.update(_runtime())
+        self.guidance_scale = guidance_scale
+        self.skip_layer_guidance_scale = skip_scale
+        self.skip_layer_guidance_start = start
+        self.skip_layer_guidance_stop = stop
+        self.guidance_rescale = guidance_rescale
+        self.use_original_formulation = use_original_formulation
 
     def _make(self, model: nn.Module) -> Resumption:
         """The resumption of one denoiser; raises ValueError where its layers are not to be had."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..branches.plan import argument_names
 from ..branches.rows import SPLIT, BranchState
 from ..families import family_of
-from ..installation import check_processors
+from ..installation import check_processors, restore_processor
 from ..processors.rows import PerturbedProcessor
 from .recording import Replacement
 
@@ -25,13 +25,8 @@ class Processed:
 
     def install(self) -> Callable[[], None]:
         """Put the processor on; returns what puts the former one back."""
-        before = self.attention.processor
+        restore = restore_processor(self.attention, self.attention.processor, self.processor)
         self.attention.set_processor(self.processor)
-
-        def restore() -> None:
-            if self.attention.processor is self.processor:
-                self.attention.set_processor(before)
-
         return restore
 
 

@@ -74,13 +74,14 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
         check_backend(backend)
         # diffusers' own constructor would register other arguments
         BaseGuidance.__init__(self, start, stop, enabled)
-        self._begin(perturbed_guidance_start, perturbed_guidance_stop)
-        self.guidance_scale = guidance_scale
-        self.skip_layer_guidance_scale = perturbed_guidance_scale
-        self.skip_layer_guidance_start = perturbed_guidance_start
-        self.skip_layer_guidance_stop = perturbed_guidance_stop
-        self.guidance_rescale = guidance_rescale
-        self.use_original_formulation = use_original_formulation
+        self._begin(
+            guidance_scale,
+            perturbed_guidance_scale,
+            perturbed_guidance_start,
+            perturbed_guidance_stop,
+            guidance_rescale,
+            use_original_formulation,
+        )
         self.layers = None
         if perturbed_guidance_layers is not None:
             self.layers = as_list(perturbed_guidance_layers)

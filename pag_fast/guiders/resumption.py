@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..branches.plan import has_diffusers_hooks
 from ..branches.resume import Known
 from .recording import Record, Replay
 
@@ -148,17 +149,13 @@ class Resumption:
         if self._usable is None:
             roots = [record.module for record in self.records]
             inner = [module for root in roots for module in root.modules()]
-            hooked = any(getattr(_registry(module), "hooks", None) for module in inner)
+            hooked = any(map(has_diffusers_hooks, inner))
             self._usable = not hooked and not any(module.training for module in inner)
         return self._usable
 
     def _drop(self) -> None:
         for record in self.records:
             record.take()
-
-
-def _registry(module: nn.Module) -> Any:
-    return getattr(module, "_diffusers_hook", None)
 
 
 def _leaves(value: Any) -> list[Any]:

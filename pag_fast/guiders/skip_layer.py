@@ -71,13 +71,14 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
             given = [] if skip_layer_config is None else skip_layer_config
             configs = as_configs(given, "skip_layer_config")
         BaseGuidance.__init__(self, start, stop, enabled)
-        self._begin(skip_layer_guidance_start, skip_layer_guidance_stop)
-        self.guidance_scale = guidance_scale
-        self.skip_layer_guidance_scale = skip_layer_guidance_scale
-        self.skip_layer_guidance_start = skip_layer_guidance_start
-        self.skip_layer_guidance_stop = skip_layer_guidance_stop
-        self.guidance_rescale = guidance_rescale
-        self.use_original_formulation = use_original_formulation
+        self._begin(
+            guidance_scale,
+            skip_layer_guidance_scale,
+            skip_layer_guidance_start,
+            skip_layer_guidance_stop,
+            guidance_rescale,
+            use_original_formulation,
+        )
         self.skip_layer_config = configs
         if skip_layer_config is not None:
             self.register_to_config(skip_layer_config=saved(configs))

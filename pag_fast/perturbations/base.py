@@ -10,6 +10,7 @@ import torch
 
 from .. import ops
 from ..branches.rows import BranchState
+from ..checks import is_number
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,22 @@ class Rows:
                 query, key, value, num_attend=query.shape[0], backend=self.backend
             )
         return ops.softmax_attention(query, key, value, attn_mask, self.scale)
+
+    def fused(self, perturbation: str, strength: torch.Tensor | None = None) -> torch.Tensor:
+        """All rows in one op, which knows ``perturbation`` itself."""
+        return ops.perturbed_attention(
+            self.query,
+            self.key,
+            self.value,
+            num_attend=self.num_attend,
+            num_context=self.num_context,
+            num_forked=self.num_forked,
+            attn_mask=self.attn_mask,
+            scale=self.scale,
+            perturbation=perturbation,
+            strength=strength,
+            backend=self.backend,
+        )
 
     def compose(self, image: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Attention of the rows that attend, ``image`` for the image tokens of the others.
@@ -197,8 +214,7 @@ def check_seed(seed: Any) -> None:
 
 def check_number(name: str, value: Any, *, least: float, most: float = float("inf")) -> None:
     """Raise ValueError unless ``value`` is a number from ``least`` to ``most``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
+    if not is_number(value) or not least <= value <= most:
         limits = f"of at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
         raise ValueError(f"{name} must be a number {limits}; got {value!r}.")
 

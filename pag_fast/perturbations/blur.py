@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import ops
 from ..ops.backend import is_unwatched
 from .base import AttentionPerturbation, Layer, Rows, check_number, token_grid
 
@@ -61,18 +60,7 @@ class BlurredQueries(AttentionPerturbation):
 
     def attend(self, rows: Rows) -> torch.Tensor:
         if self.is_mean and rows.mean_query is None and not rows.layer.linear:
-            return ops.perturbed_attention(
-                rows.query,
-                rows.key,
-                rows.value,
-                num_attend=rows.num_attend,
-                num_context=rows.num_context,
-                num_forked=rows.num_forked,
-                attn_mask=rows.attn_mask,
-                scale=rows.scale,
-                perturbation="blur",
-                backend=rows.backend,
-            )
+            return rows.fused("blur")
 
         def image(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
             if rows.mean_query is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +46,9 @@ class Identity(AttentionPerturbation):
                 num_forked=rows.num_forked,
                 backend=rows.backend,
             )
-        run = ops.perturbed_attention_
         if rows.num_forked:
-            run = functools.partial(ops.perturbed_attention, num_forked=rows.num_forked)
-        return run(
+            return rows.fused(self.name)
+        return ops.perturbed_attention_(
             rows.query,
             rows.key,
             rows.value,
@@ -123,19 +121,7 @@ class SoftIdentity(AttentionPerturbation):
 
     def attend(self, rows: Rows) -> torch.Tensor:
         if not rows.layer.linear:
-            return ops.perturbed_attention(
-                rows.query,
-                rows.key,
-                rows.value,
-                num_attend=rows.num_attend,
-                num_context=rows.num_context,
-                num_forked=rows.num_forked,
-                attn_mask=rows.attn_mask,
-                scale=rows.scale,
-                perturbation="soft",
-                strength=rows.constant,
-                backend=rows.backend,
-            )
+            return rows.fused("soft", rows.constant)
         out = rows.attend(rows.query, rows.key, rows.value)
         assert rows.constant is not None
         weight = rows.constant.to(out.dtype)[:, None]

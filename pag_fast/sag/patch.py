@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from ..config import PatchConfig
+from ..fallbacks import Falls
 from ..lean import Lean
 from .attention import RememberingSelfAttention
 from .session import SagSession
@@ -20,7 +19,7 @@ def is_sag(pipe: Any) -> bool:
     return any(cls.__name__ == "StableDiffusionSAGPipeline" for cls in type(pipe).__mro__)
 
 
-class SagPatch:
+class SagPatch(Falls):
     """Settings, what calls have run, and what can be reused; as :class:`pag_fast.lasting.Patch`.
 
     Attributes:
@@ -36,10 +35,7 @@ class SagPatch:
         before = getattr(pipe, "_pag_fast", None)
         self.original_class: type = type(pipe) if before is None else before.original_class
         _check(pipe, self.original_class, config)
-        self.config = config
-        self.session: SagSession | None = None
-        self.steps: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()
+        super().__init__(config)
         # lasting: compiled blocks guard on it
         self.processor = RememberingSelfAttention()
         self._lean: tuple[Any, Lean] | None = None
@@ -48,11 +44,7 @@ class SagPatch:
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
-        if self.session is not None:
-            raise ValueError(
-                "This pipeline is already running: a patched pipeline cannot be called from its "
-                "own callback or from a second thread."
-            )
+        self.check_idle()
         self.session = session = SagSession(pipe, self, bool(kwargs.get("callback")))
         try:
             session.open()
@@ -60,14 +52,6 @@ class SagPatch:
         finally:
             self.session = None
             session.end()
-
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time, raise if strict."""
-        if self.config.strict:
-            raise ValueError(f"{reason} (strict=True)")
-        if reason not in self.fallbacks:
-            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
-        self.fallbacks[reason] += 1
 
     def lean(self, model: Any) -> Lean:
         """What can be left out in the UNet, found anew when something changed."""

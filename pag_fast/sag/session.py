@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from .. import ops, reference
 from ..arguments import latents_of
 from ..branches.plan import is_compiled
 from ..families import has_compiled, uncompiled
+from ..installation import enter_with
 from ..lean import Lean
 from ..premise import Premise
 from .attention import QueriesAndKeys, received_from_map
@@ -62,20 +62,10 @@ class SagSession:
         if self.compiled:
             self.patch.fall_back("the UNet is compiled: it runs as it is, and stores its map")
             return
-        names = tuple(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
         # dropout is new in every pass
         keeps = self.patch.config.cache_conditioning and not model.training
         self._shared = SharedPasses(model, keeps=keeps)
-        before = unet.register_forward_pre_hook(
-            lambda _, args, kwargs: (
-                (),
-                self._enter({**dict(zip(names, args, strict=False)), **kwargs}),
-            ),
-            with_kwargs=True,
-            prepend=True,
-        )
-        after = unet.register_forward_hook(lambda *_: self._leave())
-        self._undo += [before.remove, after.remove]
+        self._undo += enter_with(unet, self._enter, lambda out: self._leave())
 
     def _restore_processor(self, original: Any) -> None:
         # somebody may have set another processor meanwhile: then it stays
