@@ -7,14 +7,20 @@ from setuptools import setup
 # import name: folder
 PACKAGES = {
     "pag_fast": "pag_fast",
-    "pag_fast.bench": "pag_fast/bench",
-    "pag_fast.branches": "pag_fast/branches",
+    "pag_fast.analysis": "pag_fast/analysis",
+    "pag_fast.fusion": "pag_fast/fusion",
     "pag_fast.guiders": "pag_fast/guiders",
-    "pag_fast.lean": "pag_fast/lean",
+    "pag_fast.models": "pag_fast/models",
     "pag_fast.ops": "pag_fast/ops",
     "pag_fast.perturbations": "pag_fast/perturbations",
+    "pag_fast.pipelines": "pag_fast/pipelines",
     "pag_fast.processors": "pag_fast/processors",
+    "pag_fast.runtime": "pag_fast/runtime",
     "pag_fast.sag": "pag_fast/sag",
+    "pag_fast.settings": "pag_fast/settings",
+    "pag_fast.sharing": "pag_fast/sharing",
+    "pag_fast.tools": "pag_fast/tools",
+    "pag_fast.tools.bench": "pag_fast/tools/bench",
     # never as "kernels": that is the name of a package that diffusers and transformers look for
     "pag_fast_kernels": "kernels/torch-ext/pag_fast_kernels",
 }

@@ -18,9 +18,8 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from pag_fast import ops, reference
-from pag_fast.bench.record import Row
-from pag_fast.branches.rows import BranchState
+from pag_fast import ops
+from pag_fast.ops import reference
 from pag_fast.ops.perturbed_attention import attention_flops
 from pag_fast.processors import (
     PerturbedJointAttention,
@@ -28,6 +27,8 @@ from pag_fast.processors import (
     PerturbedRotaryAttention,
     PerturbedSelfAttention,
 )
+from pag_fast.sharing.rows import BranchState
+from pag_fast.tools.bench.record import Row
 
 Calls = dict[str, Callable[[], Any]]
 ROWS, ATTEND = 3, 2  # uncond, cond and perturbed
@@ -193,7 +194,7 @@ def check(calls: Calls, expected: torch.Tensor, *, skip: Sequence[str] = ()) -> 
 
 
 def gpu_seconds(call: Callable[[], object], device: str) -> float:
-    """As :func:`pag_fast.bench.timing.seconds`, of the GPU alone, with its L2 cache cleared.
+    """As :func:`pag_fast.tools.bench.timing.seconds`, of the GPU alone, with its L2 cache cleared.
 
     Clearing takes the GPU longer than launching takes the CPU, so that launches are not timed.
     """

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.cases import EMOJI_JOBS, GPU, emoji_pipeline, real_call, real_pipeline
 from pag_fast import PatchConfig
-from pag_fast.bench.variants import compare_outputs, variants
-from pag_fast.fidelity import generate
+from pag_fast.tools.bench.variants import compare_outputs, variants
+from pag_fast.tools.metrics import generate
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 2.0, "pag_scale": 3.0}
 

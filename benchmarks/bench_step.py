@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cases import CPU, GPU, emoji_call, emoji_pipeline, real_call, real_pipeline
 from pag_fast import PatchConfig
-from pag_fast.bench.variants import compare_outputs, variants
+from pag_fast.tools.bench.variants import compare_outputs, variants
 
 CASES = GPU if torch.cuda.is_available() else CPU
 

@@ -12,9 +12,9 @@ import diffusers
 import torch
 from tiny import PIPELINES, build, randomise
 
-from pag_fast import models
-from pag_fast.inputs import CLIP_TOKENS, T5_TOKENS
-from pag_fast.zoo import CARDS
+from pag_fast.analysis.published import CARDS
+from pag_fast.models.inputs import CLIP_TOKENS, T5_TOKENS
+from pag_fast.tools import load as models
 
 _HALF = {"block_out_channels": (160, 320, 640), "cross_attention_dim": 1024}
 _HALF_UNET = {**_HALF, "attention_head_dim": (2, 5, 10), "sample_size": 64}

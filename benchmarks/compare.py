@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pag_fast.bench.record import Results, Spread, read, read_json
-from pag_fast.explain import table
+from pag_fast.analysis.explain import table
+from pag_fast.tools.bench.record import Results, Spread, read, read_json
 
 COUNTED = ("flops", "launches", "bytes")  # of a step
 RESOURCES = ("reg", "stack", "local", "shared")  # of a binary; instructions are no cost

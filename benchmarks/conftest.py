@@ -18,9 +18,9 @@ import diffusers
 import pytest
 import torch
 
-from pag_fast.bench.record import Results, Row, machine, write
-from pag_fast.bench.report import table
-from pag_fast.bench.timing import Call, Clock, make_rows, peak_bytes, seconds, turns
+from pag_fast.tools.bench.record import Results, Row, machine, write
+from pag_fast.tools.bench.report import table
+from pag_fast.tools.bench.timing import Call, Clock, make_rows, peak_bytes, seconds, turns
 
 ROWS = pytest.StashKey[list[Row]]()
 START = time.monotonic()

@@ -18,10 +18,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from benchmarks.compare import COUNTED, compare_counts
-from pag_fast.bench.record import SCHEMA, read_json
-from pag_fast.launches import launch_counts
-from pag_fast.ledger import entries
-from pag_fast.zoo import CARDS
+from pag_fast.analysis.kernel_counts import launch_counts
+from pag_fast.analysis.ledger import entries
+from pag_fast.analysis.published import CARDS
+from pag_fast.tools.bench.record import SCHEMA, read_json
 
 TABLE = Path(__file__).parent / "counts.json"
 # one for each family of denoisers, and one with a ControlNet

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from pag_fast import launches
-from pag_fast.arguments import latents_of
-from pag_fast.bound import lower_bound, trace
+from pag_fast.analysis import kernel_counts as launches
+from pag_fast.analysis.flops import controlnet_cost, patched_flops
+from pag_fast.analysis.lower_bound import lower_bound, trace
+from pag_fast.analysis.published import ModelCard, find_card, meta_model
 from pag_fast.config import PatchConfig
-from pag_fast.flops import controlnet_cost, patched_flops
-from pag_fast.zoo import ModelCard, find_card, meta_model
+from pag_fast.sharing.arguments import latents_of
 
 PAGE = Path(__file__).with_name("README.md")
 PIPELINES = {

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compiling import CompileConfig
+from .analysis.costs import layer_costs
+from .analysis.explain import explain
 from .config import PatchConfig
-from .costs import layer_costs
-from .explain import explain
 from .patching import patch, patched, supported_pipelines, unpatch
 from .perturbations import Branch
-from .reuse import Reuse
-from .schedules import Schedule, Step
+from .settings.compile_config import CompileConfig
+from .settings.reuse import Reuse
+from .settings.schedules import Schedule, Step
 from .version import __version__
 
 __all__ = [

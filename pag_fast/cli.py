@@ -100,7 +100,7 @@ def _pipeline_options(
 def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
     """What :func:`_pipeline_options` say, for ``run_demo`` and ``bench_pipeline``."""
     from .config import PatchConfig
-    from .demo import PROMPTS
+    from .tools.demo import PROMPTS
 
     shipped = arguments.pipeline == "emoji"
     scale, batch = arguments.guidance_scale, arguments.batch
@@ -116,12 +116,12 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layers(arguments: argparse.Namespace) -> None:
-    from . import models
-    from .costs import layer_costs
-    from .families import SAG_PIPELINES
-    from .hosts import HOSTS
+    from .analysis.costs import layer_costs
+    from .analysis.published import CARDS
+    from .models.registry import SAG_PIPELINES
     from .patching import supported_pipelines
-    from .zoo import CARDS
+    from .pipelines.injected import HOSTS
+    from .tools import load as models
 
     model = arguments.model
     if model is None:
@@ -143,8 +143,8 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _ledger(arguments: argparse.Namespace) -> None:
-    from .explain import flops_table
-    from .ledger import ledger
+    from .analysis.explain import flops_table
+    from .analysis.ledger import ledger
 
     entries = []
     for entry in ledger(arguments.pipelines or None):
@@ -158,10 +158,11 @@ def _ledger(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from . import explain, models, patched
-    from .demo import run_demo, write_demo
-    from .explain import table
-    from .fidelity import NearestPicture
+    from . import explain, patched
+    from .analysis.explain import table
+    from .tools import load as models
+    from .tools.demo import run_demo, write_demo
+    from .tools.metrics import NearestPicture
 
     call = _pipeline_call(arguments)
     pipe, known = models.load(arguments.pipeline), None
@@ -180,10 +181,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from . import models
-    from .bench import Results, bench_pipeline, write
-    from .bench.record import machine
-    from .bench.report import plot, require_matplotlib, user_table
+    from .tools import load as models
+    from .tools.bench import Results, bench_pipeline, write
+    from .tools.bench.record import machine
+    from .tools.bench.report import plot, require_matplotlib, user_table
 
     require_matplotlib()
     call = _pipeline_call(arguments)

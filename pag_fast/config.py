@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .checks import is_number
-from .compiling import CompileConfig
-from .layers import Layers, as_list
 from .ops import check_backend, check_rescale_mode
 from .perturbations import Branch, Perturbation, by_name
-from .reuse import Reuse
-from .schedules import Schedule
+from .settings.checks import is_number
+from .settings.compile_config import CompileConfig
+from .settings.layers import Layers, as_list
+from .settings.reuse import Reuse
+from .settings.schedules import Schedule
 
 
 def check_scale(name: str, value: Any) -> None:
@@ -29,7 +29,7 @@ class PatchConfig:
     """How a pipeline is patched.
 
     Attributes:
-        layers: attention layers to perturb, in any form :mod:`pag_fast.layers` accepts;
+        layers: attention layers to perturb, in any form :mod:`pag_fast.models.layer_names` accepts;
             ``None`` keeps those that the pipeline has.
         perturbation: what happens there to the perturbed rows: a name or an object of
             :mod:`pag_fast.perturbations`; ``"identity"`` is PAG.
@@ -42,7 +42,7 @@ class PatchConfig:
             ``pag_adaptive_scale``.
         rescale_mode: what to do against the contrast that guidance adds, in place of the pipeline's
             ``guidance_rescale``: ``"cfg"`` (all of the guidance), ``"full"``, ``"partial"`` or
-            ``"snf"`` (PAG's part), see :func:`pag_fast.reference.combine_guidance`.
+            ``"snf"`` (PAG's part), see :func:`pag_fast.ops.reference.combine_guidance`.
         rescale: how much of it, 0 to 1; ``"snf"`` has none.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         share_branches: run rows that are equal once. Off, every branch runs on its own, and

@@ -14,13 +14,13 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .families import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
-from .hosts import HOSTS, Host, denoiser_names, host_of
-from .installation import perturbed_branches
-from .lasting import Patch
-from .layers import Layers, as_list
-from .pipeline import mixins
+from .models.registry import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
+from .pipelines.injected import HOSTS, Host, denoiser_names, host_of
+from .pipelines.mixins import mixins
+from .runtime.installation import perturbed_branches
+from .runtime.patch_state import Patch
 from .sag import SagPatch, is_sag
+from .settings.layers import Layers, as_list
 
 P = TypeVar("P")
 
@@ -37,9 +37,9 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
             Patching it again replaces the earlier settings; if nothing but schedule and rescale
             are others, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
-            omitted, the pipeline's own ``pag_applied_layers``, or what :data:`pag_fast.hosts.HOSTS`
-            names for a pipeline without PAG. See :mod:`pag_fast.layers`. Self-Attention Guidance
-            has none.
+            omitted, the pipeline's own ``pag_applied_layers``, or what
+            :data:`pag_fast.pipelines.injected.HOSTS` names for a pipeline without PAG. See
+            :mod:`pag_fast.models.layer_names`. Self-Attention Guidance has none.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
 
     Returns:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pag_fast.launches import is_launch
+from pag_fast.analysis.kernel_counts import is_launch
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from numerics import relative
 from slow import FixedJoint
 
-from pag_fast.layers import resolve
+from pag_fast.models.layer_names import resolve
 
 STEPS = 2
 # every step is perturbed

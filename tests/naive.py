@@ -19,7 +19,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from tiny import PIPELINES
 
 from pag_fast import perturbations as P
-from pag_fast import reference
+from pag_fast.ops import reference
 
 
 def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:

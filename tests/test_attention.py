@@ -14,9 +14,10 @@ from numerics import assert_close_as_torch, relative
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pag_fast import ops, reference
-from pag_fast.branches.rows import BranchState
+from pag_fast import ops
+from pag_fast.ops import reference
 from pag_fast.processors import PerturbedJointAttention, PerturbedSelfAttention
+from pag_fast.sharing.rows import BranchState
 
 # the package's attribute of that name is the function
 op = importlib.import_module("pag_fast.ops.perturbed_attention")

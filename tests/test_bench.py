@@ -15,12 +15,12 @@ from tiny import build, call_kwargs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
-from pag_fast.bench import record, report
-from pag_fast.bench.record import EQUAL, Results, Spread, machine, read, write
-from pag_fast.bench.timing import interleave, make_rows, peak_bytes, seconds, turns
-from pag_fast.bench.user import bench_pipeline
-from pag_fast.bench.variants import compare_outputs, variants
 from pag_fast.cli import main
+from pag_fast.tools.bench import record, report
+from pag_fast.tools.bench.record import EQUAL, Results, Spread, machine, read, write
+from pag_fast.tools.bench.timing import interleave, make_rows, peak_bytes, seconds, turns
+from pag_fast.tools.bench.user import bench_pipeline
+from pag_fast.tools.bench.variants import compare_outputs, variants
 
 SD = "StableDiffusionPAGPipeline"
 

@@ -7,7 +7,7 @@ import torch
 from launches import launches  # noqa: F401
 
 from benchmarks import bench_ops
-from pag_fast.bench.timing import make_rows
+from pag_fast.tools.bench.timing import make_rows
 
 TINY = [
     bench_ops.Layer("tiny self", "self", 16, 2, 16),

@@ -14,13 +14,13 @@ import torch
 
 from benchmarks import counts
 from benchmarks.compare import main
-from pag_fast import models
-from pag_fast.bench.record import Results, read_json, write
-from pag_fast.bench.timing import interleave, make_rows
-from pag_fast.bench.variants import variants
-from pag_fast.ledger import entry
+from pag_fast.analysis.ledger import entry
+from pag_fast.analysis.published import CARDS, ModelCard
 from pag_fast.processors import PerturbedSelfAttention
-from pag_fast.zoo import CARDS, ModelCard
+from pag_fast.tools import load as models
+from pag_fast.tools.bench.record import Results, read_json, write
+from pag_fast.tools.bench.timing import interleave, make_rows
+from pag_fast.tools.bench.variants import variants
 
 MACHINE = {"chip": "a chip", "torch": "2.13.0"}
 SAMPLES = {"no PAG": [2.0, 2.1, 2.0], "stock": [3.0, 3.2, 3.0], "patched": [2.5, 2.6, 2.5]}

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import pag_fast
 from pag_fast import CompileConfig
-from pag_fast.compiling import Compilation, _check_compiler
+from pag_fast.runtime.compilation import Compilation, _check_compiler
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
 # test_compile.py has every family, compiled by the user

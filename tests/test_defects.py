@@ -12,7 +12,7 @@ from slow import FixedJoint, FixedSana, separate_forwards
 from tiny import PIPELINES, SIZE, build, call_kwargs, latents
 
 import pag_fast
-from pag_fast.layers import resolve
+from pag_fast.models.layer_names import resolve
 
 CFG = pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 

@@ -8,7 +8,8 @@ import torch
 from numerics import assert_close_as_torch, relative
 from torch.utils.flop_counter import FlopCounterMode
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 from pag_fast.ops.degrade_latents import torch_degrade_latents
 from pag_fast.sag.schedule import NoiseSchedule
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pag_fast
-from pag_fast import models
 from pag_fast.cli import main
-from pag_fast.demo import METHODS, PATCHED, STOCK, WITHOUT, run_demo
-from pag_fast.fidelity import NearestPicture, generate, prompt_accuracy, psnr
+from pag_fast.tools import load as models
+from pag_fast.tools.demo import METHODS, PATCHED, STOCK, WITHOUT, run_demo
+from pag_fast.tools.metrics import NearestPicture, generate, prompt_accuracy, psnr
 
 MEGABYTE = 1e6
 

@@ -13,9 +13,9 @@ import torch
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
-from pag_fast import hosts
 from pag_fast.cli import main
-from pag_fast.layers import self_attentions
+from pag_fast.models.layer_names import self_attentions
+from pag_fast.pipelines import injected as hosts
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'
 SIZE = {"height": 16, "width": 16}

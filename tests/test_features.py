@@ -465,14 +465,14 @@ def test_t2i_adapter_residuals():
         stock = latents(pipe, call_kwargs(name, pipe))
         del pipe.unet.forward
         pag_fast.patch(pipe)
-        enter = pag_fast.session.Session.enter_denoiser
+        enter = pag_fast.runtime.session.Session.enter_denoiser
 
         def with_residuals(self, call, enter=enter, residuals=residuals):
             extra = [torch.cat([r] * call["sample"].shape[0]) for r in residuals]
             return enter(self, {**call, "down_intrablock_additional_residuals": extra})
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pag_fast.session.Session, "enter_denoiser", with_residuals)
+            patch.setattr(pag_fast.runtime.session.Session, "enter_denoiser", with_residuals)
             with pytest.warns(UserWarning, match="T2I-Adapter residuals"):
                 patched = latents(pipe, call_kwargs(name, pipe))
         assert relative(patched, stock) < 1e-5

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pag_fast.fidelity import NearestPicture, prompt_accuracy, psnr, ssim
+from pag_fast.tools.metrics import NearestPicture, prompt_accuracy, psnr, ssim
 
 
 def _pictures(n=4, size=16):

@@ -14,8 +14,9 @@ from diffusers.pipelines.pag.pipeline_pag_sd import rescale_noise_cfg
 from numerics import assert_close_as_torch, relative
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pag_fast import ops, reference
-from pag_fast.guidance import guided_cond, scale_at, timestep_value
+from pag_fast import ops
+from pag_fast.ops import reference
+from pag_fast.runtime.guidance import guided_cond, scale_at, timestep_value
 
 
 def _branches(dtype, *, uncond=True, perturbed=True):

@@ -21,7 +21,7 @@ from modular import (
 )
 from numerics import relative
 
-from pag_fast.layers import resolve
+from pag_fast.models.layer_names import resolve
 
 guiders = pytest.importorskip("pag_fast.guiders", exc_type=ImportError)
 

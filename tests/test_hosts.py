@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 import pag_fast
-from pag_fast import reference
-from pag_fast.compiling import CompileConfig
-from pag_fast.layers import resolve
+from pag_fast.models.layer_names import resolve
+from pag_fast.ops import reference
+from pag_fast.settings.compile_config import CompileConfig
 
 SD, FLUX, WAN = "StableDiffusionPipeline", "FluxPipeline", "WanPipeline"
 SD3, LUMINA = "StableDiffusion3Pipeline", "Lumina2Pipeline"

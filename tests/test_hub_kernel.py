@@ -14,7 +14,7 @@ import pytest
 import torch
 from launches import launches  # noqa: F401
 
-from pag_fast import reference
+from pag_fast.ops import reference
 
 ROOT = Path(__file__).parent.parent
 PROJECT = ROOT / "kernels"

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pag_fast
-from pag_fast.branches.invariant import Invariant, invariant_modules
-from pag_fast.branches.rows import BranchState
+from pag_fast.sharing.conditioning_cache import Invariant, invariant_modules
+from pag_fast.sharing.rows import BranchState
 
 UNET = "StableDiffusionPAGPipeline"
 

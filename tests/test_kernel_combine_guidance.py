@@ -8,7 +8,7 @@ from launches import launches  # noqa: F401
 from numerics import assert_close_as_torch
 from pag_fast_kernels import combine_guidance
 
-from pag_fast import reference
+from pag_fast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

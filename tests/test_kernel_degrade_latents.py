@@ -10,7 +10,8 @@ from numerics import assert_close_as_torch
 from pag_fast_kernels import degrade_latents
 from test_degrade_latents import SHAPES, _arguments, _truth
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,13 +10,13 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from launches import CountOps, launches  # noqa: F401
 
 from pag_fast import ops
-from pag_fast.branches.rows import BranchState
 from pag_fast.processors import (
     PerturbedJointAttention,
     PerturbedLinearAttention,
     PerturbedRotaryAttention,
     PerturbedSelfAttention,
 )
+from pag_fast.sharing.rows import BranchState
 
 TEXT, TOKENS, WIDTH = 5, 16, 64
 

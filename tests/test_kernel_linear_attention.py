@@ -9,7 +9,7 @@ from numerics import assert_close_as_torch
 from pag_fast_kernels import linear_attention
 from pag_fast_kernels.launch import INTERPRETED
 
-from pag_fast import reference
+from pag_fast.ops import reference
 from pag_fast.ops.linear_attention import torch_linear_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -9,7 +9,8 @@ from numerics import assert_close_as_torch
 from pag_fast_kernels import noisy_attention
 from pag_fast_kernels.launch import INTERPRETED, Config
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 
 # the interpreter multiplies bf16 wrongly, and does not say so
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])

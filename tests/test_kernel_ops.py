@@ -10,8 +10,9 @@ from launches import launches  # noqa: F401
 from pag_fast_kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pag_fast import PatchConfig, ops, reference
+from pag_fast import PatchConfig, ops
 from pag_fast.ops import backend as backends
+from pag_fast.ops import reference
 from pag_fast.ops.perturbed_attention import attention_backend
 
 QKV = (2, 21, 2, 16)

@@ -9,7 +9,7 @@ from numerics import assert_close_as_torch
 from pag_fast_kernels import perturbed_attention
 from pag_fast_kernels.launch import INTERPRETED, Config, split_head_dim
 
-from pag_fast import reference
+from pag_fast.ops import reference
 
 # the interpreter multiplies bf16 wrongly, and does not say so
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])

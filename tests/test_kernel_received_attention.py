@@ -9,7 +9,8 @@ from numerics import assert_close_as_torch
 from pag_fast_kernels import received_attention
 from pag_fast_kernels.launch import INTERPRETED
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # the interpreter multiplies bf16 wrongly, and does not say so

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pag_fast.launches import counted, launch_counts
+from pag_fast.analysis.kernel_counts import counted, launch_counts
 
 # part of stock's launches that is gone at least: pipeline, CFG, share; benchmarks/counts.json has
 # the exact numbers of every family

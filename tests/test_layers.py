@@ -8,7 +8,7 @@ import pytest
 from tiny import PIPELINES, build
 
 import pag_fast
-from pag_fast.layers import resolve, self_attentions
+from pag_fast.models.layer_names import resolve, self_attentions
 
 
 def _model(name, **overrides):

@@ -13,10 +13,10 @@ from tiny import PIPELINES, build, call_kwargs, latents
 from torch import nn
 
 import pag_fast
-from pag_fast.lean import Lean
-from pag_fast.lean.joined import Joined
-from pag_fast.lean.projections import QKV, TimeProjections
-from pag_fast.lean.unit import UNIT
+from pag_fast.fusion import Lean
+from pag_fast.fusion.packed_linears import Joined
+from pag_fast.fusion.projections import QKV, TimeProjections
+from pag_fast.fusion.unit import UNIT
 
 UNET = "StableDiffusionPAGPipeline"
 
@@ -113,7 +113,7 @@ def test_qkv_computes_once_for_the_same_tensor_only():
 
 
 def test_time_projections_follow_the_branches():
-    linears, state = _linears(4, 3), pag_fast.branches.rows.BranchState()
+    linears, state = _linears(4, 3), pag_fast.sharing.rows.BranchState()
     state.slabs = (1, 2, 3)
     temb = torch.randn(6, 6, dtype=torch.float64)
     temb[4:] = temb[2:4]

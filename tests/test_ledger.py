@@ -14,13 +14,13 @@ import tiny_hosts
 import torch
 from tiny import PIPELINES, build
 
-from pag_fast.bound import trace
-from pag_fast.flops import count, step_costs
-from pag_fast.hosts import HOSTS
-from pag_fast.inputs import Size, forward_kwargs
-from pag_fast.layers import resolve
-from pag_fast.ledger import entries, entry
-from pag_fast.zoo import CARDS, find_card, meta_model, meta_twin
+from pag_fast.analysis.flops import count, step_costs
+from pag_fast.analysis.ledger import entries, entry
+from pag_fast.analysis.lower_bound import trace
+from pag_fast.analysis.published import CARDS, find_card, meta_model, meta_twin
+from pag_fast.models.inputs import Size, forward_kwargs
+from pag_fast.models.layer_names import resolve
+from pag_fast.pipelines.injected import HOSTS
 
 ROOT = Path(__file__).parent.parent
 COUNTS = json.loads((ROOT / "benchmarks" / "counts.json").read_text("utf-8"))

@@ -9,10 +9,11 @@ from diffusers.models.attention_processor import Attention
 from numerics import assert_close_as_torch, relative
 from torch.utils.flop_counter import FlopCounterMode
 
-from pag_fast import ops, reference
-from pag_fast.branches.rows import BranchState
+from pag_fast import ops
+from pag_fast.ops import reference
 from pag_fast.ops.linear_attention import torch_linear_attention
 from pag_fast.processors import PerturbedLinearAttention
+from pag_fast.sharing.rows import BranchState
 
 # tokens, heads, head_dim, attend, perturbed, forked
 SHAPES = [

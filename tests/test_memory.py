@@ -10,9 +10,9 @@ from tiny import PIPELINES, build, call_kwargs, latents
 from torch.profiler import ProfilerActivity, profile
 
 import pag_fast
-from pag_fast.branches.invariant import _tensors
-from pag_fast.lean.projections import TimeProjections
-from pag_fast.session import Session
+from pag_fast.fusion.projections import TimeProjections
+from pag_fast.runtime.session import Session
+from pag_fast.sharing.conditioning_cache import _tensors
 
 NAMES = [
     "StableDiffusionPAGPipeline",

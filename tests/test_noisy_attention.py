@@ -9,7 +9,8 @@ import torch
 from numerics import relative
 from torch.utils.flop_counter import FlopCounterMode
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 
 # the package's attribute of that name is the function
 op = importlib.import_module("pag_fast.ops.noisy_attention")

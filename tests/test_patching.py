@@ -12,8 +12,8 @@ from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
-from pag_fast import families
-from pag_fast.hosts import HOSTS
+from pag_fast.models import registry as families
+from pag_fast.pipelines.injected import HOSTS
 
 NAME = "StableDiffusionXLPAGPipeline"
 

@@ -17,10 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
 from pag_fast import ops
-from pag_fast.branches.blocks import PerturbedBlock
-from pag_fast.branches.rows import BranchState
-from pag_fast.flops import patched_flops
-from pag_fast.layers import resolve
+from pag_fast.analysis.flops import patched_flops
+from pag_fast.models.layer_names import resolve
 from pag_fast.perturbations import (
     BlockPerturbation,
     BlurredMap,
@@ -36,6 +34,8 @@ from pag_fast.perturbations import (
 )
 from pag_fast.perturbations.base import token_grid
 from pag_fast.perturbations.blur import gaussian_blur
+from pag_fast.sharing.block_hooks import PerturbedBlock
+from pag_fast.sharing.rows import BranchState
 
 SD, XL = "StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"
 SD3, PIXART = "StableDiffusion3PAGPipeline", "PixArtSigmaPAGPipeline"

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pag_fast import ops, reference
+from pag_fast import ops
+from pag_fast.ops import reference
 from pag_fast.ops.backend import IMPLEMENTATIONS
 from pag_fast.ops.received_attention import torch_received_attention
 from pag_fast.sag.attention import QueriesAndKeys, received_from_map

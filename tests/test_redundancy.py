@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import pag_fast
-from pag_fast.hosts import HOSTS
-from pag_fast.layers import self_attentions
+from pag_fast.models.layer_names import self_attentions
+from pag_fast.pipelines.injected import HOSTS
 
 _SKIP = {torch.ops.pag_fast.combine_guidance}
 

@@ -8,7 +8,7 @@ from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
-from pag_fast import reference
+from pag_fast.ops import reference
 
 UNET, DIT = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 MODES = {"cfg": 0.7, "full": 0.7, "partial": 0.7, "snf": None}

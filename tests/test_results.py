@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pag_fast.bench.record import read
+from pag_fast.tools.bench.record import read
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

@@ -10,7 +10,7 @@ from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 
 import pag_fast
 from pag_fast import Reuse
-from pag_fast.layers import resolve
+from pag_fast.models.layer_names import resolve
 
 PAG = "StableDiffusionPAGPipeline"
 

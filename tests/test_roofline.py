@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.roofline import CHIPS, Op, Rates, Step
-from pag_fast.launches import launch_counts
-from pag_fast.ledger import entry
+from pag_fast.analysis.kernel_counts import launch_counts
+from pag_fast.analysis.ledger import entry
 
 # the fastest to count; `make counts` compares the whole page
 QUICK = ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"]

@@ -14,7 +14,7 @@ from numerics import relative
 from test_received_attention import Shapes
 
 import pag_fast
-from pag_fast.launches import Launches, counted
+from pag_fast.analysis.kernel_counts import Launches, counted
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 DDIM = diffusers.DDIMScheduler

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import pag_fast
 from pag_fast import CompileConfig, Schedule, Step
-from pag_fast.guidance import _position, _step, scale_at, scales_ahead
+from pag_fast.runtime.guidance import _position, _step, scale_at, scales_ahead
 
 UNET, DIT = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 EAGER = CompileConfig(backend="eager")

@@ -15,7 +15,7 @@ from tiny import build, call_kwargs, randomise
 
 import pag_fast
 from benchmarks.cases import emoji_call, emoji_pipeline
-from pag_fast.zoo import CARDS
+from pag_fast.analysis.published import CARDS
 
 pytestmark = pytest.mark.wallclock
 

@@ -21,8 +21,8 @@ import torch
 from tqdm.auto import tqdm
 
 import pag_fast
-from pag_fast import models
-from pag_fast.fidelity import NearestPicture, prompt_accuracy
+from pag_fast.tools import load as models
+from pag_fast.tools.metrics import NearestPicture, prompt_accuracy
 
 GUIDANCE = (1.0, 2.0, 4.0, 7.0)
 PAG = (0.0, 1.5, 3.0, 5.0)

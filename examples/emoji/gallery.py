@@ -18,8 +18,6 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 import pag_fast
-from pag_fast import models
-from pag_fast.fidelity import Accuracy, NearestPicture, generate, prompt_accuracy
 from pag_fast.perturbations import (
     BlurredMap,
     BlurredQueries,
@@ -30,6 +28,8 @@ from pag_fast.perturbations import (
     SkippedBlock,
     SoftIdentity,
 )
+from pag_fast.tools import load as models
+from pag_fast.tools.metrics import Accuracy, NearestPicture, generate, prompt_accuracy
 
 DOCS = Path(__file__).parents[2] / "docs"
 SCALES = (0.75, 1.5, 3.0)

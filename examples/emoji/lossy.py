@@ -17,9 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 import pag_fast
-from pag_fast import Reuse, models
-from pag_fast.bench.timing import interleave
-from pag_fast.fidelity import NearestPicture, generate, prompt_accuracy, psnr, ssim
+from pag_fast import Reuse
+from pag_fast.tools import load as models
+from pag_fast.tools.bench.timing import interleave
+from pag_fast.tools.metrics import NearestPicture, generate, prompt_accuracy, psnr, ssim
 
 from .gallery import DOCS, replace_table, spread
 

@@ -11,7 +11,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import nn
 
 from .. import ops
-from ..families import uncompiled
+from ..models.registry import uncompiled
 from .arming import Armed, Run, release
 from .resumption import COND, PERTURBED, UNCOND, Resumption
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..branches.plan import argument_names
-from ..branches.rows import SPLIT, BranchState
-from ..families import family_of
-from ..installation import check_processors, restore_processor
+from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
+from ..runtime.installation import check_processors, restore_processor
+from ..sharing.plan import argument_names
+from ..sharing.rows import SPLIT, BranchState
 from .recording import Replacement
 
 

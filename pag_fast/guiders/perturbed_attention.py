@@ -10,10 +10,10 @@ from diffusers.guiders import PerturbedAttentionGuidance as _Stock
 from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
-from ..branches.resume import known_modules
-from ..families import family_of
-from ..layers import as_list
+from ..models.registry import family_of
 from ..ops import check_backend
+from ..settings.layers import as_list
+from ..sharing.resume import known_modules
 from .base import ResumedGuidance
 from .changes import Perturbed
 from .resumption import Resumption

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..branches.resume import Known
+from ..sharing.resume import Known
 
 
 class Replacement:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..branches.plan import has_diffusers_hooks
-from ..branches.resume import Known
+from ..sharing.plan import has_diffusers_hooks
+from ..sharing.resume import Known
 from .recording import Record, Replay
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
-from ..layers import resolve, self_attentions
+from ..models.layer_names import resolve, self_attentions
 
 # where transformers keep their blocks
 _STACKS = (

@@ -10,8 +10,8 @@ from diffusers.guiders import SkipLayerGuidance as _Stock
 from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
-from ..branches.resume import Known, known_modules
-from ..families import family_of
+from ..models.registry import family_of
+from ..sharing.resume import Known, known_modules
 from .base import ResumedGuidance
 from .changes import Perturbed, skipped_attention, skipped_block, skipped_feed_forward
 from .resumption import Change, Resumption

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from . import reference
 from .backend import check_backend, define, is_unwatched, resolve_backend
 
 
@@ -26,7 +26,7 @@ def combine_guidance(
 ) -> torch.Tensor:
     """The guided prediction ``u + g·(c − u) + s·(c − p)``, rescaled where asked for.
 
-    Arguments, modes and dtypes: :func:`pag_fast.reference.combine_guidance`. Scales are Python
+    Arguments, modes and dtypes: :func:`pag_fast.ops.reference.combine_guidance`. Scales are Python
     floats, so that no step waits for the device; inside a ``torch.compile`` region the arithmetic
     is traced and fused by Inductor, outside it is one launch on a GPU with Triton, two with
     rescale.

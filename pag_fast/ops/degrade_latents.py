@@ -23,8 +23,8 @@ def degrade_latents(
 ) -> torch.Tensor:
     """Latents with their salient parts blurred: one launch with Triton, ten with PyTorch.
 
-    Arguments and dtypes: :func:`pag_fast.reference.degrade_latents`. Weights are Python floats, so
-    that no step waits for the device.
+    Arguments and dtypes: :func:`pag_fast.ops.reference.degrade_latents`. Weights are Python floats,
+    so that no step waits for the device.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.

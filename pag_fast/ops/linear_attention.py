@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import reference
+from . import reference
 from .backend import define, resolve_backend
 from .perturbed_attention import check_attention, forked_rows_like
 
@@ -22,8 +22,8 @@ def linear_attention(
 ) -> torch.Tensor:
     """ReLU linear attention (Sana) for rows ``< num_attend``, identity for the rows behind.
 
-    Shapes and meaning of every argument: :func:`pag_fast.reference.linear_attention`. The sums over
-    tokens are accumulated in fp32.
+    Shapes and meaning of every argument: :func:`pag_fast.ops.reference.linear_attention`. The sums
+    over tokens are accumulated in fp32.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.

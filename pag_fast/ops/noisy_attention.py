@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import reference
+from . import reference
 from .backend import define, is_left_alone, is_unwatched, resolve_backend
 
 # scores that are materialised at a time: each takes some 64-bit integers on the way
@@ -26,7 +26,7 @@ def noisy_attention(
     backend: str = "auto",
 ) -> torch.Tensor:
     """``softmax(scale·q·kᵀ + σ·ε)·v`` for every row; shapes, and what ε is:
-    :func:`pag_fast.reference.noisy_attention`.
+    :func:`pag_fast.ops.reference.noisy_attention`.
 
     ``clock`` is a tensor so that another step is neither another graph nor a wait for the device.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import reference
+from . import reference
 from .backend import define, is_left_alone, is_unwatched, measured_backend, resolve_backend
 
 
@@ -28,7 +28,7 @@ def perturbed_attention(
 ) -> torch.Tensor:
     """Softmax attention for rows ``< num_attend``, perturbed attention for those behind, one call.
 
-    Shapes and meaning of every argument: :func:`pag_fast.reference.perturbed_attention`. Any
+    Shapes and meaning of every argument: :func:`pag_fast.ops.reference.perturbed_attention`. Any
     strides are accepted as long as the last one is 1 (a projection's own layout); fp16, bf16, fp32,
     and fp64 on the PyTorch backend.
 

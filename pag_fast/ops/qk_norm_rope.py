@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from . import reference
 from .backend import define, resolve_backend
 
 Affine = tuple[torch.Tensor, torch.Tensor] | None
@@ -21,7 +21,7 @@ def qk_norm_rope_(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> None:
-    """Replace q and k by :func:`pag_fast.reference.qk_norm_rope` of them: one Triton launch.
+    """Replace q and k by :func:`pag_fast.ops.reference.qk_norm_rope` of them: one Triton launch.
 
     ``[rows, N, H, D]`` with D even and any strides but a unit last one; q and k do not share
     memory. The rotary tables are ``[N, D]`` or ``[1, D]`` and may be of another dtype.

@@ -16,8 +16,8 @@ def received_attention(
 ) -> torch.Tensor:
     """Column sums of softmax(QKᵀ), averaged over heads: ``[rows, N]`` fp32, fp64 for fp64.
 
-    Arguments: :func:`pag_fast.reference.received_attention`; any strides as long as the last one
-    is 1. The N × N map is never held as a whole: the PyTorch backend has the scores of a head
+    Arguments: :func:`pag_fast.ops.reference.received_attention`; any strides as long as the last
+    one is 1. The N × N map is never held as a whole: the PyTorch backend has the scores of a head
     dimension of queries at a time, as much as the queries themselves, the Triton backend none.
 
     Raises:

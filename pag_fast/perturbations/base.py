@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from .. import ops
-from ..branches.rows import BranchState
-from ..checks import is_number
+from ..settings.checks import is_number
+from ..sharing.rows import BranchState
 
 
 @dataclass(frozen=True)

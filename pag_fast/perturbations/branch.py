@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..layers import Layers, as_list
+from ..settings.layers import Layers, as_list
 from .base import Perturbation, check_number
 from .blocks import ShuffledTokens, SkippedBlock
 from .blur import BlurredMap, BlurredQueries
@@ -44,7 +44,7 @@ class Branch:
     """One perturbed branch p of several: the guided prediction gets ``scale·(cond − p)`` added.
 
     Attributes:
-        layers: its perturbed layers, in any form :mod:`pag_fast.layers` accepts.
+        layers: its perturbed layers, in any form :mod:`pag_fast.models.layer_names` accepts.
         perturbation: a name or an object of :mod:`pag_fast.perturbations`.
         scale: its guidance scale; ``None`` is the call's ``pag_scale``. ``pag_adaptive_scale``
             lowers either.

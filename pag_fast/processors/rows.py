@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..branches.rows import SPLIT, BranchState
 from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
+from ..sharing.rows import SPLIT, BranchState
 
 _IDENTITY = Identity()
 

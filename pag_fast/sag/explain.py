@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..branches.invariant import invariant_modules
-from ..branches.plan import is_compiled
+from ..analysis.explain import Explanation, ModelCall
 from ..config import PatchConfig
-from ..explain import Explanation, ModelCall
-from ..families import has_compiled, uncompiled
-from ..lean import Lean
+from ..fusion import Lean
+from ..models.registry import has_compiled, uncompiled
+from ..sharing.conditioning_cache import invariant_modules
+from ..sharing.plan import is_compiled
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import PatchConfig
-from ..fallbacks import Falls
-from ..lean import Lean
+from ..fusion import Lean
+from ..runtime.fallbacks import Falls
 from .attention import RememberingSelfAttention
 from .session import SagSession
 
@@ -20,7 +20,7 @@ def is_sag(pipe: Any) -> bool:
 
 
 class SagPatch(Falls):
-    """Settings, what calls have run, and what can be reused; as :class:`pag_fast.lasting.Patch`.
+    """As :class:`pag_fast.runtime.patch_state.Patch`: settings, steps, what can be reused.
 
     Attributes:
         host: none: the pipeline knows its guidance itself.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..guidance import timestep_value
+from ..runtime.guidance import timestep_value
 
 Weights = tuple[float, float]
 
@@ -26,7 +26,7 @@ class NoiseSchedule:
         self._table: tuple[Any, Any, dict[int, tuple[float, float, float]]] | None = None
 
     def weights(self, timestep: Any) -> tuple[Weights, Weights]:
-        """``(clean, noise)`` for :func:`pag_fast.reference.degrade_latents`.
+        """``(clean, noise)`` for :func:`pag_fast.ops.reference.degrade_latents`.
 
         Raises:
             ValueError: a prediction type that Self-Attention Guidance does not know.

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops, reference
-from ..arguments import latents_of
-from ..branches.plan import is_compiled
-from ..families import has_compiled, uncompiled
-from ..installation import enter_with
-from ..lean import Lean
-from ..premise import Premise
+from .. import ops
+from ..fusion import Lean
+from ..models.registry import has_compiled, uncompiled
+from ..ops import reference
+from ..runtime.installation import enter_with
+from ..sharing.arguments import latents_of
+from ..sharing.plan import is_compiled
+from ..sharing.row_equality import Premise
 from .attention import QueriesAndKeys, received_from_map
 from .schedule import NoiseSchedule
 from .shared import SharedPasses

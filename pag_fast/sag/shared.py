@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..branches.invariant import Invariant, Kept, invariant_modules
-from ..branches.plan import has_diffusers_hooks
-from ..branches.rows import BranchState
+from ..sharing.conditioning_cache import Invariant, Kept, invariant_modules
+from ..sharing.plan import has_diffusers_hooks
+from ..sharing.rows import BranchState
 
 _TIME = ("time_proj", "time_embedding")
 

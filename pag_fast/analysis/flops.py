@@ -1,0 +1,223 @@
+"""Counting FLOPs on the meta device: stock and patched; the least is in ``lower_bound.py``.
+
+Nothing is run on real data: full-size models are built without weights and traced once per variant,
+which takes seconds and gives the same integers every time. Matrix products, convolutions and
+attention count, 2 FLOPs per multiply-add, as in ``torch.utils.flop_counter``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import PatchConfig
+from ..fusion import Lean
+from ..models.inputs import Inputs
+from ..models.registry import family_of
+from ..perturbations import Identity
+from ..runtime.installation import Installation, perturbed_branches
+from ..sharing.arguments import latents_of
+from ..sharing.conditioning_cache import invariants
+from ..sharing.plan import install
+from ..sharing.rows import BranchState
+from ..sharing.unet_plan import plan_controlnet
+from .lower_bound import Traced, lower_bound, row_flops, trace
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one step for one image: as diffusers runs it, as patched, and the lower bound.
+
+    Diffusers' pipelines know the identity on one branch alone. For everything else ``stock`` is
+    every branch in full, and ``bound`` is 0: none is derived.
+    """
+
+    stock: int
+    patched: int
+    bound: int
+
+    @property
+    def speedup(self) -> float:
+        return self.stock / self.patched
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.stock + other.stock,
+            self.patched + other.patched,
+            self.bound + other.bound if self.bound and other.bound else 0,
+        )
+
+
+def count(model: Any, call: dict[str, Any]) -> int:
+    """FLOPs of ``model(**call)``."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**call, return_dict=False)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def processors(model: Any, chosen: dict[str, Any]) -> Iterator[None]:
+    """``model`` with the given processor on each named attention, restored afterwards."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].processor for name in chosen}
+    try:
+        for name, processor in chosen.items():
+            modules[name].set_processor(processor)
+        yield
+    finally:
+        for name, processor in before.items():
+            modules[name].set_processor(processor)
+
+
+@contextmanager
+def stock_step(model: Any, layers: Any, *, cfg: bool) -> Iterator[int]:
+    """``model`` with diffusers' own PAG processors; yields the rows of a step for one image.
+
+    Where diffusers has none, PAG costs what an unmodified model does on one more branch.
+    """
+    import diffusers.models.attention_processor as stock
+
+    pair = family_of(model).stock_processors
+    if pair is None:
+        yield 3 if cfg else 2
+        return
+    processor = getattr(stock, pair[0 if cfg else 1])()
+    found = Installation(model, layers, PatchConfig()).attentions
+    with processors(model, dict.fromkeys(found, processor)):
+        yield 3 if cfg else 2
+
+
+@contextmanager
+def patched_step(
+    model: Any, layers: Any, *, cfg: bool, config: PatchConfig, eager: bool = False
+) -> Iterator[tuple[BranchState, int]]:
+    """``model`` as while a patched pipeline runs; yields its state and the rows of a step.
+
+    With ``eager``, what depends on the conditioning alone is kept from one forward to the next, and
+    launches are left out; ``state.step`` has to be another number in each.
+    """
+    installation = Installation(model, layers, config, eager=eager)
+    plan = installation.plan
+    prompts = 2 if cfg else 1
+    full = prompts + len(installation.branches)
+    shared = full if plan.reason else prompts
+    merged = 1 if plan.merged and shared == 2 else shared
+    installation.state.slabs = (merged, shared, full)
+
+    def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        installation.prepare(args[0] if args else latents_of(kwargs), 0)
+
+    with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
+        stack.callback(handle.remove)
+        for handle in install(installation.hooks):
+            stack.callback(handle.remove)
+        for invariant in installation.invariants.values():
+            stack.callback(invariant.install())
+        stack.enter_context(processors(model, dict(installation.processors)))
+        for undo in installation.lean.install(installation.state) if installation.lean else ():
+            stack.callback(undo)
+        yield installation.state, full
+
+
+@contextmanager
+def controlnet_step(
+    model: Any, *, cfg: bool, eager: bool = False
+) -> Iterator[tuple[BranchState, int]]:
+    """As :func:`patched_step` for a ControlNet, which never runs on the perturbed rows."""
+    plan, state = plan_controlnet(model), BranchState()
+    rows = 2 if cfg else 1
+    state.slabs = (1, rows, rows)
+    kept = invariants(model, plan, state) if eager else {}
+    with ExitStack() as stack:
+        for handle in install(plan.hooks(state, without=kept)):
+            stack.callback(handle.remove)
+        for invariant in kept.values():
+            stack.callback(invariant.install())
+        for undo in Lean(model).install(state) if eager else ():
+            stack.callback(undo)
+        yield state, rows
+
+
+def stock_flops(model: Any, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
+    """FLOPs of a step as diffusers runs it: every branch in full, its own PAG processors."""
+    with stock_step(model, layers, cfg=cfg) as rows:
+        return count(model, inputs(rows))
+
+
+def patched_flops(
+    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
+) -> int:
+    """FLOPs of a step as a patched pipeline runs it, the first of a call."""
+    with patched_step(model, layers, cfg=cfg, config=config) as (state, rows):
+        call = inputs(rows)
+        sequence = family_of(model).sequence
+        if sequence is not None:
+            state.num_contexts, state.num_image = sequence(model, call)
+        return count(model, call)
+
+
+def denoiser_cost(
+    model: Any,
+    layers: Any,
+    inputs: Inputs,
+    *,
+    cfg: bool,
+    config: PatchConfig | None = None,
+    traced: Sequence[Traced] | None = None,
+) -> Cost:
+    """What one denoiser call costs with PAG on ``layers``; ``traced`` is its trace, if known."""
+    config = config or PatchConfig()
+    branches = perturbed_branches(model, layers, config)
+    patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
+    traced = traced or trace(model, inputs)
+    if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
+        return Cost(((2 if cfg else 1) + len(branches)) * row_flops(traced), patched, 0)
+    layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
+    if family_of(model).stock_processors is None:
+        stock = (3 if cfg else 2) * row_flops(traced)
+    else:
+        stock = stock_flops(model, layers, inputs, cfg=cfg)
+    return Cost(stock, patched, lower_bound(model, traced, layers, inputs, cfg=cfg))
+
+
+def step_costs(
+    model: Any,
+    layers: Any,
+    inputs: Inputs,
+    *,
+    sequential: bool,
+    cfg: Sequence[bool] = (True, False),
+    config: PatchConfig | None = None,
+) -> list[Cost]:
+    """What the denoiser costs in a step with PAG on ``layers``, for each value of ``cfg``.
+
+    ``sequential``: CFG's uncond is a call of its own, which shares nothing with cond's.
+    """
+    traced, alone = trace(model, inputs), None
+    row = row_flops(traced)
+    costs = []
+    for both in cfg:
+        if both and not sequential:
+            cost = denoiser_cost(model, layers, inputs, cfg=True, config=config, traced=traced)
+        else:
+            alone = alone or denoiser_cost(
+                model, layers, inputs, cfg=False, config=config, traced=traced
+            )
+            cost = alone + Cost(row, row, row) if both else alone
+        costs.append(cost)
+    return costs
+
+
+def controlnet_cost(model: Any, inputs: Inputs, *, cfg: bool) -> Cost:
+    """What one ControlNet call costs in a PAG pipeline: stock runs it on the perturbed rows too."""
+    with controlnet_step(model, cfg=cfg) as (_, rows):
+        patched = count(model, inputs(rows))
+    bound = lower_bound(model, trace(model, inputs), (), inputs, cfg=cfg)
+    return Cost(count(model, inputs(3 if cfg else 2)), patched, bound)

@@ -1,0 +1,205 @@
+"""What a patched pipeline does differently: overrides of the few methods that concern PAG.
+
+Every class here is mixed in front of the pipeline's own class by :mod:`pag_fast.patching`. The
+pipeline's ``__call__`` is untouched: it calls these methods in place of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..models.registry import PAG_PIPELINES, SAG_PIPELINES, denoiser_name, uncompiled
+from ..processors.rows import PerturbedProcessor
+from ..runtime.installation import perturbed_branches
+from ..sag.pipeline import PatchedSagPipeline
+from ..settings.layers import Layers, as_list
+from .injected import denoiser_names
+
+if TYPE_CHECKING:
+    from ..runtime.patch_state import Patch
+
+
+class PatchedPipeline:
+    """Begins a session where the pipeline would install its processors; combines the branches."""
+
+    _pag_fast: Patch
+
+    def _set_pag_attn_processor(
+        self, pag_applied_layers: Any, do_classifier_free_guidance: bool
+    ) -> None:
+        session = self._pag_fast.session
+        if session is None:  # called by hand, outside of a pipeline call
+            return super()._set_pag_attn_processor(  # type: ignore[misc]
+                pag_applied_layers=pag_applied_layers,
+                do_classifier_free_guidance=do_classifier_free_guidance,
+            )
+        session.begin(pag_applied_layers, do_classifier_free_guidance)
+
+    def _apply_perturbed_attention_guidance(
+        self,
+        noise_pred: torch.Tensor,
+        do_classifier_free_guidance: bool,
+        guidance_scale: float,
+        t: Any,
+        return_pred_text: bool = False,
+    ) -> Any:
+        session = self._pag_fast.session
+        if session is None or session.ran is None:
+            return super()._apply_perturbed_attention_guidance(  # type: ignore[misc]
+                noise_pred, do_classifier_free_guidance, guidance_scale, t, return_pred_text
+            )
+        combined, cond = session.combine(noise_pred, float(guidance_scale))
+        return (combined, cond) if return_pred_text else combined
+
+    def set_pag_applied_layers(
+        self, pag_applied_layers: Layers, pag_attn_processors: Any = None
+    ) -> None:
+        """Choose the perturbed layers; takes every form :func:`pag_fast.patch` takes.
+
+        The processors follow from the model: a pair given here has to be one of diffusers' own.
+        """
+        if pag_attn_processors is not None:
+            _check_processors(pag_attn_processors)
+            self._pag_attn_processors = pag_attn_processors
+        config = self._pag_fast.config
+        if config.branches is not None:
+            raise ValueError(
+                "This pipeline was patched with branches, each of which has layers of its own: "
+                "patch it again to change them."
+            )
+        layers = as_list(pag_applied_layers)
+        denoiser = uncompiled(getattr(self, denoiser_name(self)))
+        perturbed_branches(denoiser, layers, config)
+        self.pag_applied_layers = layers
+
+    @property
+    def pag_attn_processors(self) -> dict[str, Any]:
+        """The processors of the perturbed layers by name, while a call runs."""
+        processors = getattr(self, denoiser_name(self)).attn_processors
+        ours = {n: p for n, p in processors.items() if isinstance(p, PerturbedProcessor)}
+        return ours or super().pag_attn_processors  # type: ignore[misc]
+
+    def maybe_free_model_hooks(self) -> None:
+        if self._pag_fast.session is not None:
+            self._pag_fast.session.freed = True
+        super().maybe_free_model_hooks()  # type: ignore[misc]
+
+
+class HostedPipeline:
+    """A pipeline without PAG, with the attributes that the PAG pipelines of diffusers have."""
+
+    _pag_fast: Patch
+
+    @property
+    def pag_scale(self) -> float:
+        """PAG's scale s, of the running call or of calls that do not name one."""
+        return self._pag_fast.pag_scale
+
+    @property
+    def pag_adaptive_scale(self) -> float:
+        """How fast the scale falls over the timesteps, likewise."""
+        return self._pag_fast.pag_adaptive_scale
+
+    @property
+    def pag_applied_layers(self) -> list[str | int]:
+        """The perturbed layers."""
+        return self._pag_fast.layers
+
+    @property
+    def do_perturbed_attention_guidance(self) -> bool:
+        """Whether there is a perturbed branch."""
+        return self.pag_scale > 0.0
+
+    def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
+        """Choose the perturbed layers; takes every form :func:`pag_fast.patch` takes."""
+        layers = as_list(pag_applied_layers)
+        for name in denoiser_names(self):
+            model = uncompiled(getattr(self, name))
+            perturbed_branches(model, layers, self._pag_fast.config)
+        self._pag_fast.layers = layers
+
+    def maybe_free_model_hooks(self) -> None:
+        if self._pag_fast.session is not None:
+            self._pag_fast.session.freed = True
+        super().maybe_free_model_hooks()  # type: ignore[misc]
+
+
+class RescalesOnce:
+    """CFG rescale happens inside the guidance op, so the pipeline must not do it a second time.
+
+    (StableDiffusionPAGInpaintPipeline would crash there: it has not kept the cond prediction.)
+    """
+
+    _pag_fast: Patch
+    _guidance_rescale: float
+
+    @property
+    def guidance_rescale(self) -> float:
+        session = self._pag_fast.session
+        if session is not None and session.rescaled:
+            # read by the pipeline right behind the combination; anybody else sees the real value
+            session.rescaled = False
+            return 0.0
+        return self._guidance_rescale
+
+
+class GuessModeImages:
+    """In guess mode ``prepare_image`` leaves the images undoubled, and the pipeline halves them."""
+
+    def prepare_image(self, *args: Any, **kwargs: Any) -> Any:
+        prepare = super().prepare_image  # type: ignore[misc]
+        bound = inspect.signature(prepare).bind(*args, **kwargs)
+        if "guess_mode" in bound.arguments:
+            bound.arguments["guess_mode"] = False
+        return prepare(*bound.args, **bound.kwargs)
+
+
+class MaskOfImageLatents:
+    """With image latents as input there are no masked image latents; the PAG branch chunks them."""
+
+    def prepare_mask_latents(self, *args: Any, **kwargs: Any) -> Any:
+        mask, masked = super().prepare_mask_latents(*args, **kwargs)  # type: ignore[misc]
+        # a 4-channel UNet never looks at the second one
+        unused = masked is None and self.unet.config.in_channels == 4  # type: ignore[attr-defined]
+        return mask, mask if unused else masked
+
+
+_RESCALING = (
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGInpaintPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionXLPAGImg2ImgPipeline",
+    "StableDiffusionXLPAGInpaintPipeline",
+)
+
+
+def mixins(cls: type) -> tuple[type, ...]:
+    """The overrides that a pipeline class needs, in the order of inheritance."""
+    names = {base.__name__ for base in cls.__mro__}
+    if names & set(SAG_PIPELINES):
+        return (PatchedSagPipeline,)
+    if not names & set(PAG_PIPELINES):
+        return (HostedPipeline,)
+    found: list[type] = [PatchedPipeline]
+    if names & set(_RESCALING):
+        found.append(RescalesOnce)
+    if "StableDiffusionControlNetPAGPipeline" in names:
+        found.append(GuessModeImages)
+    if "StableDiffusionXLPAGInpaintPipeline" in names:
+        found.append(MaskOfImageLatents)
+    return tuple(found)
+
+
+def _check_processors(pair: Any) -> None:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ValueError(f"pag_attn_processors must be a tuple of two processors; got {pair!r}.")
+    for processor in pair:
+        name = type(processor).__name__
+        if not name.startswith("PAG"):
+            raise ValueError(
+                f"A patched pipeline runs its own attention processors, and {name} is not one of "
+                "diffusers' PAG processors: call pag_fast.unpatch(pipe) to use it."
+            )

@@ -1,0 +1,251 @@
+"""The PAG scale of a step, without asking the device for it; PAG as a part of CFG's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..ops import reference
+from ..settings.schedules import Schedule, Step
+
+
+def scale_at(
+    pipe: Any,
+    timestep: Any,
+    cache: dict[Any, Any],
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+) -> float:
+    """The PAG scale at ``timestep``: ``max(0, s − a·(1000 − t))`` with adaptive scale ``a``.
+
+    s is ``scale`` or, without one, the call's. Diffusers' formula (``PAGMixin._get_pag_scale``),
+    and what a ``schedule`` makes of it. ``timestep`` is a number or a tensor of one repeated value
+    on any device; ``cache`` lives as long as the pipeline call and holds the scheduler's timesteps
+    and noise levels on the host, read once.
+
+    Raises:
+        ValueError: a schedule that does not fit the call (:meth:`Schedule.scale`), or both it and
+            the pipeline have an adaptive scale.
+    """
+    if schedule is None or _base(pipe, scale) <= 0.0:
+        return _own_scale(pipe, lambda: timestep_value(pipe, timestep, cache), scale)
+    _check_adaptive(pipe, schedule)
+    return schedule.scale(_step(pipe, _position(pipe, timestep, cache), cache, scale))
+
+
+def scales_ahead(
+    pipe: Any,
+    timestep: Any,
+    cache: dict[Any, Any],
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+) -> Iterator[float]:
+    """The scales of ``timestep`` and of all that follow in the call, as far as can be told now."""
+    if schedule is None and float(pipe.pag_adaptive_scale) <= 0.0:
+        yield _own_scale(pipe, lambda: 0.0, scale)
+        return
+    position = _position(pipe, timestep, cache)
+    first, count = cache["first"], _step(pipe, position, cache).count
+    for at in range(position, first + count):
+        step = _step(pipe, at, cache, scale)
+        yield step.scale if schedule is None else schedule.scale(step)
+
+
+def _base(pipe: Any, scale: float | None) -> float:
+    return float(pipe.pag_scale) if scale is None else scale
+
+
+def _own_scale(pipe: Any, timestep: Any, scale: float | None = None) -> float:
+    """The pipeline's scale; ``timestep()`` is asked for only where it matters."""
+    scale = _base(pipe, scale)
+    adaptive = float(pipe.pag_adaptive_scale)
+    if scale <= 0.0:
+        return 0.0
+    if adaptive <= 0.0:
+        return scale
+    return max(0.0, scale - adaptive * (1000.0 - timestep()))
+
+
+def _check_adaptive(pipe: Any, schedule: Schedule) -> None:
+    if schedule.adaptive and float(pipe.pag_adaptive_scale) > 0.0:
+        raise ValueError(
+            f"The call has pag_adaptive_scale={pipe.pag_adaptive_scale!r} and the schedule "
+            f"adaptive={schedule.adaptive!r}: leave one of them out."
+        )
+
+
+# ---- where in the call a step is ----
+
+
+def timestep_value(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
+    """``timestep`` as a Python float; waits for the device only where nothing else tells."""
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep)
+    if timestep.device.type == "cpu":
+        return float(timestep.flatten()[0])
+    host = host_timesteps(pipe, cache)
+    index = _known_index(pipe, timestep)
+    if index is None or not 0 <= index < len(host):
+        return float(timestep.flatten()[0])
+    return float(host[index])
+
+
+def host_timesteps(pipe: Any, cache: dict[Any, Any]) -> list[float]:
+    """The scheduler's timesteps as numbers, read from the device once per call."""
+    all_steps = pipe.scheduler.timesteps
+    if cache.get("timesteps") is not all_steps:
+        cache.clear()
+        cache["timesteps"], cache["host"] = all_steps, all_steps.tolist()
+    return cache["host"]
+
+
+def _known_index(pipe: Any, timestep: torch.Tensor) -> int | None:
+    """The position among the scheduler's timesteps, where it shows without the value."""
+    index = _index_in(pipe.scheduler.timesteps, timestep)
+    return getattr(pipe.scheduler, "step_index", None) if index is None else index
+
+
+def _index_in(all_steps: torch.Tensor, timestep: torch.Tensor) -> int | None:
+    """Position of ``timestep`` in ``all_steps``, where it is a view into it."""
+    if timestep.untyped_storage().data_ptr() != all_steps.untyped_storage().data_ptr():
+        return None
+    offset = timestep.storage_offset() - all_steps.storage_offset()
+    return offset // max(all_steps.stride(0), 1)
+
+
+def _position(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int:
+    """The position among the scheduler's timesteps; remembers the first one that is asked for."""
+    host = host_timesteps(pipe, cache)
+    index = _known_index(pipe, timestep) if isinstance(timestep, torch.Tensor) else None
+    if index is None or not 0 <= index < len(host):
+        index = _find(host, timestep_value(pipe, timestep, cache), cache.get("last", -1))
+    cache["last"] = index
+    cache["first"] = min(cache.get("first", index), index)
+    return index
+
+
+def _find(host: list[float], value: float, last: int) -> int:
+    """Where ``value`` is, rather behind ``last`` than before; some schedulers repeat timesteps."""
+    # some models are given thousandths
+    for wanted in (value, 1000.0 * value):
+        found = [i for i, t in enumerate(host) if abs(t - wanted) <= 1e-3 * max(1.0, abs(t))]
+        if found:
+            exact = [i for i in found if host[i] == wanted] or found
+            return next((i for i in exact if i > last), exact[-1])
+    raise ValueError(
+        f"The denoiser was called at timestep {value:g}, which is none of the scheduler's "
+        f"{len(host)}: a schedule cannot tell which step that is. Patch with schedule=None."
+    )
+
+
+def _step(pipe: Any, position: int, cache: dict[Any, Any], scale: float | None = None) -> Step:
+    host = cache["host"]
+    if "sigmas" not in cache:
+        cache["sigmas"] = _host_sigmas(pipe.scheduler, host)
+    # image-to-image begins late, and denoising_end ends early
+    left = len(host) - cache["first"]
+    count = min(getattr(pipe, "_num_timesteps", None) or left, left)
+    timestep, sigmas = float(host[position]), cache["sigmas"]
+    return Step(
+        index=position - cache["first"],
+        count=count,
+        timestep=timestep,
+        sigma=None if sigmas is None else sigmas[position],
+        scale=_own_scale(pipe, lambda: timestep, scale),
+    )
+
+
+def _host_sigmas(scheduler: Any, timesteps: list[float]) -> list[float] | None:
+    """The noise level of each timestep, read from the device once per call.
+
+    The midpoints of DPM++ SDE, which only its steps know, count as the level they lead to.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
+        host = sigmas.tolist()
+        between = getattr(scheduler, "sigmas_interpol", None)
+        if isinstance(between, torch.Tensor):
+            # DPM2 calls the model a second time between two noise levels
+            host[1 : len(timesteps) : 2] = between.tolist()[1 : len(timesteps) : 2]
+        return host
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return None
+    kept = alphas.tolist()
+    signal = [kept[min(max(round(t), 0), len(kept) - 1)] for t in timesteps]
+    return [((1.0 - a) / a) ** 0.5 if a > 0.0 else float("inf") for a in signal]
+
+
+# ---- for pipelines that combine the branches themselves ----
+
+
+def guided_cond(
+    uncond: torch.Tensor | None,
+    cond: torch.Tensor,
+    perturbed: torch.Tensor | None,
+    guidance_scale: float | None,
+    pag_scale: float,
+    *,
+    rescale: float = 0.0,
+    rescale_mode: str = "cfg",
+    from_cond: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The prediction that a pipeline without PAG has to be given in place of ``cond``.
+
+    Its own guidance, ``u + g·(c′ − u)``, is then what :func:`pag_fast.ops.combine_guidance` returns
+    for the three predictions: ``c′ = c + (s / g)·(c − p)``, written down for every mode without
+    the difference of ``u`` and the combination where there is another way.
+
+    Args:
+        uncond: may be ``None`` for pipelines that run it by itself; ``rescale`` with ``"cfg"`` or
+            ``"full"``, and ``"snf"``, cannot do without.
+        guidance_scale: ``g``; ``None`` where CFG is off: c′ is the combination.
+        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`.
+        from_cond: the pipeline computes ``c′ + g·(c′ − u)``, which is CFG with ``g + 1``.
+
+    Returns:
+        c′, of ``cond``'s shape and dtype; sums in fp32 or wider. ``cond`` itself where there is
+        nothing to add.
+
+    Raises:
+        ValueError: a guidance scale of zero, which leaves nothing of c′; ``uncond`` is missing; or
+            what the op refuses.
+    """
+    if perturbed is None and not (rescale and rescale_mode == "cfg"):
+        ops.check_rescale_mode(rescale_mode)
+        return cond
+    options: dict[str, Any] = {"rescale": rescale, "rescale_mode": rescale_mode, "backend": backend}
+    if guidance_scale is None:
+        return ops.combine_guidance(
+            None, cond, perturbed, guidance_scale=1.0, pag_scale=pag_scale, **options
+        )
+    g = guidance_scale + 1.0 if from_cond else float(guidance_scale)
+    if g == 0.0:
+        raise ValueError(
+            f"guidance_scale={guidance_scale!r} leaves nothing of the conditional prediction, and "
+            "so no place for PAG: use a larger one."
+        )
+    if rescale_mode != "snf" and not rescale:
+        return ops.combine_guidance(
+            None, cond, perturbed, guidance_scale=1.0, pag_scale=pag_scale / g, **options
+        )
+    if uncond is None and rescale_mode != "partial":
+        raise ValueError(
+            f"rescale_mode={rescale_mode!r} needs the unconditional prediction next to the others, "
+            "and this model is called without it: use rescale_mode='partial', or no rescale."
+        )
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    c, u = cond.to(wide), None if uncond is None else uncond.to(wide)
+    p = None if perturbed is None else perturbed.to(wide)
+    if p is None or rescale_mode in ("cfg", "snf"):
+        assert u is not None
+        whole = ops.combine_guidance(u, c, p, guidance_scale=g, pag_scale=pag_scale, **options)
+        return torch.lerp(u, whole, 1.0 / g).to(cond.dtype)
+    term = pag_scale * (c - p)
+    reached = term + (c if u is None or rescale_mode == "partial" else u + g * (c - u))
+    factor = reference.rescale_factor(reached, c, rescale)
+    return (c + factor / g * term).to(cond.dtype)

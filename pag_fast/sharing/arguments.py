@@ -1,0 +1,100 @@
+"""The arguments of a denoiser or ControlNet, and the rows that their tensors have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .rows import ROTARY, UNBATCHED, change_level, map_tensors
+
+RESIDUALS = "down_block_additional_residuals"
+MID_RESIDUAL = "mid_block_additional_residual"
+ADAPTER = "down_intrablock_additional_residuals"
+
+# residuals are aligned one by one; timesteps are equal by construction and new in every step
+UNCHECKED = (
+    UNBATCHED
+    | ROTARY
+    | {
+        RESIDUALS,
+        MID_RESIDUAL,
+        ADAPTER,
+        "timestep",
+    }
+)
+SAMPLE = ("sample", "hidden_states")
+
+
+def latents_of(call: dict[str, Any]) -> torch.Tensor:
+    """The latents among a model's arguments, whatever its family calls them."""
+    return next(call[name] for name in SAMPLE if name in call)
+
+
+def frames_of(call: dict[str, Any]) -> int:
+    """Frames of a UNet for videos: its text, and its batch inside, have a row for each."""
+    sample = call.get("sample")
+    return 1 if sample is None or sample.ndim != 5 else sample.shape[2]
+
+
+def version_of(x: torch.Tensor) -> int:
+    """Another number whenever somebody has written into ``x``; inference tensors do not tell."""
+    return 0 if x.is_inference() else x._version
+
+
+def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
+    """The tensors among a model's arguments that have the batch's rows, by dotted name."""
+    sizes = rows, rows * frames
+    return {name: x for name, x in _tensors("", call) if x.ndim and x.shape[0] in sizes}
+
+
+# no closure that calls itself: as a reference cycle it would keep the tensors alive
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(
+                f"{name}.{index}" if not name.endswith("image_embeds") else name, item
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in UNCHECKED:
+                yield from _tensors(f"{name}.{key}" if name else key, item)
+
+
+def change_arguments(
+    call: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """A model's arguments with ``change`` applied to their tensors, but not to residuals."""
+    kept = (RESIDUALS, MID_RESIDUAL, ADAPTER)
+    return {**call, **map_tensors({n: v for n, v in call.items() if n not in kept}, change)}
+
+
+def change_rows(
+    call: dict[str, Any], rows: int, frames: int, have: int, want: int
+) -> dict[str, Any]:
+    """Every batched argument with ``want`` slabs in place of ``have``; residuals are left alone."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
+
+    return change_arguments(call, change)
+
+
+def knows_places(call: dict[str, Any]) -> bool:
+    """Whether something between a transformer's blocks depends on where a token is."""
+    names = "block_controlnet_hidden_states", "controlnet_block_samples"
+    masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    return bool(masks) or any(call.get(name) is not None for name in names)
+
+
+def mend_rows(call: dict[str, Any], rows: int) -> None:
+    """Arguments that diffusers hands over with too few or too many rows."""
+    cond = call.get("timestep_cond")
+    if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:
+        call["timestep_cond"] = torch.cat([cond] * (rows // cond.shape[0]))
+    for name in ("image_meta_size", "style"):
+        if call.get(name) is not None and call[name].shape[0] > rows:
+            call[name] = call[name][:rows]

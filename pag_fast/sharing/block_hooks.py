@@ -1,0 +1,221 @@
+"""Perturbed transformer blocks: skipped, or entered with their tokens in another order.
+
+Hooks that stand outside those of the branch plan: they see a block's input before the plan cuts it
+to fewer rows, and append the perturbed rows where the block has run without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..models.layer_names import self_attentions
+from .plan import BranchPlan
+from .rows import SPLIT, BranchState
+
+if TYPE_CHECKING:
+    from ..perturbations import BlockPerturbation
+
+_TEXT_FIRST, _TEXT_LAST = (
+    ("encoder_hidden_states", "hidden_states"),
+    ("hidden_states", "encoder_hidden_states"),
+)
+STREAMS = {
+    "CogVideoXBlock": _TEXT_LAST,
+    "FluxSingleTransformerBlock": _TEXT_FIRST,
+    "FluxTransformerBlock": _TEXT_FIRST,
+    "HunyuanVideoSingleTransformerBlock": _TEXT_LAST,
+    "HunyuanVideoTransformerBlock": _TEXT_LAST,
+    "JointTransformerBlock": _TEXT_FIRST,
+    "QwenImageTransformerBlock": _TEXT_FIRST,
+}
+"""What blocks that hand on more than the image return, in order."""
+
+Actions = Sequence["BlockPerturbation | None"]
+"""What happens to each perturbed branch in one block."""
+
+
+def skips(action: BlockPerturbation | None) -> bool:
+    """Whether the block is left out for a branch."""
+    return action is not None and action.skips
+
+
+def runs_without(actions: Actions | None) -> bool:
+    """Whether no perturbed branch needs the block."""
+    return actions is not None and all(map(skips, actions))
+
+
+def begins_behind(actions: Actions, attends: bool) -> bool:
+    """Whether perturbed branches that begin in a block need nothing of it but cond's rows.
+
+    ``attends``: an attention inside is perturbed for some branch.
+    """
+    return not attends and all(action is None or skips(action) for action in actions)
+
+
+def is_shuffled(actions: Actions) -> bool:
+    """Whether there is one perturbed branch, and its tokens get another order."""
+    return len(actions) == 1 and actions[0] is not None and actions[0].shuffles
+
+
+class PerturbedBlock:
+    """Pre-hook and hook of a block in which some branches are perturbed.
+
+    Args:
+        state: what the model runs.
+        actions: what happens to each branch.
+        index: number of the block, for random orders.
+        arrives, runs: levels of the block's input and of the rows that it runs on.
+        shuffled: ``(perturbation, index)`` of every block in a run that ends here and that the one
+            perturbed branch leaves as a permutation of cond.
+        streams: names of the arguments that a block hands on, in the order of its outputs.
+    """
+
+    def __init__(
+        self,
+        state: BranchState,
+        actions: Actions,
+        *,
+        index: int,
+        arrives: int = SPLIT,
+        runs: int = SPLIT,
+        shuffled: Sequence[tuple[BlockPerturbation, int]] = (),
+        streams: Sequence[str] = ("hidden_states",),
+    ) -> None:
+        self.state = state
+        self.arrives = arrives
+        self.runs = runs
+        self.index = index
+        self.shuffled = tuple(shuffled)
+        self.streams = tuple(streams)
+        self.branches = len(actions)
+        self.skipped = tuple([i for i, action in enumerate(actions) if skips(action)])
+        self.orders = tuple([(i, a) for i, a in enumerate(actions) if a is not None and a.shuffles])
+        self._kept: list[list[torch.Tensor]] = []
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put tokens in order, and keep the input of branches that skip the block."""
+        slabs = self.state.slabs
+        if slabs is None:
+            return None
+        have, full = slabs[self.arrives], slabs[SPLIT]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        unit = hidden.shape[0] // have
+        if self.skipped:
+            # HunyuanVideo passes its text by position, behind the image
+            given = {"hidden_states": hidden, "encoder_hidden_states": args[1:2], **kwargs}
+            inputs = [given[name] for name in self.streams]
+            inputs = [x[0] if isinstance(x, tuple) else x for x in inputs]
+            self._kept = [
+                [self._branch(x, i, unit, have == full) for i in self.skipped] for x in inputs
+            ]
+        if not self.orders or slabs[self.runs] != full:
+            return None
+        parts = list(hidden.split(unit))
+        clock = self.state.clock_on(hidden)
+        for branch, perturbation in self.orders:
+            at = branch - self.branches
+            order = perturbation.permutation(hidden.shape[1], self.index, clock)
+            parts[at] = parts[at].index_select(1, order)
+        hidden = torch.cat(parts)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Append, or put back, the rows of the branches that have not come through the block."""
+        slabs = self.state.slabs
+        if slabs is None:
+            return None
+        runs, full = slabs[self.runs], slabs[SPLIT]
+        several = isinstance(output, tuple)
+        outputs = list(output) if several else [output]
+        if self.skipped:
+            kept, self._kept = self._kept, []
+            pairs = zip(outputs, kept, strict=True)
+            outputs = [None if x is None else self._put_back(x, k, runs, full) for x, k in pairs]
+        elif self.shuffled and runs != full:
+            outputs = [
+                None if x is None else self._shuffle(x, name, runs)
+                for x, name in zip(outputs, self.streams, strict=True)
+            ]
+        else:
+            return None
+        return tuple(outputs) if several else outputs[0]
+
+    def forget(self) -> None:
+        """Free what is kept between a block's begin and its end, where it has not ended."""
+        self._kept = []
+
+    def _branch(self, x: torch.Tensor, branch: int, unit: int, apart: bool) -> torch.Tensor:
+        """The rows of a perturbed branch: those of cond where it has not begun."""
+        if not apart:
+            return x[-unit:]
+        start = x.shape[0] - (self.branches - branch) * unit
+        return x[start : start + unit]
+
+    def _put_back(
+        self, x: torch.Tensor, kept: list[torch.Tensor], runs: int, full: int
+    ) -> torch.Tensor:
+        unit = x.shape[0] // runs
+        parts = [x[: (full - self.branches) * unit]]
+        waiting = iter(kept)
+        for branch in range(self.branches):
+            skipped = branch in self.skipped
+            parts.append(next(waiting) if skipped else self._branch(x, branch, unit, runs == full))
+        return torch.cat(parts)
+
+    def _shuffle(self, x: torch.Tensor, name: str, runs: int) -> torch.Tensor:
+        """``x`` with the rows of the perturbed branch behind it."""
+        cond = x[-(x.shape[0] // runs) :]
+        if name != "hidden_states":
+            # text sees all image tokens, in whatever order
+            return torch.cat([x, cond])
+        clock, order = self.state.clock_on(x), None
+        for perturbation, index in self.shuffled:
+            new = perturbation.permutation(x.shape[1], index, clock)
+            order = new if order is None else order[new]
+        assert order is not None
+        return torch.cat([x, cond.index_select(1, order)])
+
+
+def perturbed_blocks(
+    model: nn.Module, plan: BranchPlan, state: BranchState, blocks: Mapping[str, Actions]
+) -> list[tuple[nn.Module, PerturbedBlock]]:
+    """The perturbed blocks of a model with their hooks."""
+    index = {name: i for i, name in enumerate(transformer_blocks(model))}
+    found = []
+    for name, actions in blocks.items():
+        module = model.get_submodule(name)
+        arrives, runs = plan.blocks.get(name, (SPLIT, SPLIT))
+        found.append((name, module, actions, arrives, runs))
+    # the block at the end of a run need not be perturbed itself
+    if plan.shuffled and plan.shuffled[-1] not in blocks:
+        last = plan.shuffled[-1]
+        found.append((last, model.get_submodule(last), (None,), *plan.blocks[last]))
+    made = []
+    for name, module, actions, arrives, runs in found:
+        ends = bool(plan.shuffled) and name == plan.shuffled[-1]
+        run: Any = [(blocks[b][0], index[b]) for b in plan.shuffled if b in blocks] if ends else ()
+        block = PerturbedBlock(
+            state,
+            actions,
+            index=index[name],
+            arrives=arrives,
+            runs=runs,
+            shuffled=run,
+            streams=STREAMS.get(type(module).__name__, ("hidden_states",)),
+        )
+        made.append((module, block))
+    return made
+
+
+def transformer_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules that hold self-attentions, in the order of ``named_modules``."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in self_attentions(model)))

@@ -1,0 +1,300 @@
+"""Where UNets (``UNet2DConditionModel``, ``UNetMotionModel``) and ControlNets can change rows.
+
+Safe places are the modules that take their residual themselves: ``ResnetBlock2D``,
+``Transformer2DModel``, ``AnimateDiffTransformer3D``. Inside the transformer that holds the fork,
+the residual and the batch size are taken at entry, so it is entered with all branches and its
+blocks before the fork are cut back to the shared rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .block_hooks import Actions, begins_behind, is_shuffled, runs_without
+from .plan import (
+    BranchPlan,
+    Site,
+    SkipSite,
+    block_sites,
+    text_key_sites,
+    text_projection_sites,
+    unshared,
+)
+from .rows import MERGED, SHARED, SPLIT
+
+# blocks whose forward runs resnets[i], attentions[i], motion_modules[i] in turn
+_KNOWN = (
+    ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlockMotion", "CrossAttnDownBlockMotion"),
+    ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion"),
+    ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlockMotion", "CrossAttnUpBlockMotion"),
+)
+_DOWN, _MID, _UP = range(3)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    module: Any
+    block: tuple[int, int]  # (_DOWN, _MID or _UP; index): sorts in execution order
+    step: int  # position of the resnet/attention/motion group within its block
+
+
+def _groups(block: Any, name: str, own: tuple[int, int]) -> list[_Unit]:
+    lists = [(n, list(getattr(block, n, None) or [])) for n in ("attentions", "motion_modules")]
+    units = []
+    for step, resnet in enumerate(block.resnets):
+        # a mid block runs resnets[0] first, then attention i before resnet i + 1
+        others = [
+            _Unit(f"{name}.{kind}.{i}", modules[i], own, step)
+            for kind, modules in lists
+            for i in [step - 1 if own[0] == _MID else step]
+            if 0 <= i < len(modules)
+        ]
+        unit = _Unit(f"{name}.resnets.{step}", resnet, own, step)
+        units += [*others, unit] if own[0] == _MID else [unit, *others]
+    return units
+
+
+def _walk(model: Any) -> tuple[list[_Unit], str]:
+    """The units of a UNet or ControlNet in execution order, or a reason why they are unknown."""
+    blocks = [(f"down_blocks.{i}", b, (_DOWN, i)) for i, b in enumerate(model.down_blocks)]
+    if model.mid_block is not None:
+        blocks.append(("mid_block", model.mid_block, (_MID, 0)))
+    blocks += [
+        (f"up_blocks.{i}", b, (_UP, i)) for i, b in enumerate(getattr(model, "up_blocks", ()))
+    ]
+    units: list[_Unit] = []
+    for name, block, own in blocks:
+        if type(block).__name__ not in _KNOWN[own[0]]:
+            return [], f"{name} has the unknown structure {type(block).__name__}"
+        units += _groups(block, name, own)
+    return units, ""
+
+
+def _blocks(unit: _Unit) -> list[Any]:
+    return list(getattr(unit.module, "transformer_blocks", []))
+
+
+def execution_order(model: Any, names: set[str]) -> tuple[str, ...] | None:
+    """``names`` of attentions and blocks sorted as the model runs them; ``None`` if unknown."""
+    units, _ = _walk(model)
+    ordered = []
+    for unit in units:
+        for index, _ in enumerate(_blocks(unit)):
+            block = f"{unit.name}.transformer_blocks.{index}"
+            ordered += [n for n in (block, f"{block}.attn1", f"{block}.attn2") if n in names]
+    return tuple(ordered) if len(ordered) == len(names) else None
+
+
+def _text_first(units: list[_Unit], model: Any) -> bool:
+    """Whether nothing but the text, in the second unit's cross-attention, sets uncond apart."""
+    config = model.config
+    if config.get("addition_embed_type") is not None or len(units) < 2:
+        return False
+    first, second = units[0], units[1]
+    blocks = _blocks(second)
+    return (
+        first.name == "down_blocks.0.resnets.0"
+        and second.name == "down_blocks.0.attentions.0"
+        and bool(blocks)
+        and all(getattr(blocks[0], attn, None) is not None for attn in ("attn1", "attn2"))
+        and not blocks[0].only_cross_attention
+    )
+
+
+def _is_equivariant(unit: _Unit) -> bool:
+    """Whether a transformer treats an image token alike wherever it is."""
+    return type(unit.module).__name__ == "Transformer2DModel" and all(
+        type(block).__name__ == "BasicTransformerBlock"
+        and block.pos_embed is None
+        and block.norm_type == "layer_norm"
+        and not hasattr(block, "fuser")  # GLIGEN's boxes
+        for block in _blocks(unit)
+    )
+
+
+def plan_unet(
+    model: Any,
+    perturbed: set[str],
+    *,
+    merge: bool,
+    blocks: Mapping[str, Actions] | None = None,
+) -> BranchPlan:
+    """The plan of a UNet whose attention modules named in ``perturbed`` are perturbed.
+
+    ``merge`` asks for uncond and cond to run as one until the first cross-attention, where the
+    model allows it. ``blocks`` says what happens to each branch in blocks that are perturbed as a
+    whole.
+    """
+    blocks = blocks or {}
+    names = perturbed | set(blocks)
+    order = execution_order(model, names)
+    units, reason = _walk(model)
+    if order is None:
+        # outside any known unit (attention in an unknown block): run everything apart
+        return unshared(tuple(sorted(names)), reason or "a perturbed layer is in no known block")
+    fork = order[0]
+    unit_name, _, rest = fork.partition(".transformer_blocks.")
+    fork_unit = next(i for i, unit in enumerate(units) if unit.name == unit_name)
+    fork_block = int(rest.split(".")[0])
+    merge = merge and _text_first(units, model)
+    begin = _Begin(fork, fork_block)
+    if fork in blocks:
+        inside = any(name.startswith(f"{fork}.") for name in perturbed)
+        begin.shuffled = is_shuffled(blocks[fork]) and _is_equivariant(units[fork_unit])
+        begin.behind = begin.shuffled or begins_behind(blocks[fork], inside)
+        begin.is_block = True
+
+    plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
+    # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
+    long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
+    if long_text:
+        plan.sites += text_projection_sites(model)
+    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
+    stream = SPLIT
+    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) < fork_unit:
+        plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+        stream = SHARED
+    entered = None
+    levels: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
+    for index, unit in enumerate(units):
+        runs = SHARED if index < fork_unit else SPLIT
+        if merge and index == 0:
+            runs = MERGED
+        before_fork = unit.block < units[fork_unit].block
+        if before_fork and unit.block != entered:
+            # a block that lies before the fork as a whole is entered with the shared rows
+            plan.sites.append(_block_site(model, unit.block, stream))
+            stream, entered = SHARED, unit.block
+        key = (unit.block, unit.step)
+        levels[key] = (levels.get(key, (stream, 0))[0], runs)
+        # attention and motion modules directly follow the unit before them, so that what they need
+        # more can be added behind it
+        climbs = SPLIT if index + 1 == fork_unit else SHARED if runs == MERGED else None
+        if stream != runs or climbs is not None or (runs != SPLIT and not before_fork):
+            plan.sites.append(Site(unit.name, unit.module, stream, runs, climbs))
+        if index == fork_unit:
+            begin.level = MERGED if merge and index == 1 and fork_block == 0 else SHARED
+            plan.levels[fork] = begin.level
+            _fork_sites(plan, unit, begin)
+        if merge and index == 1:
+            plan.merged_until = _merged_attention(plan, unit, begin)
+        for i, block in enumerate(_blocks(unit)) if index >= fork_unit else ():
+            name = f"{unit.name}.transformer_blocks.{i}"
+            is_behind = index > fork_unit or i > fork_block
+            if is_behind and name not in plan.blocks and runs_without(blocks.get(name)):
+                plan.sites.append(Site(name, block, SPLIT, SHARED))
+                plan.blocks[name] = SPLIT, SHARED
+                if index == fork_unit:
+                    plan.extend(name)
+            is_split = is_behind or name == fork or fork.startswith(f"{name}.")
+            if long_text and is_split and name not in plan.blocks:
+                plan.sites += text_key_sites(block, name)
+        stream = runs if climbs is None else climbs
+    _plan_skips(model, plan, levels)
+    return plan
+
+
+def _block_site(model: Any, block: tuple[int, int], stream: int) -> Site:
+    name = ("down_blocks", "mid_block", "up_blocks")[block[0]]
+    if block[0] != _MID:
+        name += f".{block[1]}"
+    return Site(name, model.get_submodule(name), stream, SHARED)
+
+
+def _merged_attention(plan: BranchPlan, unit: _Unit, begin: _Begin) -> str:
+    """Let the first transformer's self-attention run on one slab; returns where uncond parts."""
+    name = f"{unit.name}.transformer_blocks.0"
+    if begin.fork == f"{name}.attn1" or (begin.fork == name and not begin.behind):
+        return begin.fork
+    plan.sites.append(Site(f"{name}.attn1", _blocks(unit)[0].attn1, SHARED, MERGED, SHARED))
+    return f"{name}.attn2"
+
+
+@dataclass
+class _Begin:
+    """How the perturbed branches begin in the transformer that holds the fork."""
+
+    fork: str
+    block: int
+    is_block: bool = False  # the fork is a whole block
+    behind: bool = False  # nothing in the fork's block needs the perturbed rows
+    shuffled: bool = False  # nor does anything up to the transformer's end
+    level: int = SHARED  # that the fork's input arrives at
+
+
+def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
+    blocks = _blocks(unit)
+    last = begin.block + begin.behind
+    if begin.shuffled:
+        last = len(blocks)
+        names = [f"{unit.name}.transformer_blocks.{i}" for i in range(begin.block, last)]
+        plan.shuffled = tuple(names)
+    for index, block in enumerate(blocks[:last]):
+        name = f"{unit.name}.transformer_blocks.{index}"
+        arrives = SPLIT if index == 0 else SHARED
+        leaves = SPLIT if index == begin.block - 1 and not begin.behind else None
+        plan.sites.append(Site(name, block, arrives, SHARED, leaves))
+        if index >= begin.block:
+            plan.blocks[name] = arrives, SHARED
+            plan.extend(name)
+    if not begin.is_block:
+        block, name = blocks[begin.block], f"{unit.name}.transformer_blocks.{begin.block}"
+        attentions = [
+            (attn, getattr(block, attn))
+            for attn in ("attn1", "attn2")
+            if getattr(block, attn, None) is not None
+        ]
+        plan.sites += block_sites(name, attentions, begin.fork, begin.level)
+
+
+def _plan_skips(
+    model: Any,
+    plan: BranchPlan,
+    levels: dict[tuple[tuple[int, int], int], tuple[int, int]],
+) -> None:
+    """Levels of the skip tensors: made along the way down, consumed along the way up."""
+    made: list[list[int]] = []
+    for index, block in enumerate(model.down_blocks):
+        own = [levels[((_DOWN, index), step)][1] for step in range(len(block.resnets))]
+        made.append(own + own[-1:] * (getattr(block, "downsamplers", None) is not None))
+    mid = model.mid_block
+    plan.mid_level = made[-1][-1] if mid is None else levels[((_MID, 0), len(mid.resnets) - 1)][1]
+    # the up path takes the skips in reverse, resnet by resnet
+    consumed = [
+        levels[((_UP, index), step)][0]
+        for index, block in enumerate(model.up_blocks)
+        for step in range(len(block.resnets))
+    ][::-1]
+    plan.residual_levels = tuple(consumed)
+    start = 1  # behind conv_in's, which is made at the level it is consumed at
+    for index, own in enumerate(made):
+        stored = tuple(consumed[start : start + len(own)])
+        start += len(own)
+        if stored != tuple(own):
+            site = SkipSite(f"down_blocks.{index}", model.down_blocks[index], tuple(own), stored)
+            plan.skip_sites.append(site)
+
+
+def plan_controlnet(model: Any) -> BranchPlan:
+    """The plan of a ControlNet, which is never perturbed: only uncond and cond can run as one.
+
+    Its input holds no perturbed rows any more, so its SHARED and SPLIT are the same.
+    """
+    units, reason = _walk(model)
+    embedding = getattr(model, "controlnet_cond_embedding", None)
+    plan = BranchPlan(reason=reason)
+    if embedding is not None:
+        plan.sites.append(Site("controlnet_cond_embedding", embedding, SPLIT, MERGED, leaves=SPLIT))
+        plan.merged_until = "controlnet_cond_embedding"
+    if units and _text_first(units, model):
+        attn1 = _blocks(units[1])[0].attn1
+        plan.merged = True
+        plan.merged_until = f"{units[1].name}.transformer_blocks.0.attn2"
+        plan.sites += [
+            Site(units[0].name, units[0].module, SPLIT, MERGED, SPLIT),
+            Site(f"{units[1].name}.transformer_blocks.0.attn1", attn1, SPLIT, MERGED, SPLIT),
+        ]
+    return plan

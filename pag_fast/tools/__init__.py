@@ -1,0 +1,3 @@
+"""What the command line runs: the demo, the benchmark, and the models they load."""
+
+from __future__ import annotations

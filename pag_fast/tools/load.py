@@ -1,0 +1,149 @@
+"""Models to try things on: the one that ships with the package, and the user's own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
+EMOJI_LAYERS = ("up_blocks.1",)  # where PAG helps it most
+_SIZE = 64  # pixels of a tile of pictures.png
+
+
+def emoji(dtype: torch.dtype = torch.float32) -> Any:
+    """The ``StableDiffusionPAGPipeline`` that ships with pag_fast: 320 emoji at 64 × 64.
+
+    Trained from nothing by ``examples/emoji``, 5 M parameters; it knows the captions of
+    :func:`emoji_pictures` and mixtures of their words. On the CPU, in ``dtype``.
+    """
+    from diffusers import StableDiffusionPAGPipeline
+    from diffusers.utils import logging
+
+    # its AutoencoderTiny is not the class that diffusers names first, which is worth no warning
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return StableDiffusionPAGPipeline.from_pretrained(
+                EMOJI, torch_dtype=dtype, pag_applied_layers=list(EMOJI_LAYERS)
+            )
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a model was trained on: ``images`` (n, 3, H, W) in [0, 1] and their captions."""
+
+    captions: list[str]
+    images: torch.Tensor
+
+
+def emoji_pictures() -> Pictures:
+    """The training pictures of :func:`emoji`, rendered from Noto Color Emoji (OFL-1.1)."""
+    import numpy
+    from PIL import Image
+
+    captions = json.loads((EMOJI / "captions.json").read_text(encoding="utf-8"))
+    with Image.open(EMOJI / "pictures.png") as sheet:
+        pixels = torch.from_numpy(numpy.array(sheet.convert("RGB")))
+    size = _SIZE
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    tiles = pixels.view(rows, size, columns, size, 3).permute(0, 2, 4, 1, 3)
+    images = tiles.reshape(-1, 3, size, size)[: len(captions)]
+    return Pictures(captions, images.float() / 255)
+
+
+def load(source: str, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """A text-to-image PAG pipeline: ``"emoji"``, a folder or a hub id.
+
+    Args:
+        dtype: fp16 on an accelerator and fp32 on the CPU if omitted.
+        device: the accelerator if there is one, if omitted.
+
+    Raises:
+        ValueError: nothing to load there, or no PAG pipeline for that model in diffusers.
+    """
+    device = device or _device()
+    dtype = dtype or (torch.float32 if device == "cpu" or source == "emoji" else torch.float16)
+    if source == "emoji":
+        return emoji(dtype).to(device)
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    try:
+        kind = str(DiffusionPipeline.load_config(source).get("_class_name"))
+        # AutoPipeline does not know a class that has PAG already
+        has_pag = "PAG" in kind
+        options = {} if has_pag else {"enable_pag": True}
+        cls = DiffusionPipeline if has_pag else AutoPipelineForText2Image
+        pipe = cls.from_pretrained(source, torch_dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} could not be loaded as a text-to-image pipeline with PAG: {error} "
+            'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
+        ) from error
+    return pipe.to(device)
+
+
+def skeleton(source: str) -> Any:
+    """A pipeline without its weights and text encoders: models on the meta device, for counting.
+
+    Args:
+        source: the folder of a saved pipeline, of which only configurations are read, or a hub id.
+
+    Raises:
+        ValueError: nothing to load there, or no pipeline of diffusers.
+    """
+    import diffusers
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(source)
+        cls = getattr(diffusers, config["_class_name"])
+        wanted = inspect.signature(cls.__init__).parameters
+        parts = {name: _part(source, name, config.get(name)) for name in wanted if name != "self"}
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{source!r} could not be read as a pipeline of diffusers: {error} "
+            'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
+        ) from error
+    if "requires_safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    return cls(
+        **{name: part for name, part in parts.items() if part is not inspect.Parameter.empty}
+    )
+
+
+_OMITTED = inspect.Parameter.empty
+
+
+def _part(source: str, name: str, value: Any) -> Any:
+    """One component of a pipeline, as ``model_index.json`` names it, or one of its options."""
+    import diffusers
+
+    if not isinstance(value, list | tuple):
+        return _OMITTED if value is None else value
+    library, kind = value
+    if library != "diffusers" or kind is None:
+        return None
+    cls = getattr(diffusers, kind)
+    config = cls.load_config(source, subfolder=name)
+    if not issubclass(cls, torch.nn.Module):
+        return cls.from_config(config)
+    with torch.device("meta"):
+        return cls.from_config(config)
+
+
+def _device() -> str:
+    if not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
