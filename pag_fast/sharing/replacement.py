@@ -1,0 +1,69 @@
+"""What stands in the place of a module's ``forward`` while a forward of its owner runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import nn
+
+from .rows import BranchState
+
+MISSING: Any = object()
+"""Stands for an attribute that an instance does not have, so that its class's counts."""
+
+
+class Replacement:
+    """Takes the place of ``vars(module)["forward"]``, and calls what was there for everybody else.
+
+    Whoever wraps a module in the middle of our forward (``add_hook_to_module``, a callback) keeps
+    this object when we are gone. So it does something only in the thread of its owner's running
+    forward, and not a second time inside of itself; otherwise it calls :attr:`original`.
+
+    Instances are made once per patch, as compiled graphs guard on them.
+
+    Args:
+        state: of the model, which says whose forward runs.
+        module: whose ``forward`` is replaced.
+    """
+
+    def __init__(self, state: BranchState, module: nn.Module) -> None:
+        self.state = state
+        self.module = module
+        self._displaced: Any = vars(module).get("forward", MISSING)
+        # a bound method is a new object whenever it is asked for, and compiled graphs guard on it
+        self._original: Callable[..., Any] = module.forward
+        self._entered = False
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """What stood there when this object was last put on."""
+        return self._original
+
+    def displace(self, before: Any) -> None:
+        """Note what this object takes the place of: the instance's own forward, or ``MISSING``."""
+        if before is self._displaced or before is self:
+            return
+        self._displaced = before
+        self._original = self._bound() if before is MISSING else before
+
+    def _bound(self) -> Callable[..., Any]:
+        cls: Any = type(self.module)
+        return cls.forward.__get__(self.module)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does in its owner's forward."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # while a compiler traces, the owner's forward runs
+            return self.run(*args, **kwargs)
+        if self._entered or self.state.thread != get_ident():
+            return self._original(*args, **kwargs)
+        self._entered = True
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            self._entered = False
