@@ -18,7 +18,8 @@ from .models.registry import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
 from .pipelines.injected import HOSTS, Host, denoiser_names, host_of
 from .pipelines.mixins import mixins
 from .runtime.installation import perturbed_branches
-from .runtime.patch_state import Patch
+from .runtime.entry import check_entry
+from .runtime.patch_state import BasicState, PatchState
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
 
@@ -51,6 +52,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     """
     config = _config(layers, options)
     check_pipeline(pipe)
+    check_entry()
     if is_sag(pipe):
         return _put_on(pipe, SagPatch(pipe, config))
     host = host_of(pipe)
@@ -68,7 +70,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     chosen = config.layers is not None or config.branches is not None or host is not None
     own = wanted if chosen else None
     cls = type(pipe) if before is None else before.original_class
-    new = Patch(config, cls, original, own, host)
+    new = PatchState(config, cls, original, own, host)
     if before is not None:
         new.inherit(before)
         before.release()
@@ -79,10 +81,11 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     return pipe
 
 
-def _put_on(pipe: P, new: Patch | SagPatch) -> P:
+def _put_on(pipe: P, new: PatchState | SagPatch) -> P:
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
+    new.enter_models(pipe)
     return pipe
 
 
@@ -113,12 +116,13 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
         yield pipe
     finally:
         inner = getattr(pipe, "_pag_fast", None)
-        if isinstance(before, Patch) and isinstance(inner, Patch):
+        if isinstance(before, PatchState) and isinstance(inner, PatchState):
             before.inherit(inner)
         unpatch(pipe)
         if before is not None:
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
+            before.enter_models(pipe)
             if before.host is None and layers_before is not None:
                 pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 
@@ -195,15 +199,36 @@ def check_pipeline(pipe: Any) -> None:
 def _subclass(cls: Any) -> Any:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch, own = self._pag_fast, functools.partial(cls.__call__, self)
-        run = patch.call if patch.host is None else patch.call_host
-        return run(self, own, args, kwargs)
+        return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)
 
     body = {
         "__call__": call,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
     }
     # under the same name: diffusers saves pipelines and finds related ones by class name
     return type(cls.__name__, (*mixins(cls), cls), body)
+
+
+def _reduce(pipe: Any, protocol: Any) -> Any:
+    """How a patched pipeline is copied and pickled: as a stock one that is patched on arrival."""
+    found: BasicState = pipe._pag_fast
+    check_picklable(found.config)
+    attributes = {name: value for name, value in vars(pipe).items() if name != "_pag_fast"}
+    chosen = None
+    if isinstance(found, PatchState) and found.config.branches is None:
+        chosen = list(applied_layers(pipe))
+    if "pag_applied_layers" in attributes:
+        attributes["pag_applied_layers"] = _users_layers(pipe)
+    return _rebuild, (found.original_class, attributes, found.config, chosen)
+
+
+def _rebuild(cls: Any, attributes: dict[str, Any], config: PatchConfig, layers: Any) -> Any:
+    pipe = cls.__new__(cls)
+    vars(pipe).update(attributes)
+    patch(pipe, config=config)
+    if layers is not None and layers != list(applied_layers(pipe)):
+        pipe.set_pag_applied_layers(layers)
+    return pipe

@@ -13,6 +13,7 @@ and for guidance-distilled models, ``g`` is 1. Where nobody knows ``g`` before C
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class Host:
     source: str
     sequential: bool = False
     denoisers: tuple[str, ...] = ("transformer",)
+    guidance: str = "linear"
+    name: str = ""
 
 
 def _property_cfg(pipe: Any, arguments: Arguments) -> bool:
@@ -130,14 +133,26 @@ HOSTS: dict[str, Host] = {
     "KolorsPipeline": _unet("mid"),
     "LTXPipeline": _transformer("blocks.19", "LTX-Video 2B's own configuration of STG"),
     "Lumina2Pipeline": Host(
-        _property_cfg, _lumina_scale, (r"^layers\.17\.",), _UNTESTED, sequential=True
+        _property_cfg, _lumina_scale, (r"^layers\.17\.",), _UNTESTED, True, guidance="normalised"
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "QwenImageImg2ImgPipeline": Host(
-        _true_cfg, _true_scale, ("blocks.40",), _UNTESTED, sequential=True
+        _true_cfg,
+        _true_scale,
+        ("blocks.40",),
+        _UNTESTED,
+        sequential=True,
+        guidance="normalised",
     ),
-    "QwenImagePipeline": Host(_true_cfg, _true_scale, ("blocks.40",), _UNTESTED, sequential=True),
+    "QwenImagePipeline": Host(
+        _true_cfg,
+        _true_scale,
+        ("blocks.40",),
+        _UNTESTED,
+        sequential=True,
+        guidance="normalised",
+    ),
     "SanaPipeline": _transformer("blocks.8", "NVlabs/Sana"),
     "StableDiffusion3Img2ImgPipeline": _SD3,
     "StableDiffusion3InpaintPipeline": _SD3,
@@ -172,7 +187,7 @@ def host_of(pipe: Any) -> Host | None:
         if "PAG" in cls.__name__:
             return None
         if cls.__name__ in HOSTS:
-            return HOSTS[cls.__name__]
+            return dataclasses.replace(HOSTS[cls.__name__], name=cls.__name__)
     return None
 
 

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.registry import PAG_PIPELINES, SAG_PIPELINES, denoiser_name, uncompiled
-from ..processors.rows import PerturbedProcessor
 from ..runtime.installation import perturbed_branches
 from ..sag.pipeline import PatchedSagPipeline
 from ..settings.layers import Layers, as_list
 from .injected import denoiser_names
 
 if TYPE_CHECKING:
-    from ..runtime.patch_state import Patch
+    from ..runtime.patch_state import PatchState
 
 
 class PatchedPipeline:
     """Begins a session where the pipeline would install its processors; combines the branches."""
 
-    _pag_fast: Patch
+    _pag_fast: PatchState
 
     def _set_pag_attn_processor(
         self, pag_applied_layers: Any, do_classifier_free_guidance: bool
@@ -51,7 +50,9 @@ class PatchedPipeline:
             return super()._apply_perturbed_attention_guidance(  # type: ignore[misc]
                 noise_pred, do_classifier_free_guidance, guidance_scale, t, return_pred_text
             )
-        combined, cond = session.combine(noise_pred, float(guidance_scale))
+        combined, cond = session.combine(
+            noise_pred, float(guidance_scale), rescales=isinstance(self, RescalesOnce)
+        )
         return (combined, cond) if return_pred_text else combined
 
     def set_pag_applied_layers(
@@ -78,9 +79,11 @@ class PatchedPipeline:
     @property
     def pag_attn_processors(self) -> dict[str, Any]:
         """The processors of the perturbed layers by name, while a call runs."""
-        processors = getattr(self, denoiser_name(self)).attn_processors
-        ours = {n: p for n, p in processors.items() if isinstance(p, PerturbedProcessor)}
-        return ours or super().pag_attn_processors  # type: ignore[misc]
+        session = self._pag_fast.session
+        if session is None or not session.pag:
+            return super().pag_attn_processors  # type: ignore[misc]
+        installed = session.installed
+        return {f"{name}.processor": found for name, found in installed.processors.items()}
 
     def maybe_free_model_hooks(self) -> None:
         if self._pag_fast.session is not None:
@@ -91,7 +94,7 @@ class PatchedPipeline:
 class HostedPipeline:
     """A pipeline without PAG, with the attributes that the PAG pipelines of diffusers have."""
 
-    _pag_fast: Patch
+    _pag_fast: PatchState
 
     @property
     def pag_scale(self) -> float:
@@ -133,7 +136,7 @@ class RescalesOnce:
     (StableDiffusionPAGInpaintPipeline would crash there: it has not kept the cond prediction.)
     """
 
-    _pag_fast: Patch
+    _pag_fast: PatchState
     _guidance_rescale: float
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -60,9 +61,14 @@ class PerturbedProcessor:
 
         ``num_forked`` is how many rows each perturbed branch has that begins here.
         """
-        slabs = None if self.state is None else self.state.slabs
-        if slabs is None:
+        state = self.state
+        slabs = None if state is None else state.slabs
+        if state is None or slabs is None:
             return total, 0
+        if not torch.compiler.is_compiling():
+            if state.thread not in (0, get_ident()):  # somebody else's: his rows all attend
+                return total, 0
+            state.entered += 1
         have, full = slabs[self.level], slabs[SPLIT]
         unit = total // have
         return (total - len(self.branches) * unit, 0) if have == full else (total, unit)

@@ -2,65 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..models.registry import COND, PERTURBED, UNCOND, controlnets
+from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
 from ..sharing.arguments import batched, change_rows
-from ..sharing.conditioning_cache import Kept, invariants
-from ..sharing.plan import BranchPlan, install
-from ..sharing.row_equality import Premise
+from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariants
+from ..sharing.plan import BranchPlan
+from ..sharing.row_equality import RowEquality
 from ..sharing.rows import BranchState, change_level, map_tensors
 from ..sharing.unet_plan import plan_controlnet
-from .installation import enter_with, is_eager
+from .compatibility import Answer
+from .entry import Entry
+from .findings import Findings
+from .forwards import Call, Forward
+from .frames import calling_pipeline
+from .installation import forward_entries, is_eager
+from .instance_patch import InstancePatch
 
 if TYPE_CHECKING:
+    from .patch_state import PatchState
     from .session import Session
 
 
-class WatchedControlNets:
-    """The ControlNets of one session: they never run on the perturbed rows.
+class InstalledControlNets:
+    """What is put on the ControlNets of one pipeline: made once, kept from call to call.
 
     Attributes:
         state: what they run.
-        kept: what of them is computed once per call.
     """
+
+    def __init__(self, patch: PatchState, controlnet: Any) -> None:
+        config = patch.config
+        self.patch = patch
+        self.state = BranchState()
+        self.nets = list(controlnets(controlnet))
+        self.plans = [plan_controlnet(net) for net in self.nets]
+        self.invariants: list[Invariant] = []
+        self._entries: list[Any] = []
+        self._eager = [net for net in self.nets if is_eager(controlnet, net)]
+        for net, plan in zip(self.nets, self.plans, strict=True):
+            shared = plan if config.share_branches else BranchPlan()
+            keeps = net in self._eager and config.cache_conditioning
+            kept = invariants(net, shared, self.state) if keeps else {}
+            self._entries += forward_entries(self.state, shared.hooks(self.state, without=kept))
+            self._entries += [(vars(x.module), "forward", x) for x in kept.values()]
+            self.invariants += kept.values()
+        self._patches: dict[bool, InstancePatch] = {}
+
+    def instance_patch(self, *, fused: bool) -> InstancePatch:
+        """What is put on for a forward; ``fused``: with joined weights."""
+        fusions = []
+        if fused and self.patch.config.fewer_launches:
+            fusions = [self.patch.fusion(net, self.state) for net in self._eager]
+        for fusion in fusions:
+            if fusion.refresh():
+                self._patches.pop(True, None)
+        fused = bool(fusions)
+        found = self._patches.get(fused)
+        if found is None:
+            entries = [entry for fusion in fusions for entry in fusion.entries]
+            found = self._patches[fused] = InstancePatch([*self._entries, *entries])
+        return found
+
+    def left(self) -> None:
+        """After a forward: what is on the nets then does nothing."""
+        self.state.slabs = None
+
+
+class ControlNets:
+    """The ControlNets of one session: they never run on the perturbed rows."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.state = BranchState()
-        self.kept = Kept(self.state)
-        self._premise = Premise()
-        self._plans: list[BranchPlan] = []
+        self.owner = f"{session.owner}, its ControlNet"
+        self._equality = RowEquality()
         self._slabs: tuple[int, int] | None = None
+        self._kept: ConditioningCache | None = None
 
-    def open(self) -> list[Callable[[], None]]:
-        """Watch the pipeline's ControlNets, if it has any; returns what takes everything off."""
-        config, state = self.session.patch.config, self.state
-        controlnet = getattr(self.session.pipe, "controlnet", None)
-        if controlnet is None:
-            return []
-        undo = enter_with(controlnet, self.enter, self.leave)
-        self._plans = [plan_controlnet(net) for net in controlnets(controlnet)]
-        for net, plan in zip(controlnets(controlnet), self._plans, strict=True):
-            shared = plan if config.share_branches else BranchPlan()
-            keeps = is_eager(controlnet, net) and config.cache_conditioning
-            kept = invariants(net, shared, state) if keeps else {}
-            undo += [h.remove for h in install(shared.hooks(state, without=kept))]
-            undo += self.kept.install(kept.values())
-        return undo
+    def owns(self) -> bool:
+        """Whether the forward that begins is one of the running call."""
+        session = self.session
+        # PAG may be off in this call: guess mode of the PAG pipelines needs us all the same
+        return calling_pipeline()[0] is session.pipe
 
-    def enter(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A ControlNet runs without the perturbed rows, in guess mode on the cond rows alone."""
-        self.session.begin_step()
+    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward without the perturbed rows, in guess mode on the cond rows alone."""
+        session = self.session
+        controlnet = session.pipe.controlnet
+        installed = session.patch.controlnets(controlnet)
+        if self._kept is None:
+            self._kept = ConditioningCache(installed.state, installed.invariants)
+        forward = Forward(entry, uncompiled(controlnet), args, kwargs)
+        found = Findings.together([session.patch.look(net) for net in installed.nets])
+        found.refuse()
+        call = forward.call
+        session.begin_step()
         rows = call["sample"].shape[0]
-        same = self._premise.same_objects(call, rows)
-        call = self.rows(call, rows)
-        self.session.advance(self.kept, call, same)
-        return call
+        same = self._equality.same_objects(call, rows)
+        fused = session.pag and Answer.WEIGHTS_APART not in found.answer
+        try:
+            call = self.rows(call, rows, installed, found)
+            session.advance(self._kept, call, found, same)
+            out = forward.run(
+                self.owner,
+                lambda: installed.instance_patch(fused=fused),
+                (installed.state,),
+                call,
+            )
+        finally:
+            installed.left()
+        if session.patch.compilation is not None:
+            out = session.patch.compilation.after_model(out)
+        if self._slabs is None:
+            return out
+        # residuals for every branch, as the pipeline expects them: it keeps them for the step
+        have, want = self._slabs
+        return map_tensors(out, lambda x: change_level(x, have, want))
 
-    def rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
-        session, state = self.session, self.state
+    def forget(self) -> None:
+        """Free what is kept."""
+        if self._kept is not None:
+            self._kept.forget()
+
+    def end(self) -> None:
+        """The call is over."""
+        self.forget()
+
+    def rows(self, call: Call, rows: int, installed: InstalledControlNets, found: Findings) -> Call:
+        """The arguments with the rows that the ControlNet runs on."""
+        session, state = self.session, installed.state
         config = session.patch.config
         cfg = session.pipe.do_classifier_free_guidance
         if session.pag:
@@ -72,12 +142,12 @@ class WatchedControlNets:
             start = layout.index(COND) * session.unit
             stop = start + session.unit
             return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
-        if not (session.pag and config.share_branches):
+        if not (session.pag and config.share_branches) or Answer.UNSHARED in found.answer:
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:
             everything = batched(call, rows, 1)
-            differing = self._premise.differing(everything, full, -2, -1, key="cond")
+            differing = self._equality.differing(everything, full, -2, -1, key="cond")
             if differing:
                 session.patch.fall_back(
                     f"cond and perturbed rows of the ControlNet differ in {', '.join(differing)}: "
@@ -88,22 +158,25 @@ class WatchedControlNets:
             self._slabs = full - 1, full
             full -= 1
         if full == 2:
-            state.slabs = (self._merged(call), 2, 2)
+            state.slabs = (self._merged(call, installed), 2, 2)
         return call
 
-    def leave(self, out: Any) -> Any:
-        """Residuals for every branch, as the pipeline expects them: it keeps them for the step."""
-        if self._slabs is None:
-            return out
-        have, want = self._slabs
-        return map_tensors(out, lambda x: change_level(x, have, want))
-
-    def _merged(self, call: dict[str, Any]) -> int:
+    def _merged(self, call: Call, installed: InstalledControlNets) -> int:
         everything = batched(call, 2 * self.session.unit, 1)
-        merged = all(plan.merged for plan in self._plans)
+        merged = all(plan.merged for plan in installed.plans)
         alike = {
             name: x
             for name, x in everything.items()
             if (name != "encoder_hidden_states" if merged else name.startswith("controlnet_cond"))
         }
-        return 2 if self._premise.differing(alike, 2, 0, 1, key="uncond") else 1
+        return 2 if self._equality.differing(alike, 2, 0, 1, key="uncond") else 1
+
+
+class InjectedControlNets(ControlNets):
+    """In guess mode pipelines without PAG hand over the cond rows alone."""
+
+    def rows(self, call: Call, rows: int, installed: InstalledControlNets, found: Findings) -> Call:
+        if call.get("guess_mode"):
+            installed.state.slabs = self._slabs = None
+            return call
+        return super().rows(call, rows, installed, found)

@@ -1,40 +1,43 @@
-"""A call of a pipeline that knows nothing of PAG: the perturbed branch lives in its denoiser."""
+"""A call of a pipeline that knows nothing of PAG: the perturbed branch lives in its denoiser.
+
+Its loop calls the denoiser with ``[uncond | cond]``, or with the one and then the other, and applies
+CFG itself. The denoiser's batch is extended by the perturbed rows on the way in and combined on the
+way out. Where the pipeline's guidance is linear, ``d = s·(cond − perturbed)`` is added to the output
+of every pass of the step, and nobody needs to know the CFG scale g: ``u + g·(c − u)`` of ``u + d`` and
+``c + d`` is ``u + g·(c − u) + d``. Where it is not (the result is normalised or rescaled), the
+pipeline is given ``cond' = cond + d/g``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..pipelines.injected import Host
 from ..sharing.arguments import change_arguments, frames_of, latents_of, mend_rows, version_of
+from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
-from .controlnets import WatchedControlNets
+from .controlnets import InjectedControlNets
+from .findings import Findings
+from .forwards import Call, Forward
+from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
+from .row_decision import RowDecision
 from .session import Session
 
 if TYPE_CHECKING:
-    from .patch_state import Patch
+    from .patch_state import PatchState
 
-
-class HostedControlNets(WatchedControlNets):
-    """In guess mode these pipelines hand over the cond rows alone."""
-
-    def rows(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
-        if call.get("guess_mode"):
-            self.state.slabs = None
-            return call
-        return super().rows(call, rows)
+# the other passes of a step: uncond, and SD3's skip-layer guidance
+SKIP = "skip"
 
 
 @dataclass
 class Loop:
-    """Where the denoising loop is.
+    """Where the denoising loop is, for all denoisers of the pipeline.
 
     Attributes:
         step: number of the step, from 0; -1 before the first.
@@ -45,129 +48,153 @@ class Loop:
     scales: dict[Any, Any] = field(default_factory=dict)
 
 
-class HostedSession(Session):
-    """As :class:`Session`, for one denoiser of a pipeline without PAG.
+class InjectedSession(Session):
+    """As :class:`Session`, for one denoiser of a pipeline without PAG."""
 
-    The denoiser's batch is extended by the perturbed rows on the way in, and combined on the way
-    out: see :mod:`pag_fast.pipelines.injected`.
-
-    Args:
-        arguments: those of the pipeline's call, defaults included.
-        loop: shared by the denoisers of a pipeline that has two.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        patch: Patch,
-        watched: bool,
-        denoiser: str,
-        host: Host,
-        arguments: dict[str, Any],
-        loop: Loop,
-    ) -> None:
-        super().__init__(pipe, patch, watched, denoiser)
-        self.controlnets = HostedControlNets(self)
-        self.host = host
-        self.arguments = arguments
+    def __init__(self, pipe: Any, patch: PatchState, denoiser: str, loop: Loop) -> None:
+        super().__init__(pipe, patch, denoiser)
+        assert patch.host is not None
+        self.controlnets = InjectedControlNets(self)
+        self.host = patch.host
         self.loop = loop
         self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
-        self._context = ""
-        self._timestep: Any = None
+        self._arguments: dict[str, Any] | None = None
         self._extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-        self._pending: torch.Tensor | None = None
+        self._pass = COND
+        # d, of the step that it belongs to
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._seen: tuple[Any, list[str]] = (None, [])
 
-    def open(self) -> None:
-        super().open()
+    def start(self) -> None:
+        """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
-        model = uncompiled(getattr(self.pipe, self.denoiser))
-        if self.host.sequential and hasattr(model, "cache_context"):
-            self._watch_contexts(model)
+        self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
 
-    def end(self) -> None:
-        super().end()
-        self._extended, self._pending, self._timestep = {}, None, None
+    def end(self, *, whole: bool) -> None:
+        self._extended, self._pending, self._arguments = {}, None, None
+        # a pipeline with two denoisers may need only one of them
+        super().end(whole=whole and self.loop.step < 0)
 
     def _own_rescale(self) -> float:
-        return float(self.arguments.get("guidance_rescale") or 0.0)
+        return float(self._argument("guidance_rescale") or 0.0)
 
-    def _watch_contexts(self, model: Any) -> None:
-        """The pipeline names its passes to the model, for caches: ``"cond"``, then ``"uncond"``."""
-        own = model.cache_context
+    def _argument(self, name: str) -> Any:
+        return (self.arguments() or {}).get(name)
 
-        @contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            self._context = name
-            try:
-                with own(name, *args, **kwargs):
-                    yield
-            finally:
-                self._context = ""
+    def arguments(self) -> dict[str, Any] | None:
+        """The locals of the pipeline's ``__call__``, looked up once; ``None`` in another loop."""
+        if self._arguments is None and self._locals:
+            found = call_arguments(self.pipe, self.patch.described)
+            self._arguments = {} if found is None else found
+        return self._arguments or None
 
-        model.cache_context = cache_context
-        self._undo.append(lambda: vars(model).pop("cache_context", None))
+    # ---- which pass of which step this is ----
 
-    # ---- a step ----
+    def _step_key(self, call: Call) -> Any:
+        """Another value in every step."""
+        index = self._locals.get("i")
+        if isinstance(index, int):
+            return index
+        index = getattr(self.pipe.scheduler, "step_index", None)
+        timestep = call["timestep"]
+        return float(timestep.flatten()[0]) if index is None else index
+
+    def _pass_of(self, call: Call) -> str:
+        """Which pass a forward is: by its arguments, by whose text it gets, or by its place.
+
+        Raises:
+            ValueError: more passes in a step than there are names for.
+        """
+        key = self._step_key(call)
+        if self._seen[0] != key:
+            self._seen = key, []
+        seen = self._seen[1]
+        if call.get("skip_layers") is not None:
+            found = SKIP  # SD3's skip-layer guidance
+        elif not self.host.sequential:
+            found = COND
+        else:
+            found = self._pass_by_text(call) or (UNCOND if COND in seen else COND)
+        if found in seen and found == COND:
+            self.patch.fall_back(
+                "the loop runs the denoiser more than once for cond in a step: each forward is "
+                "taken for one of cond"
+            )
+        seen.append(found)
+        return found
+
+    def _pass_by_text(self, call: Call) -> str:
+        """The pass whose prompt, among the locals of the loop, is the text of this forward."""
+        text = call.get("encoder_hidden_states")
+        if not isinstance(text, torch.Tensor):
+            return ""
+        own = self._locals
+        for name, found in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
+            embeds = own.get(name)
+            if isinstance(embeds, torch.Tensor) and embeds.data_ptr() == text.data_ptr():
+                return found
+        return ""
 
     def layout(self, rows: int) -> tuple[str, ...]:
-        both = not self.host.sequential and self.host.cfg(self.pipe, self.arguments)
+        both = not self.host.sequential and self._has_both(rows)
         self.unit = rows // 2 if both else rows
         return (UNCOND, COND) if both else (COND,)
 
-    def _is_cond(self, call: dict[str, Any]) -> bool:
-        """Whether a call of the denoiser holds cond rows."""
-        if call.get("skip_layers") is not None:
-            return False  # SD3's skip-layer guidance: a third pass of its own
-        if not self.host.sequential:
-            return True
-        if self._context:
-            return not self._context.startswith("uncond")
-        # cond comes first, and both get the very timestep
-        first = call["timestep"] is not self._timestep
-        self._timestep = call["timestep"] if first else None
-        return first
+    def _has_both(self, rows: int) -> bool:
+        """Whether a batch holds uncond and cond.
 
-    def enter_denoiser(self, call: dict[str, Any]) -> dict[str, Any]:
+        The loop's latents say so, by their own number of rows, or its name for CFG.
+        """
+        latents = self._locals.get("latents")
+        if isinstance(latents, torch.Tensor) and latents.shape[0] and not rows % latents.shape[0]:
+            slabs = rows // latents.shape[0]
+            if slabs in (1, 2):
+                return slabs == 2
+        return self._cfg()
+
+    def _cfg(self) -> bool:
+        """Whether the running call uses CFG."""
+        for name in ("do_true_cfg", "do_classifier_free_guidance"):
+            if isinstance(self._locals.get(name), bool):
+                return bool(self._locals[name])
+        return bool(self.host.cfg(self.pipe, self.arguments() or {}))
+
+    # ---- a forward ----
+
+    def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
-        if self._warming:
-            return call
+        call = forward.call
         if getattr(self.pipe, "controlnet", None) is None:
             self.begin_step()
         state, sample = self.installed.state, latents_of(call)
         rows, frames = sample.shape[0], frames_of(call)
-        cond = self._is_cond(call)
-        state.context = COND if cond else UNCOND
-        same = self._premise.same_objects(call, rows, context=state.context)
+        self._pass = self._pass_of(call)
+        state.context = self._pass
+        same = self._rows.same_objects(call, rows, self._locals, context=self._pass)
         if self._sequence is not None:
             state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
-        if not cond:
+        if self._pass != COND:
             state.slabs, self.ran = None, None
-            self.advance(self._kept, call, same)
+            self.advance(self._kept, call, found, same)
             return call
         self.loop.step += 1
         layout = self.layout(rows)
         mend_rows(call, rows)
-        if not same:
-            self._decided_for = ()
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
-        state.slabs = None
-        drops = self._drops(scales, sample)
+        drops = self._drops(scales, sample, found)
         if self.patch.compilation is not None or not drops:
             extended = self._extend(call, rows, frames, len(layout), branches)
             everything = layout + (PERTURBED,) * branches
             if self.patch.compilation is not None:
-                self._warm(extended, everything, frames, dropped=drops)
+                self._warm(forward, extended, everything, frames, found, dropped=drops)
             if not drops:
                 call, layout = extended, everything
-                state.slabs = self._slabs(call, layout, frames, same)
-        self.advance(self._kept, call, same)
-        self._align_residuals(call, len(layout))
-        self.installed.prepare(latents_of(call), self.loop.step)
+        self._prepare(call, layout, frames, found, same=same, step=self.loop.step)
         self.ran = layout, scales
         return call
 
-    def _scheduled(self, call: dict[str, Any]) -> Any:
+    def _scheduled(self, call: Call) -> Any:
         """The scheduler's own timestep: some pipelines hand a function of it to the model."""
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
@@ -178,9 +205,7 @@ class HostedSession(Session):
         host = host_timesteps(self.pipe, self._scales)
         return host[min(index, len(host) - 1)]
 
-    def _extend(
-        self, call: dict[str, Any], rows: int, frames: int, have: int, more: int
-    ) -> dict[str, Any]:
+    def _extend(self, call: Call, rows: int, frames: int, have: int, more: int) -> Call:
         """Every batched argument with copies of its cond rows; the same copies in every step."""
         extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
@@ -188,8 +213,8 @@ class HostedSession(Session):
             if x.shape[0] not in (rows, rows * frames):
                 return x
             own, version, copy = self._extended.get(id(x), (None, 0, x))
-            unknown = self.watched and x.is_inference()
-            if own is not x or version != version_of(x) or unknown:
+            # inference tensors do not tell whether somebody has written into them
+            if own is not x or version != version_of(x) or x.is_inference():
                 copy = change_level(x, have, have + more)
             extended[id(x)] = x, version_of(x), copy
             return copy
@@ -198,71 +223,83 @@ class HostedSession(Session):
         self._extended = extended
         return call
 
-    def _differing(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> list[str]:
-        return []  # the perturbed rows are copies
-
     # ---- the combination ----
-
-    def _leave(self) -> Callable[[Any], Any]:
-        after = super()._leave()
-
-        def leave(out: Any) -> Any:
-            out = self._combined(out)
-            return out if after is None else after(out)
-
-        return leave
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
-        if self._warming:
-            return out
         prediction = out[0]
         if self._is_last_pass():
-            self._forget()
-        if self.ran is None:
-            if self._pending is None:
+            self.forget()
+        if self._pass != COND:
+            if self._pending is None or self._pending[0] != self._seen[0]:
                 return out
-            return _with_prediction(out, prediction + self._pending)
+            return self._result(out, prediction + self._pending[1])
         self._pending = None
-        uncond, cond, perturbed, scale = self._predictions(prediction)
+        uncond, cond, perturbed, scale = self.predictions(prediction)
         if perturbed is None:
             return out
         config = self.patch.config
-        cfg = self.host.cfg(self.pipe, self.arguments)
-        g = None
-        if cfg:
-            g = self.host.scale(self.pipe, self.arguments, self.loop.step, self.denoiser)
-            if g is None and config.rescale_mode is not None:
+        if config.rescale_mode is None and self._is_linear():
+            if UNCOND in self._seen[1]:
                 raise ValueError(
-                    f"rescale_mode={config.rescale_mode!r} needs the scale of CFG, which this call "
-                    "decides on later: use use_dynamic_cfg=False, or no rescale_mode."
+                    "uncond ran before cond in this step, without its part of the guidance: a loop "
+                    "of your own should run cond first."
                 )
+            wide = torch.promote_types(prediction.dtype, torch.float32)
+            difference = scale * (cond.to(wide) - perturbed.to(wide))
+            self._pending = self._seen[0], difference
+            guided = cond + difference
+            both = guided if uncond is None else torch.cat([uncond + difference, guided])
+            return self._result(out, both)
         guided = guided_cond(
             uncond,
             cond,
             perturbed,
-            g,
+            self._cfg_scale(),
             scale,
             rescale=config.rescale or 0.0,
             rescale_mode=config.rescale_mode or "cfg",
             backend=config.backend,
         )
-        if cfg and g is None:
-            difference = guided - cond
-            uncond = None if uncond is None else uncond + difference
-            self._pending = difference if self.host.sequential else None
-        both = guided if uncond is None else torch.cat([uncond, guided])
-        return _with_prediction(out, both.to(prediction.dtype))
+        return self._result(out, guided if uncond is None else torch.cat([uncond, guided]))
+
+    def _is_linear(self) -> bool:
+        """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
+        return self.host.guidance == "linear" and not self._own_rescale()
+
+    def _cfg_scale(self) -> float | None:
+        """g of this step; ``None`` without CFG.
+
+        Raises:
+            ValueError: nobody knows it yet.
+        """
+        if not self._cfg():
+            return None
+        arguments = self.arguments()
+        g = None
+        if arguments is not None:
+            g = self.host.scale(self.pipe, arguments, self.loop.step, self.denoiser)
+        if g is None:
+            raise ValueError(
+                "The guidance of this call is normalised or rescaled, for which the scale of CFG has "
+                "to be known, and it is not: leave out rescale_mode and guidance_rescale, use "
+                "use_dynamic_cfg=False, or call the pipeline's own __call__."
+            )
+        return g
+
+    def _result(self, out: Any, prediction: torch.Tensor) -> Any:
+        """A model's output, tuple or dataclass, with another prediction.
+
+        In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
+        """
+        latents, own = self._locals.get("latents"), out[0].dtype
+        wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
+        prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
+        if isinstance(out, tuple):
+            return (prediction, *out[1:])
+        return dataclasses.replace(out, sample=prediction)
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
             return False
-        uncond_follows = self.host.sequential and self.host.cfg(self.pipe, self.arguments)
-        return self.ran is None or not uncond_follows
-
-
-def _with_prediction(out: Any, prediction: torch.Tensor) -> Any:
-    """A model's output, tuple or dataclass, with another prediction."""
-    if isinstance(out, tuple):
-        return (prediction, *out[1:])
-    return dataclasses.replace(out, sample=prediction)
+        return self._pass != COND or not (self.host.sequential and self._cfg())

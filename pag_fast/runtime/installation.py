@@ -1,23 +1,26 @@
-"""Processors and hooks of one denoiser, made once and put on for every call."""
+"""Processors and forwards of one denoiser: made once, put on for every forward of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..config import PatchConfig
-from ..fusion import Lean
+from ..fusion import Fusion
 from ..models.layer_names import resolve, self_attentions
-from ..models.registry import family_of, has_compiled, uncompiled
+from ..models.registry import family_of, has_compiled
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import STREAMS, perturbed_blocks, transformer_blocks
 from ..sharing.conditioning_cache import invariants
-from ..sharing.plan import BranchPlan, argument_names, is_compiled
+from ..sharing.plan import BranchPlan, is_compiled
+from ..sharing.replacement import Replacement
 from ..sharing.rows import SPLIT, BranchState
+from .instance_patch import InstancePatch
 
 _BLOCKS = (
     "BasicTransformerBlock",
@@ -97,7 +100,7 @@ def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Laye
 
 
 class Installation:
-    """Processors and hooks of one denoiser for one choice of layers.
+    """Processors and forwards of one denoiser for one choice of layers.
 
     Args:
         eager: the denoiser is not compiled (:func:`is_eager`): what depends on the conditioning
@@ -110,6 +113,7 @@ class Installation:
         family = family_of(denoiser)
         self.denoiser = denoiser
         self.text = family.text
+        self.replaces = family.replaces
         # PixArt predicts sigma along with the noise, in a second half of the channels
         self.learned_sigma = (
             type(denoiser).__name__ == "PixArtTransformer2DModel"
@@ -121,7 +125,7 @@ class Installation:
         self.attentions: dict[str, Any] = {
             name: module for name, module in self_attentions(denoiser).items() if name in names
         }
-        check_processors(self.attentions, family.replaces)
+        check_processors(self.attentions, self.replaces)
         blocks = {
             name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
             for name in transformer_blocks(denoiser)
@@ -149,15 +153,44 @@ class Installation:
         self.blocks = perturbed_blocks(denoiser, self.plan, self.state, blocks)
         keeps = eager and config.cache_conditioning
         self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
-        self.lean = None
+        self.fusion: Fusion | None = None
         if eager and config.fewer_launches:
-            self.lean = Lean(denoiser, self.same_input(), traced=config.traces)
-        self.hooks = [(module, block.enter, block.leave) for module, block in self.blocks]
-        self.hooks += self.plan.hooks(self.state, without=self.invariants)
+            self.fusion = Fusion(
+                denoiser, self.same_input(), traced=config.traces, state=self.state
+            )
+        hooks = [(module, block.enter, block.leave) for module, block in self.blocks]
+        hooks += self.plan.hooks(self.state, without=self.invariants)
+        self._own = [
+            *[(vars(attention), "processor", self.processors[name])
+              for name, attention in self.attentions.items()],
+            *forward_entries(self.state, hooks),
+            *[(vars(x.module), "forward", x) for x in self.invariants.values()],
+        ]  # fmt: skip
+        self._patches: dict[bool, InstancePatch] = {}
         self._placed = [
             p for p in self.processors.values() if any(c is not None for c in p.constants)
         ]
         self._random = any(branch.perturbation.random for branch in self.branches)
+        # what reads the state, and may have one of its own
+        self.states = (self.state,)
+        # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
+        self.counts = not traced and not blocks
+
+    def patch(self, *, fused: bool) -> InstancePatch:
+        """What is put on the denoiser for a forward; ``fused``: with joined weights.
+
+        Raises:
+            ValueError: an attention whose processor does what ours would not.
+        """
+        check_processors(self.attentions, self.replaces)
+        fusion = self.fusion if fused else None
+        if fusion is not None and fusion.refresh():
+            self._patches.pop(True, None)
+        found = self._patches.get(fused)
+        if found is None:
+            entries = [] if fusion is None else fusion.entries
+            found = self._patches[fused] = InstancePatch([*self._own, *entries])
+        return found
 
     def same_input(self) -> dict[str, int]:
         """How many projections of each perturbed attention (of q, k, v) see the same rows."""
@@ -177,11 +210,24 @@ class Installation:
         if self._random:
             state.clock = torch.full((1,), step, dtype=torch.int64, device=latents.device)
 
-    def forget(self) -> None:
-        """After a call: nothing of it is kept."""
-        self.state.slabs = self.state.clock = None
+    def left(self) -> None:
+        """After a forward: what is on the model then does nothing."""
+        self.state.thread = 0
+        self.state.slabs = None
+        if self.fusion is not None:
+            self.fusion.forget()
         for _, block in self.blocks:
             block.forget()
+
+    def forget(self) -> None:
+        """After a call: nothing of it is kept."""
+        self.left()
+        self.state.clock = None
+
+    def release(self) -> None:
+        """Give joined weights memory of their own again."""
+        if self.fusion is not None:
+            self.fusion.release()
 
     @staticmethod
     def _action(branch: PerturbedBranch, name: str, kind: type) -> Any:
@@ -201,48 +247,40 @@ def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
             )
 
 
-def enter_with(
-    module: Any,
-    enter: Callable[[dict[str, Any]], dict[str, Any]],
-    leave: Callable[[Any], Any] | None = None,
-) -> list[Callable[[], None]]:
-    """Have ``enter`` rewrite a module's arguments, and ``leave`` its output, in eager mode.
+def forward_entries(
+    state: BranchState, hooks: Iterable[tuple[nn.Module, Any, Any]]
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """The hooks of each module as one :class:`HookedForward`, ready for an instance patch."""
+    grouped: dict[int, tuple[nn.Module, list[tuple[Any, Any]]]] = {}
+    for module, before, after in hooks:
+        grouped.setdefault(id(module), (module, []))[1].append((before, after))
+    return [
+        (vars(module), "forward", HookedForward(state, module, pairs))
+        for module, pairs in grouped.values()
+    ]
 
-    Returns what takes both off again.
+
+class HookedForward(Replacement):
+    """A forward between hooks that change its rows; not torch's hooks, which graphs do not guard.
+
+    Args:
+        hooks: ``(before, after)`` with the signatures of a pre-hook with keyword arguments and of
+            a forward hook, both in the order in which torch would run them.
     """
-    names = argument_names(uncompiled(module))
 
-    def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return enter({**dict(zip(names, args, strict=False)), **kwargs})
+    def __init__(self, state: BranchState, module: nn.Module, hooks: list[tuple[Any, Any]]) -> None:
+        super().__init__(state, module)
+        self._before_forward = tuple(before for before, _ in hooks if before is not None)
+        self._after_forward = tuple(after for _, after in hooks if after is not None)
 
-    compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is None:
-        handles = [
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: ((), entered(args, kwargs)),
-                with_kwargs=True,
-                prepend=True,
-            )
-        ]
-        if leave is not None:
-            handles.append(module.register_forward_hook(lambda _, args, out: leave(out)))
-        return [handle.remove for handle in handles]
-    # module.compile() compiles the hooks along; the values looked at here need eager mode
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        out = compiled(**entered(args, kwargs))
-        return out if leave is None else leave(out)
-
-    module._compiled_call_impl = call
-    return [lambda: setattr(module, "_compiled_call_impl", compiled)]
-
-
-def restore_processor(attention: Any, original: Any, ours: Any) -> Callable[[], None]:
-    """What puts ``original`` back in place of ``ours``."""
-
-    def restore() -> None:
-        # somebody may have set another processor meanwhile: then it stays
-        if attention.processor is ours:
-            attention.set_processor(original)
-
-    return restore
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        for before in self._before_forward:
+            changed = before(self.module, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        out = self.original(*args, **kwargs)
+        for after in self._after_forward:
+            changed = after(self.module, args, out)
+            if changed is not None:
+                out = changed
+        return out

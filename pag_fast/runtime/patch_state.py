@@ -1,24 +1,133 @@
-"""The lasting part of a patch: what is kept on a pipeline from one call to the next."""
+"""What stays on a patched pipeline from one call to the next, and how a call begins and ends."""
 
 from __future__ import annotations
 
-import inspect
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..config import PatchConfig, check_scale
-from ..fusion import Lean
+from ..fusion import Fusion
+from ..models.registry import controlnets, uncompiled
 from ..pipelines.injected import Host, denoiser_names
+from ..settings.layers import as_list
 from ..sharing.plan import is_compiled
+from ..sharing.rows import BranchState
+from .compatibility import Compatibility
 from .compilation import Compilation, enough_graphs
-from .fallbacks import Falls
-from .injected import HostedSession, Loop
-from .installation import Installation
+from .controlnets import InstalledControlNets
+from .entry import Entry
+from .findings import Findings
+from .injected import InjectedSession, Loop
+from .installation import Installation, perturbed_branches
 from .session import Session
 
+_SCALES = ("pag_scale", "pag_adaptive_scale")
+# of installations for different layers, as calls that name layers take turns
+_MOST_INSTALLATIONS = 8
 
-class Patch(Falls):
+
+class Doorkeeper:
+    """The claim of one patch on one model: it is asked about every call, and knows the session.
+
+    Args:
+        part: the pipeline's attribute that holds the model.
+        asked: off for the nets of a ``MultiControlNetModel``, which are entered through it.
+    """
+
+    def __init__(self, state: BasicState, part: str, *, asked: bool = True) -> None:
+        self.state = state
+        self.part = part
+        self.asked = asked
+
+    @property
+    def owner(self) -> str:
+        return self._running().owner
+
+    def _running(self) -> Any:
+        return self.state.running.get(self.part)
+
+    def owns(self) -> bool:
+        running = self._running() if self.asked else None
+        return running is not None and running.owns()
+
+    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._running().forward(entry, args, kwargs)
+
+
+class BasicState:
+    """What every kind of patch has: counters, fallbacks, and a place in front of its models.
+
+    Attributes:
+        host: the description of a pipeline without PAG; ``None`` for the others.
+        session: the running call, if any.
+        running: what takes the forwards of each part of the pipeline while a call runs.
+        steps: forwards of the denoiser so far, by how they ran.
+        fallbacks: reasons why something ran otherwise than it should, and how often.
+    """
+
+    host: Host | None = None
+
+    def __init__(self, config: PatchConfig) -> None:
+        self.config = config
+        self.session: Any = None
+        self.running: dict[str, Any] = {}
+        self.steps: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self._entries: dict[str, list[tuple[Entry, Doorkeeper]]] = {}
+        self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
+
+    def check_idle(self) -> None:
+        """Raises ValueError while a call runs."""
+        if self.session is not None:
+            raise ValueError(
+                "This pipeline is already running: a patched pipeline cannot be called from its "
+                "own callback or from a second thread."
+            )
+
+    def fall_back(self, reason: str) -> None:
+        """Count a fallback; warn the first time, raise if strict."""
+        if self.config.strict:
+            raise ValueError(f"{reason} (strict=True)")
+        if reason not in self.fallbacks:
+            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
+        self.fallbacks[reason] += 1
+
+    def look(self, model: Any) -> Findings:
+        """What others have put on a model, now."""
+        found = self._compatibility.get(model)
+        if found is None:
+            found = self._compatibility[model] = Compatibility(model)
+        return Findings(found.look())
+
+    def enter(self, pipe: Any, part: str) -> None:
+        """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""
+        model = getattr(pipe, part)
+        wanted = [model, *getattr(uncompiled(model), "nets", ())]
+        held = self._entries.get(part, [])
+        if [id(entry.model) for entry, _ in held] != [id(m) for m in wanted]:
+            self.leave(part)
+            held = [(Entry.of(m), Doorkeeper(self, part, asked=m is model)) for m in wanted]
+            self._entries[part] = held
+        for entry, keeper in held:
+            entry.add(keeper)
+        held[0][0].inner = [entry for entry, _ in held[1:]]
+
+    def leave(self, part: str) -> None:
+        """Stand in front of the model no longer."""
+        for entry, keeper in self._entries.pop(part, []):
+            entry.remove(keeper)
+
+    def release(self) -> None:
+        """Leave the models as they were found."""
+        for part in tuple(self._entries):
+            self.leave(part)
+
+
+class PatchState(BasicState):
     """The lasting part of a patch: settings, what calls have run, and what can be reused."""
 
     def __init__(
@@ -38,105 +147,170 @@ class Patch(Falls):
         self.layers: list[str | int] = [] if own_layers is None else own_layers
         self.pag_scale = 3.0 if config.pag_scale is None else float(config.pag_scale)
         self.pag_adaptive_scale = float(config.pag_adaptive_scale or 0.0)
-        # rebuilt only when layers or modules change: a compiled denoiser guards on these objects
-        self._installed: dict[int, tuple[Any, Installation]] = {}
-        self._leans: dict[int, tuple[Any, Lean]] = {}
+        # made anew only when layers or modules change: a compiled denoiser guards on these objects
+        self._installed: dict[Any, tuple[Any, Installation]] = {}
+        self._fusions: dict[int, tuple[Any, Fusion]] = {}
+        self._controlnets: tuple[Any, InstalledControlNets] | None = None
         self.compilation: Compilation | None = None
 
-    def inherit(self, before: Patch) -> None:
+    @property
+    def described(self) -> type:
+        """The class, among those the pipeline inherits from, that is described."""
+        assert self.host is not None
+        return next(c for c in self.original_class.__mro__ if c.__name__ == self.host.name)
+
+    def inherit(self, before: PatchState) -> None:
         """Take over what ``before`` has made, if it is what these settings would make.
 
-        Compiled graphs guard on it: with new processors and hooks they would be compiled again.
+        Compiled graphs guard on it: with new processors and forwards they would be compiled again.
         """
         if self.config.installed == before.config.installed:
             self._installed, before._installed = before._installed, {}
-            self._leans, before._leans = before._leans, {}
+            self._fusions, before._fusions = before._fusions, {}
             self.compilation, before.compilation = before.compilation, None
+
+    def parts(self, pipe: Any) -> list[str]:
+        """The attributes of the pipeline that hold models we stand in front of."""
+        names = list(denoiser_names(pipe))
+        return names + ["controlnet"] * (getattr(pipe, "controlnet", None) is not None)
+
+    def enter_models(self, pipe: Any) -> None:
+        """Stand in front of every model that the pipeline has now."""
+        parts = self.parts(pipe)
+        for part in set(self._entries) - set(parts):
+            self.leave(part)
+        for part in parts:
+            self.enter(pipe, part)
+
+    # ---- a call ----
 
     def call(
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run ``call``, the pipeline's own ``__call__``, inside a session."""
+        """Run ``call``, the pipeline's own ``__call__``, inside a session.
+
+        Takes ``pag_applied_layers`` for this call alone, and for a pipeline that has no PAG of its
+        own ``pag_scale`` and ``pag_adaptive_scale``.
+        """
         self.check_idle()
+        with_layers = self._call_layers(pipe, kwargs.pop("pag_applied_layers", None))
+        before = {name: getattr(self, name) for name in _SCALES}
+        layers = self._set_layers(pipe, with_layers)
+        try:
+            if self.host is not None:
+                for name in _SCALES:
+                    value = kwargs.pop(name, None)
+                    check_scale(name, value)
+                    if value is not None:
+                        setattr(self, name, float(value))
+                if self.pag_scale == 0.0:
+                    return call(*args, **kwargs)
+            return self._run(pipe, call, args, kwargs)
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._set_layers(pipe, layers)
+
+    def _call_layers(self, pipe: Any, layers: Any) -> list[str | int] | None:
+        """The layers that a call names, checked; ``None``: those of the patch."""
+        if layers is None:
+            return None
+        if self.config.branches is not None:
+            raise ValueError(
+                "pag_applied_layers is given, and this pipeline was patched with branches, each of "
+                "which has layers of its own: leave it out, or patch without branches."
+            )
+        wanted = as_list(layers)
+        for name in denoiser_names(pipe):
+            perturbed_branches(uncompiled(getattr(pipe, name)), wanted, self.config)
+        return wanted
+
+    def _set_layers(self, pipe: Any, layers: Any) -> Any:
+        """Perturb ``layers`` from here on, unless ``None``; returns what puts the former back."""
+        if layers is None:
+            return None
+        if self.host is not None:
+            before, self.layers = self.layers, layers
+        else:
+            before, pipe.pag_applied_layers = pipe.pag_applied_layers, layers
+        return before
+
+    def _run(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self.compile(pipe)
         if self.compilation is not None:
             self.compilation.check_compiler(pipe.device.type)
-        watched = any(kwargs.get(k) for k in ("callback_on_step_end", "callback"))
+        self.enter_models(pipe)
         regional = self.compilation is not None and self.compilation.config.regional
         sessions: list[Session] = []
+        whole = False
         try:
-            with ExitStack() as stack:
-                for session in self._sessions(pipe, watched, call, args, kwargs):
-                    sessions.append(session)
-                    self.session = sessions[0]
-                    stack.callback(session.end)
-                    session.open()
-                with enough_graphs() if regional else nullcontext():
-                    result = call(*args, **kwargs)
-                if not sessions[0].freed:
-                    pipe.maybe_free_model_hooks()
+            for session in self._sessions(pipe):
+                sessions.append(session)
+                self.session = sessions[0]
+                self.running[session.denoiser] = session
+            self.running["controlnet"] = sessions[0].controlnets
+            for session in sessions:
+                if isinstance(session, InjectedSession):
+                    session.start()
+            with enough_graphs() if regional else nullcontext():
+                result = call(*args, **kwargs)
+            if not sessions[0].freed:
+                pipe.maybe_free_model_hooks()
+            whole = True
         finally:
             self.session = None
+            self.running = {}
+            _end(sessions, whole)
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
 
-    def _sessions(
-        self,
-        pipe: Any,
-        watched: bool,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Iterator[Session]:
+    def _sessions(self, pipe: Any) -> Iterator[Session]:
         """A session for every denoiser."""
         if self.host is None:
-            yield Session(pipe, self, watched)
+            yield Session(pipe, self)
             return
-        bound = inspect.signature(call).bind(*args, **kwargs)
-        bound.apply_defaults()
         loop = Loop()
         for name in denoiser_names(pipe):
-            yield HostedSession(pipe, self, watched, name, self.host, bound.arguments, loop)
+            yield InjectedSession(pipe, self, name, loop)
 
-    def call_host(
-        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """:meth:`call` for a pipeline without PAG, whose own call takes no scales of PAG."""
-        before = self.pag_scale, self.pag_adaptive_scale
-        for name in ("pag_scale", "pag_adaptive_scale"):
-            value = kwargs.pop(name, None)
-            check_scale(name, value)
-            if value is not None:
-                setattr(self, name, float(value))
-        try:
-            if self.pag_scale == 0.0:
-                return call(*args, **kwargs)
-            return self.call(pipe, call, args, kwargs)
-        finally:
-            self.pag_scale, self.pag_adaptive_scale = before
+    # ---- what is kept between calls ----
 
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
-        """The plan, processors and hooks for ``denoiser``, made anew when something changed."""
-        key = (tuple(layers), eager, _modules(denoiser))
-        found = self._installed.get(id(denoiser))
-        if found is None or found[0] != key:
-            if found is not None and found[1].lean is not None:
-                found[1].lean.release()
-            found = key, Installation(denoiser, layers, self.config, eager=eager)
-            self._installed[id(denoiser)] = found
+        """What is put on ``denoiser`` for these layers, made anew when something changed."""
+        key = id(denoiser), tuple(layers), eager
+        modules = _modules(denoiser)
+        found = self._installed.pop(key, None)
+        if found is None or found[0] != modules:
+            if found is not None:
+                found[1].release()
+            found = modules, Installation(denoiser, layers, self.config, eager=eager)
+        # the latest is the last: those for layers that no call names any more go first
+        self._installed[key] = found
+        while len(self._installed) > _MOST_INSTALLATIONS:
+            self._installed.pop(next(iter(self._installed)))[1].release()
         return found[1]
 
-    def lean(self, controlnet: Any) -> Lean:
-        """What can be left out in a ControlNet, found anew when something changed."""
+    def fusion(self, controlnet: Any, state: BranchState) -> Fusion:
+        """What can be joined in a ControlNet, found anew when something changed."""
         key = _modules(controlnet)
-        found = self._leans.get(id(controlnet))
+        found = self._fusions.get(id(controlnet))
         if found is None or found[0] != key:
             if found is not None:
                 found[1].release()
-            lean = Lean(controlnet, traced=self.config.traces)
-            self._leans[id(controlnet)] = found = key, lean
+            fusion = Fusion(controlnet, traced=self.config.traces, state=state)
+            self._fusions[id(controlnet)] = found = key, fusion
         return found[1]
+
+    def controlnets(self, controlnet: Any) -> InstalledControlNets:
+        """What is put on the ControlNets, made anew when something changed."""
+        nets = list(controlnets(controlnet))
+        key = [id(controlnet), *(_modules(net) for net in nets)]
+        if self._controlnets is None or self._controlnets[0] != key:
+            self._controlnets = key, InstalledControlNets(self, controlnet)
+        return self._controlnets[1]
 
     def compile(self, pipe: Any) -> None:
         """Compile the models that the pipeline has, where that is wanted and not done.
@@ -153,14 +327,27 @@ class Patch(Falls):
 
     def release(self) -> None:
         """Leave the models as they were found."""
+        super().release()
         if self.compilation is not None:
             self.compilation.undo()
             self.compilation = None
         for _, installed in self._installed.values():
-            if installed.lean is not None:
-                installed.lean.release()
-        for _, lean in self._leans.values():
-            lean.release()
+            installed.release()
+        for _, fusion in self._fusions.values():
+            fusion.release()
+        self._controlnets = None
+
+
+def _end(sessions: list[Session], whole: bool) -> None:
+    """End every session, whatever the others do; the first error is the one that is raised."""
+    errors: list[BaseException] = []
+    for session in reversed(sessions):
+        try:
+            session.end(whole=whole)
+        except BaseException as error:
+            errors.append(error)
+    if errors and whole:
+        raise errors[0]
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

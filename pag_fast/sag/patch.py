@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import PatchConfig
-from ..fusion import Lean
-from ..runtime.fallbacks import Falls
+from ..fusion import Fusion
+from ..runtime.patch_state import BasicState
+from ..sharing.rows import BranchState
 from .attention import RememberingSelfAttention
 from .session import SagSession
 
@@ -19,17 +20,12 @@ def is_sag(pipe: Any) -> bool:
     return any(cls.__name__ == "StableDiffusionSAGPipeline" for cls in type(pipe).__mro__)
 
 
-class SagPatch(Falls):
-    """As :class:`pag_fast.runtime.patch_state.Patch`: settings, steps, what can be reused.
-
-    Attributes:
-        host: none: the pipeline knows its guidance itself.
+class SagPatch(BasicState):
+    """As :class:`pag_fast.runtime.patch_state.PatchState`: settings, steps, what can be reused.
 
     Raises:
         ValueError: options that mean nothing here, or a pipeline that is not as diffusers wrote it.
     """
-
-    host = None
 
     def __init__(self, pipe: Any, config: PatchConfig) -> None:
         before = getattr(pipe, "_pag_fast", None)
@@ -38,34 +34,54 @@ class SagPatch(Falls):
         super().__init__(config)
         # lasting: compiled blocks guard on it
         self.processor = RememberingSelfAttention()
-        self._lean: tuple[Any, Lean] | None = None
+        self.step = BranchState()
+        self._fusion: tuple[Any, Fusion] | None = None
+
+    def enter_models(self, pipe: Any) -> None:
+        """Stand in front of the UNet that the pipeline has now."""
+        self.enter(pipe, "unet")
 
     def call(
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
         self.check_idle()
-        self.session = session = SagSession(pipe, self, bool(kwargs.get("callback")))
+        _refuse_call_layers(kwargs)
+        self.enter_models(pipe)
+        session = SagSession(pipe, self)
+        self.session = self.running["unet"] = session
         try:
-            session.open()
+            session.start()
             return call(*args, **kwargs)
         finally:
             self.session = None
+            self.running = {}
             session.end()
 
-    def lean(self, model: Any) -> Lean:
-        """What can be left out in the UNet, found anew when something changed."""
+    def fusion(self, model: Any) -> Fusion:
+        """What can be joined in the UNet, found anew when something changed."""
         key = [id(module) for module in model.modules()]
-        if self._lean is None or self._lean[0] != key:
-            self.release()
-            self._lean = key, Lean(model)
-        return self._lean[1]
+        if self._fusion is None or self._fusion[0] != key:
+            self._release_fusion()
+            self._fusion = key, Fusion(model, traced=False, state=self.step)
+        return self._fusion[1]
 
     def release(self) -> None:
         """Leave the UNet as it was found."""
-        if self._lean is not None:
-            self._lean[1].release()
-            self._lean = None
+        super().release()
+        self._release_fusion()
+
+    def _release_fusion(self) -> None:
+        if self._fusion is not None:
+            self._fusion[1].release()
+            self._fusion = None
+
+
+def _refuse_call_layers(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("pag_applied_layers", None) is not None:
+        raise ValueError(
+            "Self-Attention Guidance perturbs no layers: leave pag_applied_layers out of the call."
+        )
 
 
 def _check(pipe: Any, cls: type, config: PatchConfig) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import ops
-from ..fusion import Lean
 from ..models.registry import has_compiled, uncompiled
 from ..ops import reference
-from ..runtime.installation import enter_with
+from ..runtime.compatibility import Answer
+from ..runtime.entry import Entry
+from ..runtime.findings import Findings
+from ..runtime.forwards import Forward
+from ..runtime.frames import calling_pipeline
+from ..runtime.instance_patch import InstancePatch
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
-from ..sharing.row_equality import Premise
+from ..sharing.row_equality import RowEquality
 from .attention import QueriesAndKeys, received_from_map
 from .schedule import NoiseSchedule
 from .shared import SharedPasses
@@ -35,61 +37,74 @@ class SagSession:
         awaits_degraded: the UNet's next call is the degraded pass.
     """
 
-    def __init__(self, pipe: Any, patch: SagPatch, watched: bool) -> None:
+    def __init__(self, pipe: Any, patch: SagPatch) -> None:
         self.pipe = pipe
         self.patch = patch
-        self.watched = watched
+        self.owner = f"{type(pipe).__name__} (patched)"
         self.images: list[torch.Tensor] | None = None
         self.awaits_degraded = False
-        self._undo: list[Callable[[], None]] = []
         self._schedule = NoiseSchedule(pipe)
-        self._premise = Premise()
+        self._equality = RowEquality()
         self._degrades = False
-        self._store: Any = None
-        self._lean: Lean | None = None
         self._blur: torch.Tensor | None = None
         self._steps = 0
+        unet = pipe.unet
+        self._model: Any = uncompiled(unet)
+        self._attention = self._model.mid_block.attentions[0].transformer_blocks[0].attn1
+        self._original = self._attention.processor
+        self.compiled = has_compiled(unet) or is_compiled(self._model)
+        self._shared: SharedPasses | None = None
 
-    # ---- installing and removing ----
+    # ---- the life of the call ----
 
-    def open(self) -> None:
-        """Before the pipeline runs: watch its UNet, and remember the processor to put back."""
-        unet = self.pipe.unet
-        model: Any = uncompiled(unet)
-        self._attention = model.mid_block.attentions[0].transformer_blocks[0].attn1
-        original = self._attention.processor
-        self._undo.append(functools.partial(self._restore_processor, original))
-        self.compiled = has_compiled(unet) or is_compiled(model)
+    def start(self) -> None:
+        """The pipeline's call begins."""
         if self.compiled:
             self.patch.fall_back("the UNet is compiled: it runs as it is, and stores its map")
             return
         # dropout is new in every pass
-        keeps = self.patch.config.cache_conditioning and not model.training
-        self._shared = SharedPasses(model, keeps=keeps)
-        self._undo += enter_with(unet, self._enter, lambda out: self._leave())
-
-    def _restore_processor(self, original: Any) -> None:
-        # somebody may have set another processor meanwhile: then it stays
-        found = self._attention.processor
-        if found is self.patch.processor or _stores_map(found):
-            self._attention.set_processor(original)
-
-    def _begin(self) -> None:
-        """The first pass: the pipeline's processor is in place, and makes way for ours."""
-        processor = self._attention.processor
-        if _stores_map(processor):
-            self._store = processor
-            self._attention.processor = self.patch.processor
-        self._undo += self._shared.install()
-        model = self.pipe.unet
-        if self.patch.config.fewer_launches and not model.training:
-            self._lean = self.patch.lean(model)
-            self._undo += self._lean.install(self._shared.step)
+        keeps = self.patch.config.cache_conditioning and not self._model.training
+        self._shared = SharedPasses(self._model, self.patch.step, keeps=keeps)
 
     def end(self) -> None:
-        """Take everything off again, in reverse order."""
-        while self._undo:
-            self._undo.pop()()
+        """The call is over: nothing of the pipeline's own is left behind, either."""
+        # somebody may have set another processor meanwhile: then it stays
+        if _stores_map(self._attention.processor):
+            self._attention.set_processor(self._original)
+        if self._shared is not None:
+            self._shared.forget()
+
+    # ---- a forward ----
+
+    def owns(self) -> bool:
+        """Whether the forward that begins is one of this call's denoising loop."""
+        return self._shared is not None and calling_pipeline()[0] is self.pipe
+
+    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A guided or a degraded pass, from its arguments to its output."""
+        shared = self._shared
+        assert shared is not None
+        forward = Forward(entry, self._model, args, kwargs)
+        found = self.patch.look(self._model)
+        found.refuse()
+        call = self._enter(forward.call, shared, found)
+        out = forward.run(self.owner, lambda: self._patch(found), shared.states, call)
+        self._leave(shared)
+        return out
+
+    def _patch(self, found: Findings) -> InstancePatch:
+        """What is put on the UNet for a forward."""
+        assert self._shared is not None
+        entries = self._shared.entries
+        if _stores_map(self._attention.processor):
+            # the pipeline has put its own there, which stores the map
+            entries = [(vars(self._attention), "processor", self.patch.processor), *entries]
+        fuses = self.patch.config.fewer_launches and not self._model.training
+        if fuses and Answer.WEIGHTS_APART not in found.answer:
+            fusion = self.patch.fusion(self._model)
+            fusion.refresh()
+            entries = [*entries, *fusion.entries]
+        return InstancePatch(entries)
 
     def keep_images(self, embeds: list[torch.Tensor], cfg: bool) -> None:
         """The IP-Adapter's embeddings, of ``[uncond | cond]`` with CFG.
@@ -105,22 +120,19 @@ class SagSession:
             )
         self.images = list(embeds) if cfg else None
 
-    # ---- a step ----
-
-    def _enter(self, call: dict[str, Any]) -> dict[str, Any]:
-        if not self._steps:
-            self._begin()
+    def _enter(
+        self, call: dict[str, Any], shared: SharedPasses, found: Findings
+    ) -> dict[str, Any]:
         latents, timestep = latents_of(call), call["timestep"]
+        keeps = Answer.NOTHING_KEPT not in found.answer
         if self.awaits_degraded:
-            leads = self._premise.leads(call)
-            self._shared.degraded(latents, timestep, leads=leads)
+            leads = keeps and self._equality.leads(call)
+            shared.degraded(latents, timestep, leads=leads)
             return call
         self._steps += 1
         call = self._with_all_images(call, latents.shape[0])
-        same = self._premise.same_objects(call, latents.shape[0])
-        self._shared.guided(latents, timestep, same=same, watched=self.watched)
-        if self.watched and self._lean is not None:
-            self._lean.check()
+        same = keeps and self._equality.same_objects(call, latents.shape[0])
+        shared.guided(latents, timestep, same=same)
         return call
 
     def _with_all_images(self, call: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -130,16 +142,17 @@ class SagSession:
             return call
         return {**call, "added_cond_kwargs": {**added, "image_embeds": self.images}}
 
-    def _leave(self) -> None:
+    def _leave(self, shared: SharedPasses) -> None:
         seen = self.patch.processor.take()
         degraded, self.awaits_degraded = self.awaits_degraded, False
-        if not degraded and self._store is not None:
-            self._store.attention_probs = seen
+        store = self._attention.processor
+        if not degraded and _stores_map(store):
+            store.attention_probs = seen
         self.patch.steps["degraded passes" if degraded else "guided passes"] += 1
         # what follows the last pass, decoding, is where memory runs short
         last = self._steps == len(self.pipe.scheduler.timesteps)
         if last and (degraded or not self._degrades):
-            self._shared.forget()
+            shared.forget()
 
     def degrade(
         self,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..sharing.conditioning_cache import Invariant, Kept, invariant_modules
+from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.rows import BranchState
 
@@ -30,12 +29,12 @@ class LeadingRows(Invariant):
     first rows of what the guided pass has computed.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.state.rows  # type: ignore[attr-defined]
         kept = self.kept.get(self.state.context)
         if kept is not None and _rows(kept.value) < rows:
             self.forget()
-        out = super().__call__(*args, **kwargs)
+        out = super().run(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             return _first(out, rows)
         return [_first(x, rows) for x in out] if type(out) is list else out
@@ -58,18 +57,15 @@ class SharedPasses:
 
     Args:
         model: the UNet, in eager mode.
+        step: of the projections of the time embedding, fused once for both passes of a step.
         keeps: off, every pass computes everything.
     """
 
-    def __init__(self, model: nn.Module, *, keeps: bool) -> None:
+    def __init__(self, model: nn.Module, step: BranchState, *, keeps: bool) -> None:
         self.text, self.time = PassState(), PassState()
-        # projections of the time embedding are joined once for both passes of a step
-        self.step = BranchState()
-        self.kept, self.timed = Kept(self.text), Kept(self.time)
+        self.step = step
         self._invariants: list[Invariant] = []
         self._times: list[Invariant] = []
-        self._spoiled = False
-        self._timestep: Any = None
         if keeps:
             found = invariant_modules(model)
             self._invariants = [LeadingRows(self.text, module) for module in found.values()]
@@ -79,15 +75,25 @@ class SharedPasses:
                 if (module := getattr(model, name, None)) is not None
                 and not has_diffusers_hooks(module)
             ]
+        self.kept = ConditioningCache(self.text, self._invariants)
+        self.timed = ConditioningCache(self.time, self._times)
+        self._spoiled = False
+        self._timestep: Any = None
 
-    def install(self) -> list[Callable[[], None]]:
-        """Put the forwards in place; returns what takes them off again."""
-        return self.kept.install(self._invariants) + self.timed.install(self._times)
+    @property
+    def states(self) -> tuple[BranchState, ...]:
+        """What the replaced forwards read."""
+        return self.text, self.time, self.step
 
-    def guided(self, latents: torch.Tensor, timestep: Any, *, same: bool, watched: bool) -> None:
+    @property
+    def entries(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """The replaced forwards, ready for an instance patch."""
+        return [(vars(x.module), "forward", x) for x in (*self._invariants, *self._times)]
+
+    def guided(self, latents: torch.Tensor, timestep: Any, *, same: bool) -> None:
         """The guided pass of a step begins; ``same``: with the conditioning of the one before."""
         self.text.rows = self.time.rows = latents.shape[0]
-        self.kept.advance(latents, same=same and not self._spoiled, watched=watched)
+        self.kept.advance(latents, same=same and not self._spoiled)
         self._spoiled = False
         self.step.step += 1
         self.time.step += 1

@@ -8,14 +8,15 @@ control image. Stock diffusers computes them anew in every step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks, replace_forward
+from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks
+from .replacement import Replacement
 from .rows import Align, BranchState, Leave
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
@@ -48,13 +49,15 @@ class _Output:
     value: Any
     epoch: int
     versions: list[int | None]
+    weights: list[Any]
 
 
-class Invariant:
+class Invariant(Replacement):
     """The forward of a module, computed once for each epoch of its model's :class:`BranchState`.
 
-    Takes the place of ``module.forward`` while a call runs. ``align`` and ``leave`` are the hooks
-    of the module's site in the branch plan, which it then does without.
+    ``align`` and ``leave`` are the hooks of the module's site in the branch plan, which it then does
+    without. What the module itself consists of is compared whenever it is entered, behind all hooks:
+    parameters, buffers, LoRA scales and plain settings.
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
@@ -67,11 +70,10 @@ class Invariant:
         align: Align | None = None,
         leave: Leave | None = None,
     ) -> None:
-        self.state = state
-        self.module = module
+        super().__init__(state, module)
         self._align = align
         self._leave = leave
-        self._forward: Callable[..., Any] = module.forward
+        self._weights = WeightSignature(module)
         self.forget()
 
     def forget(self) -> None:
@@ -80,18 +82,7 @@ class Invariant:
         self._step = -1
         self._repeated = False
 
-    def install(self) -> Callable[[], None]:
-        """Replace the module's forward; returns what puts it back and forgets the output."""
-        self._forward = self.module.forward
-        restore = replace_forward(self.module, self)
-
-        def remove() -> None:
-            self.forget()
-            restore()
-
-        return remove
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # somebody has compiled the model's forward alone
             return self._compute(args, kwargs)
         state = self.state
@@ -102,38 +93,79 @@ class Invariant:
         if kept is None or kept.epoch != state.epoch or self._repeated:
             return self._renew(args, kwargs)
         # somebody may have written into it; inference tensors do not tell
-        unchanged = kept.versions == _versions(kept.value)
+        unchanged = kept.versions == _versions(kept.value) and self._weights.same(kept.weights)
         return kept.value if unchanged else self._renew(args, kwargs)
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.kept.pop(self.state.context, None)
+        weights = self._weights.take()
         value = self._compute(args, kwargs)
         if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
-        self.kept[self.state.context] = _Output(value, self.state.epoch, _versions(value))
+        if weights is not None:
+            output = _Output(value, self.state.epoch, _versions(value), weights)
+            self.kept[self.state.context] = output
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._align is not None:
             args, kwargs = self._align(self.module, args, kwargs) or (args, kwargs)
-        out = self._forward(*args, **kwargs)
+        out = self.original(*args, **kwargs)
         if self._leave is None:
             return out
         left = self._leave(self.module, args, out)
         return out if left is None else left
 
-    def weights(self) -> list[Any]:
-        """What changes when a callback changes the module's weights or its LoRA scales."""
-        found: list[Any] = []
-        for module in self.module.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and not parameter.is_inference():
-                    found.append((id(parameter), parameter._version))
-            lora: Any = module
-            if hasattr(lora, "scaling"):
-                found += [dict(lora.scaling), list(lora.active_adapters)]
-                found += [lora.merged, lora.disable_adapters]
+
+class WeightSignature:
+    """What a module computes with: another one whenever somebody has changed it.
+
+    Parameters and buffers are held as objects, since an ``id`` may be given again, with their
+    versions and addresses; of the rest the plain settings and the scales of LoRAs are compared.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._root = module
+        self._found: list[tuple[nn.Module, int]] = []
+
+    def take(self) -> list[Any] | None:
+        """What there is now; ``None`` where changes would not show: offloaded, inference tensors."""
+        self._found = [(m, len(m._modules)) for m in self._root.modules()]
+        now = self._now()
+        tensors = [x for x in now if isinstance(x, torch.Tensor)]
+        shown = all(not x.is_inference() and x.device.type != "meta" for x in tensors)
+        return now if shown else None
+
+    def same(self, before: list[Any]) -> bool:
+        """Whether nothing has changed since :meth:`take` returned ``before``."""
+        if any(len(module._modules) != count for module, count in self._found):
+            return False
+        now = self._now()
+        return len(now) == len(before) and all(
+            a is b or (not isinstance(a, torch.Tensor) and a == b)
+            for a, b in zip(now, before, strict=True)
+        )
+
+    def _now(self) -> list[Any]:
+        found: list[Any] = [torch.is_autocast_enabled(), torch.is_grad_enabled()]
+        for module, _ in self._found:
+            own = module.__dict__
+            for tensors in (own["_parameters"], own["_buffers"]):
+                for x in tensors.values():
+                    if x is not None:
+                        found += (x, 0 if x.is_inference() else x._version, x.data_ptr())
+            if type(module) is nn.Linear:
+                continue
+            for name, value in own.items():
+                if isinstance(value, bool | int | float | str):
+                    found.append(value)
+                elif name in _ADAPTERS:
+                    found.append(dict(value) if isinstance(value, dict) else str(value))
         return found
+
+
+# of peft's layers: scales by adapter, and which adapters count
+_ADAPTERS = ("scaling", "_active_adapter", "merged_adapters")
 
 
 def _tensors(value: Any) -> list[Any]:
@@ -145,45 +177,27 @@ def _versions(value: Any) -> list[int | None]:
     return [None if x.is_inference() else x._version for x in _tensors(value)]
 
 
-class Kept:
+class ConditioningCache:
     """The invariants of one model, or of all ControlNets, while one call runs."""
 
-    def __init__(self, state: BranchState) -> None:
+    def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
-        self.invariants: list[Invariant] = []
+        self.invariants = list(invariants)
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
-        self._weights: Any = None
         self._epochs = state.epoch
 
-    def install(self, invariants: Iterable[Invariant]) -> list[Callable[[], None]]:
-        """Put them onto their modules; returns what takes them off again."""
-        added = list(invariants)
-        self.invariants += added
-        return [invariant.install() for invariant in added]
-
-    def advance(self, latents: torch.Tensor, *, same: bool, watched: bool) -> None:
+    def advance(self, latents: torch.Tensor, *, same: bool) -> None:
         """Begin a forward: what was kept is good as long as nothing it depends on has changed.
 
         Args:
             latents: with the rows that the model runs on.
             same: the conditioning is that of the forward before.
-            watched: a callback may have changed anything.
         """
         self.state.step += 1
         rows, context = (latents.shape[0], self.state.slabs), self.state.context
         before, epoch = self._last.get(context, (None, -1))
-        same = same and rows == before
-        if watched:
-            # callbacks can change weights and the scales of LoRAs, and write into embeddings, of
-            # which tensors made in inference mode tell nothing
-            weights = [invariant.weights() for invariant in self.invariants]
-            if weights != self._weights:
-                self._last.clear()
-                same = False
-            same = same and not latents.is_inference()
-            self._weights = weights
-        if not same:
-            # others may have counted on, too
+        if not same or rows != before:
+            # the state may have been advanced for other invariants of the same model, too
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch

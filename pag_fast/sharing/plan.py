@@ -111,10 +111,16 @@ def install(hooks: Iterable[tuple[nn.Module, Any, Any]]) -> list[RemovableHandle
     return handles
 
 
+def compiled_call(module: nn.Module) -> Any:
+    """What ``module.compile()`` has made; an entry of ours in front of it does not count."""
+    found = vars(module).get("_compiled_call_impl")
+    return getattr(found, "displaced", found)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether somebody has compiled the module, in place or its forward alone."""
     forward = vars(module).get("forward")
-    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return compiled_call(module) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def eager_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ class Replacement:
 
     Whoever wraps a module in the middle of our forward (``add_hook_to_module``, a callback) keeps
     this object when we are gone. So it does something only in the thread of its owner's running
-    forward, and not a second time inside of itself; otherwise it calls :attr:`original`.
+    forward, and not a second time inside of itself; otherwise it calls what was there.
 
     Instances are made once per patch, as compiled graphs guard on them.
 
@@ -32,10 +32,14 @@ class Replacement:
     def __init__(self, state: BranchState, module: nn.Module) -> None:
         self.state = state
         self.module = module
-        self._displaced: Any = vars(module).get("forward", MISSING)
+        own = vars(module).get("forward", MISSING)
+        self.displaced: Any = own
         # a bound method is a new object whenever it is asked for, and compiled graphs guard on it
-        self._original: Callable[..., Any] = module.forward
-        self._entered = False
+        cls: Any = type(module)
+        self._class_forward: Callable[..., Any] = cls.forward.__get__(module)
+        self._original: Callable[..., Any] = self._class_forward if own is MISSING else own
+        self._before = self._class_forward
+        self._depth = 0
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -44,14 +48,12 @@ class Replacement:
 
     def displace(self, before: Any) -> None:
         """Note what this object takes the place of: the instance's own forward, or ``MISSING``."""
-        if before is self._displaced or before is self:
+        if before is self.displaced or before is self:
             return
-        self._displaced = before
-        self._original = self._bound() if before is MISSING else before
-
-    def _bound(self) -> Callable[..., Any]:
-        cls: Any = type(self.module)
-        return cls.forward.__get__(self.module)
+        # what comes on top may have captured this object, and calls it in turn
+        self._before = self._class_forward if before is MISSING else self._original
+        self.displaced = before
+        self._original = self._class_forward if before is MISSING else before
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does in its owner's forward."""
@@ -60,10 +62,13 @@ class Replacement:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # while a compiler traces, the owner's forward runs
             return self.run(*args, **kwargs)
-        if self._entered or self.state.thread != get_ident():
+        if self.state.thread != get_ident():
             return self._original(*args, **kwargs)
-        self._entered = True
+        depth, self._depth = self._depth, self._depth + 1
         try:
-            return self.run(*args, **kwargs)
+            if depth == 0:
+                return self.run(*args, **kwargs)
+            forward = self._before if depth == 1 else self._class_forward
+            return forward(*args, **kwargs)
         finally:
-            self._entered = False
+            self._depth = depth

@@ -9,7 +9,7 @@ import torch
 from .arguments import SAMPLE, UNCHECKED, version_of
 
 
-class Premise:
+class RowEquality:
     """Compares slabs of conditioning tensors once, and again when a tensor has been replaced.
 
     A comparison waits for the device, so it is made on the first step of a call, and afterwards

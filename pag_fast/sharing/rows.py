@@ -44,6 +44,7 @@ class BranchState:
         clock: number of the step in its pipeline call, one int64 on the device: random numbers
             start from it. A tensor, so that compiled graphs are the same in every step.
         thread: the thread whose forward of the model runs on what was decided; 0 between forwards.
+        entered: how many perturbed layers the forward has come through, outside of graphs.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class BranchState:
         self.size: tuple[int, int] | None = None
         self.clock: torch.Tensor | None = None
         self.thread = 0
+        self.entered = 0
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""

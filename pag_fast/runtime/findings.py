@@ -1,0 +1,34 @@
+"""What others have put on a model, as one answer for one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .compatibility import Answer, Finding, combined, refuse
+
+
+class Findings:
+    """The findings of one look at a model, or at several that run as one.
+
+    Attributes:
+        items: each thing that was found.
+        answer: all their answers together.
+    """
+
+    def __init__(self, items: Iterable[Finding] = ()) -> None:
+        self.items = tuple(items)
+        self.answer = combined(self.items)
+
+    @staticmethod
+    def together(several: Iterable[Findings]) -> Findings:
+        """The findings on several models as one."""
+        return Findings(item for found in several for item in found.items)
+
+    def refuse(self) -> None:
+        """Raises ValueError where the call cannot be right."""
+        if Answer.REFUSE in self.answer:
+            refuse(self.items)
+
+    def why(self, answer: Answer) -> str:
+        """The sentence of the first finding that asks for ``answer``."""
+        return next(item.sentence for item in self.items if answer in item.answer)

@@ -1,0 +1,68 @@
+"""Whose forward this is: the pipeline call on the stack that a model is called from."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+_CALLBACKS = ("callback_on_step_end", "callback")
+
+
+def _is_pipeline(value: Any) -> bool:
+    diffusers = sys.modules.get("diffusers")
+    if diffusers is None:
+        return False
+    kinds = [getattr(diffusers, name, None) for name in ("DiffusionPipeline", "ModularPipeline")]
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, set[CodeType]]]:
+    """Every ``__call__`` of a pipeline on the stack, innermost first, and the code inside of it."""
+    inside: set[CodeType] = set()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+            pipe = frame.f_locals.get("self")
+            if _is_pipeline(pipe):
+                yield pipe, frame, inside
+        inside.add(code)
+        frame = frame.f_back
+
+
+def calling_pipeline() -> tuple[Any, dict[str, Any]]:
+    """The pipeline whose ``__call__`` is innermost on this thread's stack, and that frame's locals.
+
+    ``(None, {})`` without one. A callback that runs the model is not the pipeline's loop: its
+    forwards are nobody's.
+    """
+    for pipe, frame, inside in _pipeline_calls(sys._getframe(1)):
+        local = frame.f_locals
+        callbacks = [local[name] for name in _CALLBACKS if local.get(name) is not None]
+        if any(_code(callback) in inside for callback in callbacks):
+            break
+        return pipe, local
+    return None, {}
+
+
+def _code(callback: Any) -> CodeType | None:
+    function = inspect.unwrap(callback)
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "__code__"):
+        function = getattr(type(callback), "__call__", None)  # noqa: B004
+    return getattr(function, "__code__", None)
+
+
+def call_arguments(pipe: Any, described: Any) -> dict[str, Any] | None:
+    """The locals of the running ``__call__`` of ``described``, the class that is described.
+
+    That is right for a subclass that calls ``super()`` or ``Base.__call__(self, …)`` with whatever
+    arguments, and for defaults. ``None`` where that code does not run: a loop of the user's own.
+    """
+    code = inspect.unwrap(described.__call__).__code__
+    for found, frame, _ in _pipeline_calls(sys._getframe(1)):
+        if found is pipe and frame.f_code is code:
+            return dict(frame.f_locals)
+    return None

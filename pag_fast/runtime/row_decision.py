@@ -1,0 +1,160 @@
+"""Which rows of a batch are equal, and so run as one: compared, not assumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..models.registry import PERTURBED
+from ..sharing.arguments import (
+    ADAPTER,
+    MID_RESIDUAL,
+    RESIDUALS,
+    batched,
+    knows_places,
+)
+from ..sharing.plan import BranchPlan
+from ..sharing.row_equality import RowEquality
+from ..sharing.rows import SPLIT, change_level
+from .compatibility import Answer
+from .findings import Findings
+from .installation import Installation
+
+if TYPE_CHECKING:
+    from .patch_state import PatchState
+
+Slabs = tuple[int, int, int]
+
+# what an inpainting pipeline concatenates to the latents: a callback may have replaced it
+_CONCATENATED = ("mask", "masked_image_latents", "mask_latents")
+
+
+class RowDecision:
+    """Decides, for each forward of one denoiser, how many slabs run at each level.
+
+    Args:
+        installed: the denoiser's plan and branches.
+        patch: whose counters are told.
+        equality: remembers what has been compared in this call.
+        copies: the perturbed rows are copies that we have made ourselves: they need no comparison.
+    """
+
+    def __init__(
+        self,
+        installed: Installation,
+        patch: PatchState,
+        equality: RowEquality,
+        *,
+        copies: bool = False,
+    ) -> None:
+        self.installed = installed
+        self.patch = patch
+        self.equality = equality
+        self.copies = copies
+        self._decided: Slabs = (0, 0, 0)
+        self._decided_for: tuple[str, ...] = ()
+        self._concatenated: list[Any] = []
+
+    def same_objects(
+        self, call: dict[str, Any], rows: int, local: dict[str, Any], context: str = ""
+    ) -> bool:
+        """Whether a forward has the very conditioning of the one before it, unchanged.
+
+        Args:
+            local: the locals of the pipeline's loop, with what it concatenates to the latents.
+            context: tells passes apart that take turns in a step.
+        """
+        same = self.equality.same_objects(call, rows, context)
+        parts: list[Any] = []
+        for x in (local.get(name) for name in _CONCATENATED):
+            if isinstance(x, torch.Tensor):
+                parts += [x, -1 if x.is_inference() else x._version]
+        kept = len(parts) == len(self._concatenated) and all(
+            a is b or (isinstance(a, int) and a == b and a >= 0)
+            for a, b in zip(parts, self._concatenated, strict=True)
+        )
+        self._concatenated = parts
+        self._recheck = not kept
+        if not (same and kept):
+            self._decided_for = ()
+        return same
+
+    def slabs(
+        self,
+        call: dict[str, Any],
+        layout: tuple[str, ...],
+        frames: int,
+        unit: int,
+        found: Findings,
+        *,
+        same: bool,
+    ) -> Slabs | None:
+        """How many slabs run at each level; ``None`` where there is no perturbed branch."""
+        if layout[-1] != PERTURBED:
+            return None
+        full, plan = len(layout), self.installed.plan
+        reason = ""
+        if Answer.UNSHARED in found.answer:
+            reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
+        elif plan.shuffled and knows_places(call):
+            reason = (
+                "masks or residuals tell tokens apart by where they are: shuffled branches run "
+                "apart"
+            )
+        elif call.get(ADAPTER) is not None:
+            # some are added in place, to a tensor of which a skip may already be a copy
+            reason = "T2I-Adapter residuals: the branches run apart"
+        if reason:
+            self.patch.fall_back(reason)
+        if plan.reason or reason:
+            self.patch.steps["not shared"] += 1
+            return full, full, full
+        if not (same and self._decided_for == layout):
+            self._decided = self._decide(call, full, frames, unit)
+            self._decided_for = layout
+        self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
+        return self._decided
+
+    def _decide(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
+        """Compare the rows of the branches."""
+        everything = batched(call, full * unit, frames)
+        shared = full - len(self.installed.branches)
+        if not self.copies:
+            differing = self.equality.differing(
+                everything, full, shared - 1, shared, key="cond", recheck=self._recheck
+            )
+            if differing:
+                self.patch.fall_back(
+                    f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
+                )
+                return full, full, full
+        return self._merged(everything, full, shared), shared, full
+
+    def _merged(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> int:
+        """Slabs at MERGED: one, where uncond and cond differ in their text alone."""
+        if not (self.installed.plan.merged and shared == 2):
+            return shared
+        text = self.installed.text
+        others = {n: x for n, x in everything.items() if n.split(".")[-1] not in text}
+        differing = self.equality.differing(others, full, 0, 1, key="uncond", recheck=self._recheck)
+        return 2 if differing else 1
+
+
+def align_residuals(
+    call: dict[str, Any], full: int, unit: int, slabs: Slabs | None, plan: BranchPlan
+) -> None:
+    """ControlNet residuals: each with the rows of the tensor it is added to."""
+
+    def align(residual: torch.Tensor, level: int) -> torch.Tensor:
+        want = full if slabs is None else slabs[level]
+        if residual.shape[0] % unit:
+            return residual
+        return change_level(residual, residual.shape[0] // unit, want)
+
+    if call.get(RESIDUALS) is not None:
+        levels = plan.residual_levels or (SPLIT,) * len(call[RESIDUALS])
+        pairs = zip(call[RESIDUALS], levels, strict=False)
+        call[RESIDUALS] = [align(residual, level) for residual, level in pairs]
+    if call.get(MID_RESIDUAL) is not None:
+        call[MID_RESIDUAL] = align(call[MID_RESIDUAL], plan.mid_level)
