@@ -1,0 +1,234 @@
+"""One place knows about others: what hooks, caches and wrappers on a model ask of pag_fast.
+
+:func:`look` finds them by what they do to modules: a replaced class, a replaced forward, a hook, a
+parameter of another kind. What is not known runs unshared. :class:`Compatibility` does the same
+before every forward, and looks through the modules again only where something has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .compatibility_answers import (
+    UNKNOWN,
+    WEIGHTS,
+    Answer,
+    Finding,
+    combined,
+    explain_lines,
+    refuse,
+)
+from .compatibility_hooks import (
+    Found,
+    accelerate_hooks,
+    context_parallel,
+    diffusers_hook,
+    tensor_parallel,
+    torch_hooks,
+    unknown,
+)
+from .compatibility_origins import (
+    COMPILED,
+    MIXED_PRECISION,
+    QUANTIZERS,
+    TRUSTED,
+    foreign_class,
+    forward_origins,
+    mro_names,
+    package,
+)
+from .compatibility_surroundings import Surroundings
+from .compatibility_watch import Watch
+
+__all__ = [
+    "UNKNOWN",
+    "Answer",
+    "Compatibility",
+    "Finding",
+    "attached",
+    "combined",
+    "explain_lines",
+    "look",
+    "refuse",
+]
+
+_PLAIN = (nn.Parameter, nn.UninitializedParameter)
+_SPLIT = (
+    "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
+    "perturbed rows can no longer be told apart (stock diffusers perturbs the wrong rows). "
+    "Use enable_free_noise() without enable_free_noise_split_inference()."
+)
+_FRAMES = (
+    "Cross-frame attention takes the first frame of a batch that holds uncond and cond alone, and "
+    "PAG's batches hold a perturbed part too: use set_default_attn_processor()."
+)
+_IN_PARTS: Found = ("weights held in parts", WEIGHTS, "a part of a weight is not fused or kept.")
+_QUANTIZED = "weights have a format of their own, so they are not fused or kept."
+
+
+def look(
+    model: nn.Module,
+    modules: Iterable[tuple[str, nn.Module]] | None = None,
+    *,
+    passes_apart: bool = False,
+) -> tuple[Finding, ...]:
+    """What others have put on a denoiser or ControlNet, and what is done about it.
+
+    Nothing of ours may be on the model, but for the objects that others have captured.
+
+    Args:
+        model: as diffusers made it, not the wrapper that ``torch.compile`` returns.
+        modules: its ``named_modules()``.
+        passes_apart: a step has several forwards, and not all of them hold perturbed rows.
+    """
+    modules = list(model.named_modules() if modules is None else modules)
+    return attached(modules, passes_apart=passes_apart) + Surroundings(modules).findings(model)
+
+
+def attached(
+    modules: Iterable[tuple[str, nn.Module]], *, passes_apart: bool = False
+) -> tuple[Finding, ...]:
+    """The part of :func:`look` that does not change unless somebody changes the model."""
+    places: dict[Found, list[str]] = {}
+    for name, module in modules:
+        for found in _of_module(name, module, passes_apart):
+            names = places.setdefault(found, [])
+            if name not in names[-1:]:
+                names.append(name)
+    if _IN_PARTS in places and not any(what == "FSDP" for what, _, _ in places):
+        places[tensor_parallel()] = places.pop(_IN_PARTS)
+    return tuple(
+        Finding(what, _where(names), answer, sentence)
+        for (what, answer, sentence), names in places.items()
+    )
+
+
+def _where(names: list[str]) -> str:
+    first = names[0] or "the model itself"
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
+
+
+def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Found]:
+    """Everything on one module."""
+    own: Any = vars(module)
+    yield from torch_hooks(module)
+    registry = own.get("_diffusers_hook")
+    for hook in getattr(registry, "hooks", {}).values():
+        yield diffusers_hook(hook, passes_apart=passes_apart)
+    if own.get("_hf_hook") is not None:
+        yield from accelerate_hooks(own["_hf_hook"])
+    if "forward" in own:
+        yield from _of_forward(module)
+    # the entry of a patched model itself is an object of ours
+    impl = own.get("_compiled_call_impl")
+    if impl is not None and package(type(impl).__module__) != "pag_fast":
+        yield _compiled()
+    yield from _of_class(name, module)
+    yield from _of_parameters(module)
+    yield from _of_processor(module)
+    config = own.get("_parallel_config")
+    if config is not None:
+        if getattr(config, "tensor_parallel_config", None) is not None:
+            yield tensor_parallel()
+        if getattr(config, "context_parallel_config", config) is not None:
+            yield context_parallel()
+
+
+def _compiled() -> Found:
+    return "torch.compile", Answer.FINE, "what is compiled stays compiled; nothing is kept in it."
+
+
+def _of_forward(module: nn.Module) -> Iterator[Found]:
+    for who in forward_origins(module):
+        if who == COMPILED:
+            yield _compiled()
+        elif who == MIXED_PRECISION:
+            yield "mixed precision of accelerate", WEIGHTS, "autocast begins behind pag_fast."
+        else:
+            yield unknown(f"a forward replaced by {who}")
+
+
+def _of_class(name: str, module: nn.Module) -> Iterator[Found]:
+    cls: Any = type(module)
+    names = mro_names(cls)
+    if "SplitInferenceModule" in names:
+        yield "FreeNoise's split inference", Answer.REFUSE, _SPLIT
+    elif "FSDPModule" in names:
+        yield "FSDP", WEIGHTS, "a rank holds a part of every weight, so none is fused or kept."
+    elif "FullyShardedDataParallel" in names:
+        yield unknown("FullyShardedDataParallel")
+    elif "parametrizations" in vars(module).get("_modules", {}):
+        sentence = "a weight is computed whenever it is read, so it is not fused or kept."
+        yield "a parametrized weight", WEIGHTS, sentence
+    elif package(cls.__module__) in QUANTIZERS or "GGUFLinear" in names:
+        yield "quantized layers", WEIGHTS, _QUANTIZED
+    elif "parametrizations." not in name:  # these see weights, never rows
+        who = foreign_class(cls)
+        if who in QUANTIZERS:
+            yield "quantized layers", WEIGHTS, _QUANTIZED
+        elif who:
+            yield unknown(f"a class of {who} ({cls.__name__})")
+
+
+def _of_parameters(module: nn.Module) -> Iterator[Found]:
+    for parameter in module._parameters.values():
+        if parameter is None or type(parameter) in _PLAIN:
+            continue
+        if "DTensor" in mro_names(type(parameter)):
+            yield _IN_PARTS
+        else:
+            yield "quantized layers", WEIGHTS, _QUANTIZED
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_meta:
+            yield "offloaded weights", WEIGHTS, "they come and go, so they are not fused or kept."
+            return
+
+
+def _of_processor(module: nn.Module) -> Iterator[Found]:
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return
+    cls: Any = type(processor)
+    names = mro_names(cls)
+    if any(name.startswith("CrossFrameAttnProcessor") for name in names):
+        yield "cross-frame attention", Answer.REFUSE, _FRAMES
+    elif getattr(processor, "_parallel_config", None) is not None:
+        yield context_parallel()
+    elif package(cls.__module__) not in TRUSTED and not isinstance(processor, nn.Module):
+        yield unknown(f"an attention processor of {package(cls.__module__)} ({cls.__name__})")
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is not None:
+        sentence = "attentions that are not perturbed use it."
+        what = f"attention backend {getattr(backend, 'value', backend)}"
+        yield what, Answer.FINE, sentence
+
+
+class Compatibility:
+    """:func:`look`, cheap enough to be asked before every forward.
+
+    Args:
+        passes_apart: as for :func:`look`.
+    """
+
+    def __init__(self, *, passes_apart: bool = False) -> None:
+        self.passes_apart = passes_apart
+        self._known: WeakKeyDictionary[nn.Module, tuple[Watch, tuple[Finding, ...]]] = (
+            WeakKeyDictionary()
+        )
+
+    def look(self, model: nn.Module) -> tuple[Finding, ...]:
+        """What others have put on the model, as it is now."""
+        known = self._known.get(model)
+        if known is None or known[0].changed(model):
+            modules = list(model.named_modules())
+            known = Watch(model, modules), attached(modules, passes_apart=self.passes_apart)
+            self._known[model] = known
+        return known[1] + known[0].surroundings.findings(model)
+
+    def forget(self) -> None:
+        """Let go of all models."""
+        self._known.clear()

@@ -1,0 +1,71 @@
+"""What holds while a model runs without being on it: autocast, gradients, global hooks."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .compatibility_answers import UNKNOWN, WEIGHTS, Answer, Finding
+from .compatibility_hooks import torch_hook
+
+_CHECKPOINTS = (
+    "Gradient checkpointing runs layers a second time, behind the forward, and they would not be "
+    "perturbed then: call disable_gradient_checkpointing(), or run under torch.no_grad()."
+)
+# offloaded weights do not show where the model will run
+_DEVICES = ("cuda", "cpu", "mps", "xpu")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class Surroundings:
+    """The circumstances of a forward, as far as they concern one model.
+
+    Args:
+        modules: of the model, itself first.
+    """
+
+    def __init__(self, modules: list[tuple[str, nn.Module]]) -> None:
+        inner = [module for _, module in modules[1:]]
+        self._dropouts = [m for m in inner if isinstance(m, _DROPOUTS) and m.p > 0.0]
+        self._checkpointed = [m for m in inner if hasattr(m, "gradient_checkpointing")]
+
+    def findings(self, model: nn.Module) -> tuple[Finding, ...]:
+        """What holds now."""
+        found = []
+        if any(map(torch.is_autocast_enabled, _DEVICES)):
+            sentence = "weights are cast where they are used, so they are not fused or kept."
+            found.append(Finding("torch.autocast", "", WEIGHTS, sentence))
+        if torch.are_deterministic_algorithms_enabled():
+            sentence = "all of pag_fast's operations give the same bits every time."
+            found.append(Finding("deterministic algorithms", "", Answer.FINE, sentence))
+        hooks = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
+        if any(hooks):
+            for hook in chain.from_iterable(h.values() for h in hooks):
+                answer = torch_hook(hook)
+                if answer is not None:
+                    what, asks, sentence = answer
+                    found.append(Finding(what, "all modules", asks, sentence))
+        if torch.is_grad_enabled():
+            found += self._of_gradients(model)
+        if model.training or any(dropout.training for dropout in self._dropouts):
+            found.append(self._of_training())
+        return tuple(dict.fromkeys(found))
+
+    def _of_gradients(self, model: nn.Module) -> list[Finding]:
+        checkpointed = [m for m in (model, *self._checkpointed) if m.training]
+        if any(getattr(m, "gradient_checkpointing", False) for m in checkpointed):
+            return [Finding("gradient checkpointing", "", Answer.REFUSE, _CHECKPOINTS)]
+        if any(p.requires_grad for p in model.parameters()):
+            sentence = "gradients reach each weight by itself, so none is fused or kept."
+            return [Finding("gradients", "", WEIGHTS, sentence)]
+        return []
+
+    def _of_training(self) -> Finding:
+        if any(dropout.training for dropout in self._dropouts):
+            sentence = "every row has a dropout of its own, so branches are not shared."
+            return Finding("training mode with dropout", "", UNKNOWN, sentence)
+        sentence = "weights are about to change, so they are not fused or kept."
+        return Finding("training mode", "", WEIGHTS, sentence)
