@@ -17,8 +17,8 @@ from .config import PatchConfig
 from .models.registry import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
 from .pipelines.injected import HOSTS, Host, denoiser_names, host_of
 from .pipelines.mixins import mixins
-from .runtime.installation import perturbed_branches
 from .runtime.entry import check_entry
+from .runtime.installation import perturbed_branches
 from .runtime.patch_state import BasicState, PatchState
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
@@ -215,7 +215,6 @@ def _subclass(cls: Any) -> Any:
 def _reduce(pipe: Any, protocol: Any) -> Any:
     """How a patched pipeline is copied and pickled: as a stock one that is patched on arrival."""
     found: BasicState = pipe._pag_fast
-    check_picklable(found.config)
     attributes = {name: value for name, value in vars(pipe).items() if name != "_pag_fast"}
     chosen = None
     if isinstance(found, PatchState) and found.config.branches is None:

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PatchConfig
-from ..fusion import Lean
+from ..fusion import Fusion
 from ..models.inputs import Inputs
 from ..models.registry import family_of
 from ..perturbations import Identity
-from ..runtime.installation import Installation, perturbed_branches
+from ..runtime.installation import Installation, forward_entries, perturbed_branches
+from ..runtime.instance_patch import InstancePatch
 from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
-from ..sharing.plan import install
 from ..sharing.rows import BranchState
 from ..sharing.unet_plan import plan_controlnet
 from .lower_bound import Traced, lower_bound, row_flops, trace
@@ -113,17 +114,24 @@ def patched_step(
     def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         installation.prepare(args[0] if args else latents_of(kwargs), 0)
 
-    with ExitStack() as stack:
-        handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
-        stack.callback(handle.remove)
-        for handle in install(installation.hooks):
-            stack.callback(handle.remove)
-        for invariant in installation.invariants.values():
-            stack.callback(invariant.install())
-        stack.enter_context(processors(model, dict(installation.processors)))
-        for undo in installation.lean.install(installation.state) if installation.lean else ():
-            stack.callback(undo)
-        yield installation.state, full
+    handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
+    try:
+        with as_in_a_forward(installation.patch(fused=True), installation.state):
+            yield installation.state, full
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def as_in_a_forward(patch: InstancePatch, state: BranchState) -> Iterator[None]:
+    """A model as it is while a patched pipeline runs it in this thread."""
+    state.thread = get_ident()
+    before = patch.on()
+    try:
+        yield
+    finally:
+        patch.off(before)
+        state.thread = 0
 
 
 @contextmanager
@@ -135,13 +143,13 @@ def controlnet_step(
     rows = 2 if cfg else 1
     state.slabs = (1, rows, rows)
     kept = invariants(model, plan, state) if eager else {}
-    with ExitStack() as stack:
-        for handle in install(plan.hooks(state, without=kept)):
-            stack.callback(handle.remove)
-        for invariant in kept.values():
-            stack.callback(invariant.install())
-        for undo in Lean(model).install(state) if eager else ():
-            stack.callback(undo)
+    entries = forward_entries(state, plan.hooks(state, without=kept))
+    entries += [(vars(x.module), "forward", x) for x in kept.values()]
+    if eager:
+        fusion = Fusion(model, traced=False, state=state)
+        fusion.refresh()
+        entries += fusion.entries
+    with as_in_a_forward(InstancePatch(entries), state):
         yield state, rows
 
 

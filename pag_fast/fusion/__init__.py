@@ -146,3 +146,45 @@ def _known(processor: Any) -> bool:
     from ..processors.rows import PerturbedProcessor
 
     return isinstance(processor, PerturbedProcessor) or type(processor).__name__ in _PROCESSORS
+
+
+class Fusion(Lean):
+    def __init__(self, model: Any, perturbed: Any = None, *, traced: bool, state: Any) -> None:
+        super().__init__(model, perturbed, traced=traced)
+        self.state = state
+        self._key: Any = None
+        self.entries: list[Any] = []
+
+    def refresh(self) -> bool:
+        from ..sharing.replacement import Replacement
+
+        if not self._groups or not all(g.joined.intact() for _, g in self._groups):
+            self._groups = list(self._join())
+        for attention, group in self._groups:
+            group.broken = attention is not None and not _known(attention.processor)
+            if isinstance(group, TimeProjections):
+                group.state = self.state
+        key = [g.broken for _, g in self._groups]
+        if key == self._key:
+            return False
+        self._key = key
+
+        class Member(Replacement):
+            def __init__(self, state: Any, module: Any, own: Any) -> None:
+                super().__init__(state, module)
+                self.own = own
+
+            def run(self, *a: Any, **k: Any) -> Any:
+                return self.own(*a, **k)
+
+        self.entries = [(vars(m), a, UNIT) for m, a in self.divisors]
+        for _, group in self._groups:
+            if not group.broken:
+                self.entries += [
+                    (vars(m), "forward", Member(self.state, m, f)) for m, f in group.members
+                ]
+        return True
+
+    def forget(self) -> None:
+        for _, g in self._groups:
+            g.forget()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 from weakref import WeakMethod
 
 from torch import nn
 
-_NAME = "_compiled_call_impl"
+from ..runtime.entry import Entry
+from ..runtime.instance_patch import InstancePatch
 
 Run = Callable[..., Any]
 
 
 class Armed:
-    """Takes the place of a denoiser's call, in front of its hooks and its graph.
-
-    ``nn.Module.__call__`` goes through this attribute, compiled or not, so that exceptions of
-    everything inside are seen.
+    """A guider's claim on the next forward of a denoiser in the thread that has prepared it.
 
     Args:
         forward: a method of the guider, called with what runs the denoiser, ``args`` and
@@ -26,36 +25,39 @@ class Armed:
 
     def __init__(self, denoiser: nn.Module, forward: Callable[[Run, Any, Any], Any]) -> None:
         release(denoiser)
-        self.denoiser = denoiser
-        self._before = vars(denoiser).get(_NAME)
-        self._run: Run = self._before or denoiser._call_impl
         self._forward = WeakMethod(forward)
-        # a module that torch.compile has wrapped would set it on the one inside
-        object.__setattr__(denoiser, _NAME, self)
+        self._thread = get_ident()
+        guider: Any = getattr(forward, "__self__", None)
+        self.owner = f"{type(guider).__name__} of a modular pipeline"
+        self._entry = Entry.of(denoiser)
+        self._entry.add(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self._forward()
-        if forward is None:
+    def owns(self) -> bool:
+        """Whether the forward that begins is the one that was prepared."""
+        if self._forward() is None:
             self.disarm()
-            return self._run(*args, **kwargs)
+            return False
+        return self._thread == get_ident()
+
+    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward, while nobody else runs the denoiser."""
+        forward = self._forward()
+        assert forward is not None
         try:
-            return forward(self._run, args, kwargs)
+            with entry.lease.hold(self.owner, InstancePatch.nothing):
+                return forward(entry.below, args, kwargs)
         except BaseException:
             self.disarm()
             raise
 
     def disarm(self) -> None:
-        """Put back what was there."""
-        if vars(self.denoiser).get(_NAME) is not self:
-            return
-        if self._before is None:
-            object.__delattr__(self.denoiser, _NAME)
-        else:
-            object.__setattr__(self.denoiser, _NAME, self._before)
+        """Claim nothing any longer."""
+        self._entry.remove(self)
 
 
 def release(denoiser: nn.Module) -> None:
     """Disarm a denoiser whose pass came to no forward, as the loop of some guider raised."""
-    left = vars(denoiser).get(_NAME)
-    if isinstance(left, Armed):
-        left.disarm()
+    found = vars(denoiser).get("_compiled_call_impl")
+    for claim in tuple(getattr(found, "claims", ())):
+        if isinstance(claim, Armed):
+            claim.disarm()

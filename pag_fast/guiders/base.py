@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..models.registry import uncompiled
+from ..sharing.plan import compiled_call
 from .arming import Armed, Run, release
 from .resumption import COND, PERTURBED, UNCOND, Resumption
 
@@ -95,7 +96,7 @@ class ResumedGuidance(_Base):
         branch = self._passes()[min(self._count_prepared, self.num_conditions - 1)]
         self._count_prepared += 1
         model = uncompiled(denoiser)
-        traced = model is not denoiser or model._compiled_call_impl is not None
+        traced = model is not denoiser or compiled_call(model) is not None
         perturbs = self._is_slg_enabled()
         # a compiled model runs its other steps in the graph of this one
         if not perturbs and not (traced and self._perturbs_at_all()):

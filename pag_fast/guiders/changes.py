@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
-from ..runtime.installation import check_processors, restore_processor
+from ..runtime.installation import check_processors
+from ..runtime.instance_patch import InstancePatch
 from ..sharing.plan import argument_names
 from ..sharing.rows import SPLIT, BranchState
 from .recording import Replacement
@@ -25,9 +27,8 @@ class Processed:
 
     def install(self) -> Callable[[], None]:
         """Put the processor on; returns what puts the former one back."""
-        restore = restore_processor(self.attention, self.attention.processor, self.processor)
-        self.attention.set_processor(self.processor)
-        return restore
+        patch = InstancePatch([(vars(self.attention), "processor", self.processor)])
+        return partial(patch.off, patch.on())
 
 
 class Skipped(Replacement):

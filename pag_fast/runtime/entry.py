@@ -1,8 +1,8 @@
 """The way into a model: who is calling, who has to wait, and what runs for whom.
 
 ``nn.Module.__call__`` reads the attribute ``_compiled_call_impl`` before anything else, and
-pickling drops it. So it is the place where a call can be told apart from the calls of everybody else: in
-front of hooks, graphs and offloading, and left on every way out.
+pickling drops it. So it is the place where a call can be told apart from the calls of everybody
+else: in front of hooks, graphs and offloading, and left on every way out.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Entry:
     @contextmanager
     def _lent(self, owner: str) -> Iterator[None]:
         """The model is this thread's, as a part of another one that it is entered through."""
-        with self.lease.hold(owner, lambda: InstancePatch(())):
+        with self.lease.hold(owner, InstancePatch.nothing):
             before, self.inside = self.inside, get_ident()
             try:
                 yield

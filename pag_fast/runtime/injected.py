@@ -1,11 +1,11 @@
 """A call of a pipeline that knows nothing of PAG: the perturbed branch lives in its denoiser.
 
-Its loop calls the denoiser with ``[uncond | cond]``, or with the one and then the other, and applies
-CFG itself. The denoiser's batch is extended by the perturbed rows on the way in and combined on the
-way out. Where the pipeline's guidance is linear, ``d = s·(cond − perturbed)`` is added to the output
-of every pass of the step, and nobody needs to know the CFG scale g: ``u + g·(c − u)`` of ``u + d`` and
-``c + d`` is ``u + g·(c − u) + d``. Where it is not (the result is normalised or rescaled), the
-pipeline is given ``cond' = cond + d/g``.
+Its loop calls the denoiser with ``[uncond | cond]``, or with the one and then the other, and
+applies CFG itself. The denoiser's batch is extended by the perturbed rows on the way in and
+combined on the way out. Where the pipeline's guidance is linear, ``d = s·(cond − perturbed)`` is
+added to the output of every pass of the step, and nobody needs to know the CFG scale g: ``u + g·(c
+− u)`` of ``u + d`` and ``c + d`` is ``u + g·(c − u) + d``. Where it is not (the result is
+normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 """
 
 from __future__ import annotations
@@ -281,8 +281,8 @@ class InjectedSession(Session):
             g = self.host.scale(self.pipe, arguments, self.loop.step, self.denoiser)
         if g is None:
             raise ValueError(
-                "The guidance of this call is normalised or rescaled, for which the scale of CFG has "
-                "to be known, and it is not: leave out rescale_mode and guidance_rescale, use "
+                "The guidance of this call is normalised or rescaled, for which the scale of CFG "
+                "has to be known, and it is not: leave out rescale_mode and guidance_rescale, use "
                 "use_dynamic_cfg=False, or call the pipeline's own __call__."
             )
         return g

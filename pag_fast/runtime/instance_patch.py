@@ -28,6 +28,11 @@ class InstancePatch:
             found.setdefault((id(entry[0]), entry[1]), entry)
         self.entries = list(found.values())
 
+    @classmethod
+    def nothing(cls) -> InstancePatch:
+        """No changes: the model is held for one forward as it is."""
+        return cls(())
+
     def on(self) -> list[Any]:
         """Set every attribute; returns what :meth:`off` needs."""
         before: list[Any] = []

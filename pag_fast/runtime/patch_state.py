@@ -70,6 +70,7 @@ class BasicState:
     """
 
     host: Host | None = None
+    original_class: type
 
     def __init__(self, config: PatchConfig) -> None:
         self.config = config
@@ -100,8 +101,9 @@ class BasicState:
         """What others have put on a model, now."""
         found = self._compatibility.get(model)
         if found is None:
-            found = self._compatibility[model] = Compatibility(model)
-        return Findings(found.look())
+            apart = self.host is not None and self.host.sequential
+            found = self._compatibility[model] = Compatibility(passes_apart=apart)
+        return Findings(found.look(model))
 
     def enter(self, pipe: Any, part: str) -> None:
         """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""

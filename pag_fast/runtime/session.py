@@ -1,9 +1,9 @@
 """One call of a patched pipeline: what each forward of its denoiser runs on, from entry to result.
 
-A forward that belongs to the call goes through five steps: *enter* (its arguments by name), *decide*
-(which branches, which of their rows are equal), *run* (with everything of ours on the model, and
-nobody else in it), *combine* (the guidance), *leave* (what the pipeline gets). Between forwards the
-model is as diffusers made it.
+A forward that belongs to the call goes through five steps: *enter* (its arguments by name),
+*decide* (which branches, which of their rows are equal), *run* (with everything of ours on the
+model, and nobody else in it), *combine* (the guidance), *leave* (what the pipeline gets). Between
+forwards the model is as diffusers made it.
 """
 
 from __future__ import annotations

@@ -120,9 +120,7 @@ class SagSession:
             )
         self.images = list(embeds) if cfg else None
 
-    def _enter(
-        self, call: dict[str, Any], shared: SharedPasses, found: Findings
-    ) -> dict[str, Any]:
+    def _enter(self, call: dict[str, Any], shared: SharedPasses, found: Findings) -> dict[str, Any]:
         latents, timestep = latents_of(call), call["timestep"]
         keeps = Answer.NOTHING_KEPT not in found.answer
         if self.awaits_degraded:

@@ -55,9 +55,9 @@ class _Output:
 class Invariant(Replacement):
     """The forward of a module, computed once for each epoch of its model's :class:`BranchState`.
 
-    ``align`` and ``leave`` are the hooks of the module's site in the branch plan, which it then does
-    without. What the module itself consists of is compared whenever it is entered, behind all hooks:
-    parameters, buffers, LoRA scales and plain settings.
+    ``align`` and ``leave`` are the hooks of the module's site in the branch plan, which it then
+    does without. What the module itself consists of is compared whenever it is entered, behind all
+    hooks: parameters, buffers, LoRA scales and plain settings.
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
@@ -129,7 +129,7 @@ class WeightSignature:
         self._found: list[tuple[nn.Module, int]] = []
 
     def take(self) -> list[Any] | None:
-        """What there is now; ``None`` where changes would not show: offloaded, inference tensors."""
+        """What there is now; ``None`` where changes do not show: offloaded, inference tensors."""
         self._found = [(m, len(m._modules)) for m in self._root.modules()]
         now = self._now()
         tensors = [x for x in now if isinstance(x, torch.Tensor)]
