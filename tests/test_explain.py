@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import tiny_hosts
 import torch
+from numerics import observing
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
@@ -59,7 +60,7 @@ def test_explains_pipelines_without_pag(name):
     pag_fast.patch(pipe, spec.layers["middle"])
     rows, model = [], pipe.transformer
     last = model.norm_out if name == "Lumina2Pipeline" else model.proj_out
-    last.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    last.register_forward_hook(observing(lambda _, args, out: rows.append(len(out))))
     tiny_hosts.latents(pipe, kwargs)
     found = pag_fast.explain(pipe, **size)
     assert found.fork == found.layers[0] and found.fork in "\n".join(found.tree)
@@ -110,7 +111,7 @@ def test_predicted_rows_are_the_rows_that_run():
     }
     for label, module in watched.items():
         module.register_forward_hook(
-            lambda _, args, out, label=label: rows.__setitem__(label, out.shape[0])
+            observing(lambda _, args, out, label=label: rows.__setitem__(label, out.shape[0]))
         )
     latents(pipe, call_kwargs(name, pipe))
     call = pag_fast.explain(pipe, flops=False).calls[0]
@@ -200,7 +201,7 @@ def _order(pipe):
     seen = []
     names = self_attentions(pipe.transformer)
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+        module.register_forward_pre_hook(observing(lambda *_, name=name: seen.append(name)))
         for name, module in names.items()
     ]
     tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(type(pipe).__name__, pipe, steps=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import relative
+from numerics import observing, relative
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
@@ -33,7 +33,9 @@ def _reached(pipe, name):
         if isinstance(component, torch.nn.Module):
             for path, module in component.named_modules():
                 handles.append(
-                    module.register_forward_hook(lambda *_, key=(part, path): ran.append(key))
+                    module.register_forward_hook(
+                        observing(lambda *_, key=(part, path): ran.append(key))
+                    )
                 )
     pipe(**call_kwargs(name, pipe, steps=1, output_type="pt"))
     for handle in handles:
@@ -51,6 +53,7 @@ def test_error_at_every_module(name, error, when, snapshot):
     assert len(modules) > 50
     before = snapshot(pipe)
 
+    @observing
     def fail(*_):
         raise error("injected")
 

@@ -7,7 +7,7 @@ import re
 import diffusers
 import pytest
 import torch
-from numerics import relative
+from numerics import observing, relative
 from tiny import PIPELINES, SIZE, build, call_kwargs, latents
 
 import pag_fast
@@ -236,6 +236,7 @@ def test_attention_processors_of_other_layers_are_kept(name):
     pipe = pag_fast.patch(build(name), PIPELINES[name].layers["last"])
     model, seen = _model(pipe), []
 
+    @observing
     def look(*_):
         seen.append(dict(model.attn_processors))
 
@@ -332,7 +333,7 @@ def test_controlnet_runs_without_the_perturbed_rows(cfg, layers):
     pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
     rows = []
     handle = pipe.controlnet.mid_block.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[0])
+        observing(lambda _, args: rows.append(args[0].shape[0]))
     )
     pag_fast.patch(pipe)
     latents(pipe, call_kwargs(name, pipe, cfg=cfg))
@@ -356,6 +357,7 @@ def test_adaptive_scale_drops_the_branch_at_zero(name, adaptive, cfg):
     stock = latents(pipe, call_kwargs(name, pipe, **kwargs))
     model, rows = _model(pipe), []
 
+    @observing
     def look(module, args, kwargs, out):
         rows.append((out[0] if isinstance(out, tuple) else out.sample).shape[0])
 

@@ -8,7 +8,7 @@ import functools
 import pytest
 import tiny
 import torch
-from numerics import relative
+from numerics import observing, relative
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -129,7 +129,7 @@ def test_the_two_denoisers_of_wan():
     kwargs = functools.partial(call_kwargs, WAN, pipe, steps=4, guidance_scale_2=3.0)
     first_only = latents(pipe, kwargs())
     calls = []
-    handle = second.register_forward_hook(lambda *_: calls.append(1))
+    handle = second.register_forward_hook(observing(lambda *_: calls.append(1)))
     with pag_fast.patched(pipe, layers):
         truth = latents(pipe, kwargs())
         assert pipe._pag_fast.steps["shared"] == 4
@@ -146,6 +146,7 @@ def test_skip_layer_guidance_of_sd3_is_left_alone():
     pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
     skip["skip_layer_guidance_start"] = 0.0
+    skip["skip_layer_guidance_scale"] = 20.0
     with pag_fast.patched(pipe, layers):
         plain = latents(pipe, call_kwargs(SD3, pipe))
         both = latents(pipe, call_kwargs(SD3, pipe, **skip))
@@ -189,7 +190,7 @@ def test_nothing_is_left_behind(name, snapshot):
     attention = next(iter(resolve(model, HOSTS[name].layers["middle"]).values()))
     for where in (attention, model):
         between = snapshot(pipe)
-        handle = where.register_forward_hook(lambda *_: 1 / 0)
+        handle = where.register_forward_hook(observing(lambda *_: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             latents(pipe, call_kwargs(name, pipe))
         handle.remove()
@@ -224,7 +225,7 @@ def test_compiled_without_recompiling(name):
 
 def test_what_depends_on_the_prompt_runs_once_for_each_pass():
     pipe, calls = build(FLUX), []
-    pipe.transformer.context_embedder.register_forward_hook(lambda *_: calls.append(1))
+    pipe.transformer.context_embedder.register_forward_hook(observing(lambda *_: calls.append(1)))
     weight = pipe.transformer.context_embedder.weight
     counted = []
     with pag_fast.patched(pipe, HOSTS[FLUX].layers["middle"]), _Products(weight, counted):
@@ -293,7 +294,7 @@ def test_rescale_modes(name, mode):
 
     with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
         # in front of the session's own hook, which combines
-        handle = _model(pipe).register_forward_hook(lambda *a: predicted.append(a[2][0]))
+        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
         pipe.scheduler.step = recorded
         try:
             latents(pipe, call_kwargs(name, pipe, steps=1))

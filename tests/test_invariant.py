@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pag_fast
+from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
 
@@ -209,13 +211,19 @@ class TestInvariant:
     def setup_method(self):
         self.state, self.layer = BranchState(), nn.Linear(3, 3)
         self.invariant = Invariant(self.state, self.layer)
-        self.remove = self.invariant.install()
+        self.patch = InstancePatch([(vars(self.layer), "forward", self.invariant)])
 
     @torch.no_grad()
     def _step(self, *inputs, changed=False):
         self.state.step += 1
         self.state.epoch += changed
-        return [self.layer(x) for x in inputs]
+        self.state.thread = threading.get_ident()
+        before = self.patch.on()
+        try:
+            return [self.layer(x) for x in inputs]
+        finally:
+            self.patch.off(before)
+            self.state.thread = 0
 
     def test_hands_out_the_same_tensor(self):
         x = torch.randn(2, 3)
@@ -230,20 +238,58 @@ class TestInvariant:
             assert torch.equal(first, nn.functional.linear(x, self.layer.weight, self.layer.bias))
             assert torch.equal(second, nn.functional.linear(y, self.layer.weight, self.layer.bias))
 
-    def test_removed_the_module_is_as_it_was(self):
+    def test_changed_weights_count(self):
+        x = torch.randn(2, 3)
+        (first,) = self._step(x)
+        for change in (
+            lambda: self.layer.weight.mul_(2.0),
+            lambda: setattr(self.layer, "bias", nn.Parameter(torch.ones(3))),
+            lambda: setattr(self.layer.weight, "data", torch.ones(3, 3)),
+        ):
+            with torch.no_grad():
+                change()
+            (now,) = self._step(x)
+            assert now is not first
+            assert torch.equal(now, nn.functional.linear(x, self.layer.weight, self.layer.bias))
+            first = now
+
+    def test_another_thread_computes_for_itself(self):
+        x, y, seen = torch.randn(2, 3), torch.randn(2, 3), []
+        self._step(x)
+        self.state.thread = -1
+        before = self.patch.on()
+        seen.append(self.layer(y))
+        self.patch.off(before)
+        assert torch.equal(seen[0], nn.functional.linear(y, self.layer.weight, self.layer.bias))
+
+    def test_off_the_module_is_as_it_was(self):
+        before = self.patch.on()
         assert self.layer.forward is self.invariant
-        self.remove()
+        self.patch.off(before)
         assert "forward" not in vars(self.layer)
 
     def test_a_forward_set_meanwhile_stays(self):
+        before = self.patch.on()
         self.layer.forward = other = lambda x: x
-        self.remove()
+        self.patch.off(before)
         assert self.layer.forward is other
 
-    def test_an_own_forward_comes_back(self):
-        self.remove()
+    def test_an_own_forward_runs_and_comes_back(self):
         self.layer.forward = own = lambda x: x + 1
-        remove = self.invariant.install()
-        assert torch.equal(self.layer(torch.ones(1)), torch.full((1,), 2.0))
-        remove()
+        assert torch.equal(self._step(torch.ones(1))[0], torch.full((1,), 2.0))
         assert self.layer.forward is own
+
+    def test_a_wrapper_that_has_captured_it(self):
+        """As accelerate's hooks do, put on in the middle of a forward and taken off much later."""
+        x = torch.randn(2, 3)
+        self._step(x)
+        before = self.patch.on()
+        captured = self.layer.forward
+        self.layer.forward = lambda x: captured(x) + 1
+        self.patch.off(before)
+        expected = nn.functional.linear(x, self.layer.weight, self.layer.bias)
+        assert torch.equal(self.layer(x), expected + 1)
+        assert torch.equal(self._step(x, changed=True)[0], expected + 1)
+        self.layer.forward = captured
+        assert torch.equal(self.layer(x), expected)
+        assert torch.equal(self._step(x, changed=True)[0], expected)

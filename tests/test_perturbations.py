@@ -10,7 +10,7 @@ import pytest
 import torch
 from naive import gaussian_blur as naive_blur
 from naive import naive
-from numerics import relative
+from numerics import observing, relative
 from tiny import PIPELINES, build, call_kwargs, latents
 from tiny import unet as tiny_unet
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -208,7 +208,7 @@ def _rows_of_blocks(name, branches):
     model = getattr(pipe, PIPELINES[name].denoiser)
     handles = [
         module.ff.register_forward_hook(
-            lambda _, args, out, name=n: rows.__setitem__(name, out.shape[0])
+            observing(lambda _, args, out, name=n: rows.__setitem__(name, out.shape[0]))
         )
         for n, module in model.named_modules()
         if type(module).__name__ in ("BasicTransformerBlock", "JointTransformerBlock")
@@ -556,6 +556,7 @@ def test_layers_of_branches_belong_to_the_patch(snapshot):
     with pytest.raises(ValueError, match="each of which has layers of its own"):
         pipe.set_pag_applied_layers("blocks.4")
 
+    @observing
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 

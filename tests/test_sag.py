@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from numerics import relative
+from numerics import observing, relative
 from test_received_attention import Shapes
 
 import pag_fast
@@ -209,7 +209,10 @@ def test_launches_of_the_degradation():
                 counter.__enter__()
 
         unet = pipe.unet
-        handles = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
+        handles = [
+            unet.register_forward_pre_hook(observing(before)),
+            unet.register_forward_hook(observing(after)),
+        ]
         _latents(pipe)
         for handle in handles:
             handle.remove()
@@ -245,7 +248,7 @@ def test_text_keys_once_a_call_for_both_passes():
 def test_the_timestep_is_embedded_once_a_step():
     pipe, calls = _build(), []
     embedding = pipe.unet.time_embedding
-    handle = embedding.linear_1.register_forward_hook(lambda *_: calls.append(0))
+    handle = embedding.linear_1.register_forward_hook(observing(lambda *_: calls.append(0)))
     _latents(pipe, num_inference_steps=3)
     assert len(calls) == 6
     pag_fast.patch(pipe)

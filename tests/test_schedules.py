@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from numerics import relative
+from numerics import observing, relative
 from tiny import PIPELINES, build, call_kwargs, latents
 from torch._dynamo.utils import counters
 
@@ -267,7 +267,7 @@ def _rows(pipe, name, **kwargs):
     rows = []
     model = getattr(pipe, PIPELINES[name].denoiser)
     last = model.conv_out if hasattr(model, "conv_out") else model.proj_out
-    handle = last.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    handle = last.register_forward_hook(observing(lambda _, args, out: rows.append(len(out))))
     out = latents(pipe, call_kwargs(name, pipe, **kwargs))
     handle.remove()
     return out, rows

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from numerics import relative
+from numerics import observing, relative
 from tiny import PIPELINES, build, call_kwargs, latents
 
 NAMES = pytest.mark.parametrize("name", PIPELINES)
@@ -69,7 +69,7 @@ def test_layer_sets(name):
     denoiser = getattr(pipe, spec.denoiser)
     executed = []
     handles = [
-        module.register_forward_pre_hook(lambda *_, key=key: executed.append(key))
+        module.register_forward_pre_hook(observing(lambda *_, key=key: executed.append(key)))
         for key, module in denoiser.named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention
     ]

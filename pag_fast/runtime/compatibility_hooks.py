@@ -56,6 +56,10 @@ _CACHES = {
 _SKIPS = {"AttentionProcessorSkipHook", "FeedForwardSkipHook", "TransformerBlockSkipHook"}
 
 
+OBSERVES = "pag_fast_observes"
+"""A hook with this attribute set to ``True`` only looks: rows may be shared beneath it."""
+
+
 def unknown(what: str) -> Found:
     """The answer to what nobody has looked into."""
     sentence = (
@@ -164,7 +168,10 @@ def torch_hooks(module: nn.Module) -> Iterator[Found]:
 def torch_hook(hook: Any) -> Found | None:
     """What one hook of PyTorch's kind asks for, if anything."""
     where = origin(hook)
-    if package(where) == "pag_fast":
+    # a diffusers pipeline's own hook knows the batch that it makes itself
+    if package(where) == "pag_fast" or where.startswith("diffusers.pipelines."):
+        return None
+    if getattr(hook, OBSERVES, False):
         return None
     if where.startswith("torch.distributed.tensor"):
         return tensor_parallel()

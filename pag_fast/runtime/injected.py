@@ -165,6 +165,8 @@ class InjectedSession(Session):
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
         call = forward.call
+        if self.loop.step < 0:
+            self.refuse_two_rescales()
         if getattr(self.pipe, "controlnet", None) is None:
             self.begin_step()
         state, sample = self.installed.state, latents_of(call)

@@ -78,7 +78,7 @@ class Session:
         denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
         self.patch.look(model).refuse()
-        _refuse_two_rescales(self._own_rescale(), self.patch.config.rescale_mode)
+        self.refuse_two_rescales()
         eager = is_eager(denoiser, model)
         self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
@@ -108,6 +108,15 @@ class Session:
     def _own_rescale(self) -> float:
         """The ``guidance_rescale`` of the pipeline's call."""
         return float(getattr(self.pipe, "_guidance_rescale", 0.0))
+
+    def refuse_two_rescales(self) -> None:
+        """Raises ValueError where both the call and the patch rescale the guidance."""
+        own, mode = self._own_rescale(), self.patch.config.rescale_mode
+        if mode is not None and own > 0.0:
+            raise ValueError(
+                f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave "
+                "one of them out."
+            )
 
     # ---- a forward ----
 
@@ -374,11 +383,3 @@ class Session:
             padded[:, : channels // 2] = combined
             combined = padded
         return combined, cond.to(useful.dtype)
-
-
-def _refuse_two_rescales(own: float, mode: str | None) -> None:
-    if mode is not None and own > 0.0:
-        raise ValueError(
-            f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave one "
-            "of them out."
-        )

@@ -38,8 +38,9 @@ class Replacement:
         cls: Any = type(module)
         self._class_forward: Callable[..., Any] = cls.forward.__get__(module)
         self._original: Callable[..., Any] = self._class_forward if own is MISSING else own
-        self._before = self._class_forward
-        self._depth = 0
+        # what runs for whoever has captured this object while it was on
+        self._base = self._original
+        self._entered = False
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -50,10 +51,11 @@ class Replacement:
         """Note what this object takes the place of: the instance's own forward, or ``MISSING``."""
         if before is self.displaced or before is self:
             return
-        # what comes on top may have captured this object, and calls it in turn
-        self._before = self._class_forward if before is MISSING else self._original
         self.displaced = before
         self._original = self._class_forward if before is MISSING else before
+        # what has been put there since may wrap this object, and so must not be its base
+        if before is MISSING:
+            self._base = self._class_forward
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does in its owner's forward."""
@@ -62,13 +64,10 @@ class Replacement:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # while a compiler traces, the owner's forward runs
             return self.run(*args, **kwargs)
-        if self.state.thread != get_ident():
-            return self._original(*args, **kwargs)
-        depth, self._depth = self._depth, self._depth + 1
+        if self._entered or self.state.thread != get_ident():
+            return self._base(*args, **kwargs)
+        self._entered = True
         try:
-            if depth == 0:
-                return self.run(*args, **kwargs)
-            forward = self._before if depth == 1 else self._class_forward
-            return forward(*args, **kwargs)
+            return self.run(*args, **kwargs)
         finally:
-            self._depth = depth
+            self._entered = False
