@@ -20,9 +20,10 @@ help: ## Show this list
 
 venv: $(STAMP) ## Make .venv with everything that development needs
 
-$(STAMP): $(PACKAGE) constraints/dev.txt
+$(STAMP): $(PACKAGE) constraints/dev.txt constraints/addons.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints/dev.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps -r constraints/addons.txt
 	@touch $@
 
 test: test-fast test-wallclock ## Run every test

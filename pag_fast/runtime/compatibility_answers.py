@@ -16,7 +16,8 @@ class Answer(Flag):
         KEEP_ROWS: every step runs every row, as outputs are stored by their place in the batch.
         WEIGHTS_APART: no projections are fused, as their weights are read or moved one by one.
         NOTHING_KEPT: no output of one forward is handed out in another one.
-        MAY_SKIP: modules may be left out of a forward, so that layers cannot be counted.
+        MAY_SKIP: a forward may leave modules out, so perturbed layers need not run in every step.
+            One that runs in no step of a call has not been perturbed, and that is still a fault.
         REFUSE: the call cannot be right.
     """
 

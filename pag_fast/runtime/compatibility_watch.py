@@ -33,7 +33,10 @@ class Watch:
         self._kinds: list[Any] = list({type(module): None for _, module in modules})
         # most modules have no children, or no parameters: that none has come is told at once
         self._children, self._leaves = _parted([module._modules for _, module in modules])
-        self._parameters, self._bare = _parted([module._parameters for _, module in modules])
+        some, self._bare = _parted([module._parameters for _, module in modules])
+        # a bias is never of another kind than its weight
+        self._weighted = [parameters for parameters in some if "weight" in parameters]
+        self._parameters = [parameters for parameters in some if "weight" not in parameters]
         self._processed = [
             own
             for own, (_, module) in zip(self._owns, modules, strict=True)
@@ -61,6 +64,7 @@ class Watch:
             len(owns[0]),
             [tuple(hooks.items()) for hooks in filter(None, map(_before, owns))],
             [tuple(hooks.items()) for hooks in filter(None, map(_after, owns))],
+            list(map(type, map(dict.get, self._weighted, repeat("weight")))),
             list(map(type, chain.from_iterable(map(dict.values, self._parameters)))),
             any(self._bare),
             [own.get("processor") for own in self._processed],
