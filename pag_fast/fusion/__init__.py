@@ -3,188 +3,340 @@
 In eager mode a step is a thousand kernels and more, many of them small. Three kinds can go without
 a change of the result: divisions by one, separate products of the same input (queries, keys and
 values; the projections of the time embedding, one in every resnet), and activations in front of the
-latter. What is installed lasts as long as a call; compilers do all of this themselves, and are left
-alone.
+latter. What takes their place is on the model while a forward of ours runs; compilers do all of
+this themselves, and are left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..sharing.plan import eager_modules, has_diffusers_hooks, replace_forward
 from ..sharing.rows import BranchState
-from .packed_linears import Joined, is_plain
-from .projections import QKV, TimeProjections
+from .packed_linears import shared_memory
+from .processors import attention_projections, time_projection
+from .projections import QKV, Group, TimeProjections
 from .unit import UNIT
 
+__all__ = ["Fusion", "Lean"]
+
+Entry = tuple[dict[str, Any], str, Any]
+
 _DIVISORS = ("rescale_output_factor", "output_scale_factor")
-# processors of diffusers that project q, k and v of one tensor and take them as views
-_PROCESSORS = (
-    "AttnProcessor2_0",
-    "HunyuanAttnProcessor2_0",
-    "JointAttnProcessor2_0",
-    "SanaLinearAttnProcessor2_0",
+_HOOKS = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
-_IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-# modules that do linear(act(temb))
-_TIME = {
-    "AdaLayerNormContinuous": ("silu", "linear"),
-    "AdaLayerNormShift": ("silu", "linear"),
-    "AdaLayerNormZero": ("silu", "linear"),
-    "ResnetBlock2D": ("nonlinearity", "time_emb_proj"),
-    "SD35AdaLayerNormZeroX": ("silu", "linear"),
-}
 
 
-class Lean:
-    """What can be left out in one model.
+class Fusion:
+    """What can be computed together, or left out, in one model.
 
     Args:
         model: a denoiser or ControlNet that is not in training.
         perturbed: its perturbed attentions, and how many of their projections see the same rows.
         traced: join queries, keys and values of compiled modules too. Their compiler sees the one
             product; it would not join the weights itself.
+        state: of the model, which says whose forward runs.
+
+    Attributes:
+        entries: ``(dict, key, value)`` of everything that has to be on the model while a forward of
+            ours runs. The same list, of the same objects, as long as :meth:`refresh` says so.
     """
 
     def __init__(
-        self, model: nn.Module, perturbed: Mapping[str, int] | None = None, *, traced: bool = False
+        self,
+        model: nn.Module,
+        perturbed: Mapping[str, int] | None = None,
+        *,
+        traced: bool = False,
+        state: BranchState | None = None,
     ) -> None:
-        self.divisors: list[tuple[Any, str]] = []
-        self.qkv: list[tuple[Any, list[Any], int]] = []
-        self.time: list[tuple[Any, Any]] = []
+        self.model = model
+        self.state = BranchState() if state is None else state
+        self.divisors: list[tuple[nn.Module, str]] = []
+        self.groups: list[Group] = []
+        perturbed = perturbed or {}
         eager = {name for name, _ in eager_modules(model)}
-        # weights that hooks move around would be parted in every call
-        moves = any("_hf_hook" in vars(m) or has_diffusers_hooks(m) for m in model.modules())
+        owners = Counter(id(c) for m in model.modules() for c in m._modules.values())
+        layers: list[tuple[nn.Module, str, str]] = []
         for name, module in model.named_modules():
             if name in eager:
                 self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
-                self.time += [] if moves else _time(module)
-            if (traced or name in eager) and not moves:
-                self.qkv += _qkv(module, (perturbed or {}).get(name, 3))
-        # the attention whose processor has to be a known one, and its layers or those of the time
-        self._groups: list[tuple[Any, QKV | TimeProjections]] = []
+                names = time_projection(module)
+                # an activation that somebody else runs too has to activate for him
+                if names and all(owners[id(module._modules[x])] == 1 for x in names):
+                    layers.append((module, *names))
+            if traced or name in eager:
+                count = perturbed.get(name, 3)
+                for parts, linears in attention_projections(name, module, count):
+                    if all(owners[id(linear)] == 1 for linear in linears):
+                        ours = name in perturbed
+                        self.groups.append(QKV(self.state, module, parts, perturbed=ours))
+        if len(layers) > 1:
+            self.groups.append(TimeProjections(self.state, layers))
+        self.entries: list[Entry] = []
+        self._together: list[Entry] = []  # while nobody needs gradients
+        self._apart: list[Entry] = []
+        self._used: list[Group] = []
+        self._looked = False
+        self._watch = _Watch(model, self.groups, self.divisors)
+        self._seen: Any = None
+
+    # ---- per forward ----
+
+    def refresh(self) -> bool:
+        """Before a forward: join what can be joined, part what is not whole any more.
+
+        Returns whether :attr:`entries` has changed.
+        """
+        before = self.entries
+        paused = self._paused()
+        if self._seen is None or self._seen != self._watch.look():
+            self._look(paused)
+        self.entries = self._apart if paused else self._together
+        return self.entries is not before
+
+    def begin(self) -> None:
+        """A forward begins: nothing is left of the one before."""
+        for group in self._used:
+            group.broken = False
+            group.forget()
+
+    def forget(self) -> None:
+        """A forward has ended: free what belonged to it."""
+        for group in self._used:
+            group.forget()
+            if group.wasted:
+                self._seen = None
+
+    def _paused(self) -> bool:
+        """Whether the forward needs gradients of the weights, or weights of another dtype."""
+        return _autocast(self._watch.device) or (
+            torch.is_grad_enabled() and self._watch.needs_grad()
+        )
+
+    def _look(self, paused: bool) -> None:
+        """Decide for every group whether it is used."""
+        moves = _moves(self.model)
+        shared: frozenset[int] | None = None
+        used, waits = [], False
+        for group in self.groups:
+            packed = group.packed
+            whole = not moves and group.is_whole()
+            if packed.joined and not (whole and packed.intact()):
+                packed.split()
+                group.addresses = _addresses(group)
+                waits |= whole
+            elif whole and not packed.joined and not paused:
+                if shared is None:
+                    shared = shared_memory(self.model.modules())
+                # weights that move in every forward are not run after
+                steady = group.addresses in (None, _addresses(group))
+                if packed.fits(shared) and steady:
+                    packed.join()
+                    group.broken = False
+                elif not steady:
+                    group.addresses, waits = _addresses(group), True
+            elif whole and not packed.joined:
+                waits = True
+            if packed.joined:
+                used.append(group)
+        self._use(used)
+        self._watch.found()
+        # groups that wait are looked at again in the next forward
+        self._seen = None if waits else self._watch.look()
+
+    def _use(self, used: list[Group]) -> None:
+        apart: list[Entry] = [
+            (vars(module), name, UNIT)
+            for module, name in self.divisors
+            if vars(module).get(name) == 1.0
+        ]
+        together: list[Entry] = [
+            (vars(member.module), "forward", member) for group in used for member in group.members
+        ]
+        together += apart
+        self._used, self._looked = used, True
+        self._apart = _kept(self._apart, apart)
+        self._together = _kept(self._together, together)
+
+    # ---- for good ----
+
+    def release(self) -> None:
+        """Give all weights memory of their own again; nothing of ours is used any more."""
+        for group in self.groups:
+            if group.packed.joined:
+                group.packed.split()
+            group.forget()
+        self._used, self.entries, self._seen = [], [], None
+        self._together, self._apart = [], []
 
     def summary(self) -> tuple[str, ...]:
-        """What is left out, in words."""
+        """What is computed together or left out, in words; before a forward, what would be."""
+        groups = self._used
+        if not self._looked:
+            shared = shared_memory(self.model.modules())
+            usable = not _moves(self.model)
+            groups = [g for g in self.groups if usable and g.is_whole() and g.packed.fits(shared)]
         lines = []
-        if self.qkv:
-            lines.append(f"queries, keys and values as one product: {len(self.qkv)} times")
-        if len(self.time) > 1:
-            lines.append(f"projections of the time embedding as one: {len(self.time)}")
+        attentions = sum(isinstance(group, QKV) for group in groups)
+        if attentions:
+            lines.append(f"queries, keys and values as one product: {attentions} times")
+        layers = [len(g.packed.linears) for g in groups if isinstance(g, TimeProjections)]
+        if layers:
+            lines.append(f"projections of the time embedding as one: {sum(layers)}")
         if self.divisors:
             lines.append(f"divisions by one left out: {len(self.divisors)}")
         return tuple(lines)
 
+    # ---- for a whole call ----
+
     def install(self, state: BranchState) -> list[Callable[[], None]]:
-        """Put everything in place; returns what takes it off again."""
-        if not self._groups or not all(group.joined.intact() for _, group in self._groups):
-            self._groups = list(self._join())
-        undo: list[Callable[[], None]] = []
-        for module, attribute in self.divisors:
-            own = getattr(module, attribute)
-            setattr(module, attribute, UNIT)
-            undo.append(partial(setattr, module, attribute, own))
-        for attention, group in self._groups:
-            group.broken = attention is not None and not _known(attention.processor)
-            if isinstance(group, TimeProjections):
-                group.state = state
-            for module, forward in [] if group.broken else group.members:
-                if "forward" not in vars(module):
-                    undo.append(replace_forward(module, forward))
-            undo.append(group.forget)
+        """Put everything in place for this thread; returns what takes it off again."""
+        self.state = state
+        for group in self.groups:
+            group.use(state)
+        self.refresh()
+        self.begin()
+        thread, state.thread = state.thread, get_ident()
+        undo: list[Callable[[], None]] = [partial(setattr, state, "thread", thread)]
+        for own, key, value in self.entries:
+            if key != "forward":
+                before, own[key] = own[key], value
+                undo.append(partial(own.__setitem__, key, before))
+        if self.entries is self._together:
+            for group in self._used:
+                for member in group.members:
+                    undo.append(replace_forward(member.module, member))
+                undo.append(group.forget)
         return undo
 
     def check(self) -> None:
         """A callback may have replaced weights: groups that are no longer joined run apart."""
-        for _, group in self._groups:
-            group.broken = group.broken or not group.joined.intact()
-
-    def release(self) -> None:
-        """Give all weights memory of their own again."""
-        for _, group in self._groups:
-            group.joined.part()
-        self._groups = []
-
-    def _join(self) -> Iterator[tuple[Any, QKV | TimeProjections]]:
-        for attention, linears, together in self.qkv:
-            if Joined.fits(linears):
-                yield attention, QKV(Joined(linears), together)
-        layers = [pair for pair in self.time if is_plain(pair[1])]
-        linears = [linear for _, linear in layers]
-        if Joined.fits(linears):
-            yield None, TimeProjections(layers, Joined(linears))
+        for group in self._used:
+            group.broken = group.broken or not group.packed.intact()
 
 
-def _qkv(module: Any, together: int) -> Iterator[tuple[Any, list[Any], int]]:
-    parts = module._modules
-    if vars(module).get("is_cross_attention", True) or parts.get("to_q") is None:
-        return
-    has_text = all(parts.get(name) is not None for name in _TEXT)
-    # image-only perturbed attention projects V on more rows, and into its output
-    together = 3 if has_text else together
-    if together > 1:
-        yield module, [parts.get(name) for name in _IMAGE], together
-    if has_text:
-        yield module, [parts[name] for name in _TEXT], 3
+Lean = Fusion
 
 
-def _time(module: Any) -> Iterator[tuple[Any, Any]]:
-    names = _TIME.get(type(module).__name__)
-    if names is None or getattr(module, "skip_time_act", False):
-        return
-    activation, linear = (getattr(module, name, None) for name in names)
-    if type(activation) is nn.SiLU and is_plain(linear):
-        yield activation, linear
+class _Watch:
+    """Everything that decides whether groups are used, in lists that are compared in one go."""
+
+    def __init__(
+        self, model: nn.Module, groups: list[Group], divisors: list[tuple[nn.Module, str]]
+    ) -> None:
+        children = [child for group in groups for child in group.children]
+        self._parents = [parent._modules for parent, _, _ in children]
+        self._names = [name for _, name, _ in children]
+        self._modules = [module for _, _, module in children]
+        self._owns = [vars(module) for module in self._modules]
+        linears = [x for group in groups for x in group.packed.linears]
+        self.device = "cpu"
+        self._bare = [x._parameters for x in linears if x._parameters.get("bias") is None]
+        slots = [(x._parameters, name) for x in linears for name in ("weight", "bias")
+                 if x._parameters.get(name) is not None]  # fmt: skip
+        self._parameters, self._slots = [x for x, _ in slots], [name for _, name in slots]
+        # whoever moves weights around puts a hook on them, or on a module around them
+        self._around = [vars(module) for module in _around(model, self._modules)]
+        self._attentions = [vars(g.attention) for g in groups if isinstance(g, QKV)]
+        self._divisors = [vars(module) for module, _ in divisors]
+        self._divisor_names = [name for _, name in divisors]
+        self._registries: list[Any] = []
+        self._held: list[Any] = []
+
+    def found(self) -> None:
+        """Note what may come to hold hooks later, and the objects whose identity counts."""
+        registries = [own.get("_diffusers_hook") for own in self._around]
+        self._registries = [x for x in registries if x is not None]
+        # an address is compared only as long as nothing else can have got it
+        self._held = [self._values(), self._children(), self._processors()]
+        self.device = next((x.device.type for x in self._values() if x is not None), "cpu")
+
+    def _values(self) -> list[Any]:
+        return list(map(dict.get, self._parameters, self._slots))
+
+    def _children(self) -> list[Any]:
+        return list(map(dict.get, self._parents, self._names))
+
+    def _processors(self) -> list[Any]:
+        return list(map(dict.get, self._attentions, repeat("processor")))
+
+    def look(self) -> Any:
+        """A value that is equal to the one before as long as nothing has changed."""
+        parameters = self._values()
+        there = all(map(is_, self._children(), self._modules))
+        if not there or any(map(is_, parameters, repeat(None))):
+            return None
+        if any(own.get("bias") is not None for own in self._bare):
+            return None
+        try:
+            tensors = [list(map(get, parameters)) for get in _OF_PARAMETERS]
+        except (AttributeError, RuntimeError, TypeError):
+            return None  # some are no tensors that have memory
+        return (
+            tensors,
+            list(map(id, parameters)),
+            list(map(type, self._modules)),
+            list(map(len, self._around)),
+            list(map(any, map(_HOOKS, self._owns))),
+            list(map(id, self._processors())),
+            list(map(dict.get, self._attentions, repeat("fused_projections"))),
+            list(map(dict.get, self._divisors, self._divisor_names)),
+            [bool(registry.hooks) for registry in self._registries],
+        )
+
+    def needs_grad(self) -> bool:
+        """Whether some weight requires a gradient."""
+        return any(x.requires_grad for x in self._values() if x is not None)
 
 
-def _known(processor: Any) -> bool:
-    """Whether a processor takes projections that are views of one tensor."""
-    from ..processors.rows import PerturbedProcessor
+_OF_PARAMETERS: tuple[Callable[[Any], Any], ...] = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.stride,
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    attrgetter("device"),
+)
 
-    return isinstance(processor, PerturbedProcessor) or type(processor).__name__ in _PROCESSORS
+
+def _around(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
+    """These modules of a model, and all that they are inside of."""
+    inside = {id(module) for module in modules}
+    prefixes: set[str] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            parts = name.split(".")
+            prefixes.update(".".join(parts[:end]) for end in range(len(parts) + 1))
+    return [module for name, module in model.named_modules() if name in prefixes]
 
 
-class Fusion(Lean):
-    def __init__(self, model: Any, perturbed: Any = None, *, traced: bool, state: Any) -> None:
-        super().__init__(model, perturbed, traced=traced)
-        self.state = state
-        self._key: Any = None
-        self.entries: list[Any] = []
+def _addresses(group: Group) -> list[int]:
+    weights = [linear._parameters.get("weight") for linear in group.packed.linears]
+    return [0 if weight is None else weight.data_ptr() for weight in weights]
 
-    def refresh(self) -> bool:
-        from ..sharing.replacement import Replacement
 
-        if not self._groups or not all(g.joined.intact() for _, g in self._groups):
-            self._groups = list(self._join())
-        for attention, group in self._groups:
-            group.broken = attention is not None and not _known(attention.processor)
-            if isinstance(group, TimeProjections):
-                group.state = self.state
-        key = [g.broken for _, g in self._groups]
-        if key == self._key:
-            return False
-        self._key = key
+def _moves(model: nn.Module) -> bool:
+    """Whether somebody's hooks fetch, cast or compute weights as the model runs."""
+    return any("_hf_hook" in vars(m) or has_diffusers_hooks(m) for m in model.modules())
 
-        class Member(Replacement):
-            def __init__(self, state: Any, module: Any, own: Any) -> None:
-                super().__init__(state, module)
-                self.own = own
 
-            def run(self, *a: Any, **k: Any) -> Any:
-                return self.own(*a, **k)
+def _autocast(device: str) -> bool:
+    return torch.is_autocast_enabled(device)
 
-        self.entries = [(vars(m), a, UNIT) for m, a in self.divisors]
-        for _, group in self._groups:
-            if not group.broken:
-                self.entries += [
-                    (vars(m), "forward", Member(self.state, m, f)) for m, f in group.members
-                ]
-        return True
 
-    def forget(self) -> None:
-        for _, g in self._groups:
-            g.forget()
+def _kept(before: list[Entry], now: list[Entry]) -> list[Entry]:
+    """The list from before, where nothing is different."""
+    same = len(before) == len(now) and all(
+        a[0] is b[0] and a[1] == b[1] and a[2] is b[2] for a, b in zip(before, now, strict=True)
+    )
+    return before if same else now

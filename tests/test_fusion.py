@@ -1,0 +1,411 @@
+"""Launches that change nothing are left out, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from threading import get_ident
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from numerics import relative
+from tiny import PIPELINES, build, call_kwargs, latents
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import pag_fast
+from pag_fast.fusion import Fusion
+from pag_fast.fusion.packed_linears import _WHOLES, PackedLinears
+from pag_fast.fusion.projections import QKV, TimeProjections
+from pag_fast.fusion.unit import UNIT
+from pag_fast.sharing.replacement import MISSING
+
+UNET = "StableDiffusionPAGPipeline"
+
+
+def _wholes(module):
+    """What of a model lies together."""
+    parameters = list(module.parameters())
+    return {w for w in list(_WHOLES.values()) if any(map(w.contains, parameters))}
+
+
+def _owns_storages(parameters):
+    storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parameters}
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    return list(storages.values()) == sizes
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+def _packed(linears):
+    packed = PackedLinears(linears)
+    assert packed.fits()
+    packed.join()
+    return packed
+
+
+def _linears(*outputs, bias=True):
+    layers = [nn.Linear(6, rows, bias=bias, dtype=torch.float64) for rows in outputs]
+    return [layer.requires_grad_(False) for layer in layers]
+
+
+# ---- a factor of one ----
+
+
+def test_unit_divides_without_a_kernel_and_is_one_otherwise():
+    x = torch.randn(3)
+    assert x / UNIT is x
+    assert UNIT == 1.0 and f"{UNIT}" == "1.0"
+    assert torch.equal(torch.arange(3) / UNIT, torch.arange(3) / 1.0)
+    assert torch.equal(x * UNIT, x) and torch.equal(torch.div(x, 1.0), x)
+    assert torch.equal(UNIT / x, 1.0 / x)
+    assert type(copy.deepcopy(UNIT)) is float and type(pickle.loads(pickle.dumps(UNIT))) is float
+
+
+# ---- packed weights ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_keep_parameters_values_and_storages(bias):
+    linears = _linears(4, 4, 2, bias=bias)
+    parameters = [p for linear in linears for p in linear.parameters()]
+    values = [p.clone() for p in parameters]
+    packed = _packed(linears)
+    assert packed.intact()
+    assert packed.weight.shape == (10, 6)
+    after = [p for linear in linears for p in linear.parameters()]
+    assert all(a is b for a, b in zip(after, parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, values, strict=True))
+    assert _owns_storages(after)
+    linears[1].weight.mul_(2)  # a merged LoRA writes in place
+    assert packed.intact() and torch.equal(packed.weight[4:8], 2 * values[2 if bias else 1])
+    # a second pipeline with this model finds them joined
+    assert _packed(linears).weight is packed.weight
+    packed.split()
+    assert not packed.intact() and packed.weight is None
+    assert len({p.data_ptr() for p in after}) == len(after) and _owns_storages(after)
+    assert torch.equal(linears[1].weight, 2 * values[2 if bias else 1])
+
+
+def test_the_whole_is_freed_when_its_parts_are():
+    linears = _linears(4, 4)
+    packed = _packed(linears)
+    whole = weakref.ref(packed._packed[0][0])
+    kept = linears[0].weight.clone()
+    parameter = linears[0].weight
+    linears[0].weight = nn.Parameter(kept.clone(), requires_grad=False)
+    del packed
+    gc.collect()
+    assert whole() is None
+    junk = [torch.full_like(kept, 7.0) for _ in range(64)]
+    assert torch.equal(parameter, kept) and junk  # a part keeps its memory alive
+
+
+@pytest.mark.parametrize(
+    "change", ["values", "object", "transposed", "dtype", "half", "moved", "rows", "bias", "none"]
+)
+def test_moved_weights_are_noticed(change):
+    linears = _linears(6, 6, bias=False)
+    packed = _packed(linears)
+    one = linears[1]
+    if change == "values":
+        one.weight.data = one.weight.data.clone()
+    elif change == "object":
+        one.weight = nn.Parameter(one.weight.clone())
+    elif change == "transposed":
+        one.weight.data = one.weight.data.t()
+    elif change == "dtype":
+        one.weight.data = one.weight.data.view(torch.int64)
+    elif change == "half":
+        one.half()
+    elif change == "moved":
+        one.share_memory()
+    elif change == "rows":
+        one.weight.data = one.weight.data[:3]
+    elif change == "bias":
+        one.bias = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    else:
+        one.weight = None
+    assert not packed.intact()
+
+
+def test_only_plain_layers_of_one_kind_fit():
+    assert PackedLinears(_linears(4, 2)).fits()
+    one = _linears(4)[0]
+    hooked, tied, seen, pruned = (_linears(4)[0] for _ in range(4))
+    hooked.forward = hooked.forward
+    tied.weight = one.weight
+    seen.register_forward_hook(lambda *_: None)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    shared, part, row, parametrized, twisted, subclass = (_linears(4)[0] for _ in range(6))
+    shared.share_memory()
+    part.weight.data = torch.zeros(8, 6, dtype=torch.float64)[:4]
+    row.weight.data = row.weight.data[:, :5]
+    parametrized.parametrizations = None
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    twisted.weight.data = torch.zeros(6, 4, dtype=torch.float64).t()
+    subclass.weight = nn.Parameter(subclass.weight.data.as_subclass(_Subclass), requires_grad=False)
+    with torch.inference_mode():
+        inference = _linears(4)[0]
+    offloaded = _linears(4)[0]
+    offloaded._hf_hook = object()
+    meta = nn.Linear(6, 4, dtype=torch.float64, device="meta")
+    others = [
+        nn.Linear(5, 4, dtype=torch.float64),
+        nn.Linear(6, 4, bias=False, dtype=torch.float64),
+        nn.Linear(6, 4),
+        nn.Conv1d(6, 4, 1, dtype=torch.float64),
+        *(hooked, tied, seen, pruned, shared, part, row, parametrized, twisted, subclass),
+        *(inference, offloaded, meta),
+    ]
+    for index, other in enumerate(others):
+        assert not PackedLinears([one, other]).fits(), (index, other)
+        assert not PackedLinears([other, one]).fits(), (index, other)
+    assert not PackedLinears([one]).fits()
+
+
+def test_slices_begin_on_16_bytes():
+    def fits(*rows, dtype=torch.float32, inputs=4, bias=True):
+        return PackedLinears([nn.Linear(inputs, n, bias, dtype=dtype) for n in rows]).fits()
+
+    assert fits(4, 8, 4) and fits(4, 4, 3)  # the end of the last is nobody's beginning
+    assert not fits(3, 4, 4) and fits(3, 4, 4, bias=False)
+    assert not fits(4, 4, 4, dtype=torch.bfloat16) and fits(8, 8, 8, dtype=torch.bfloat16)
+    assert not fits(1, 1, inputs=3, bias=False)
+
+
+def _state():
+    state = pag_fast.sharing.rows.BranchState()
+    state.thread = get_ident()
+    return state
+
+
+def _attention(*outputs):
+    attention = nn.Module()
+    for name, linear in zip(("to_q", "to_k", "to_v"), _linears(*outputs), strict=False):
+        setattr(attention, name, linear)
+    return attention
+
+
+def test_qkv_computes_once_for_the_same_tensor_only():
+    attention = _attention(4, 2, 2)
+    linears = list(attention.children())
+    x, y = torch.randn(2, 2, 3, 6, dtype=torch.float64)
+    expected = {name: [linear(t) for linear in linears] for name, t in (("x", x), ("y", y))}
+    group = QKV(_state(), attention, ["to_q", "to_k", "to_v"])
+    group.packed.join()
+    for given, value in ((x, "x"), (y, "y"), (x, "x")):
+        outs = [member(given) for member in group.members]
+        assert all(torch.allclose(a, b) for a, b in zip(outs, expected[value], strict=True))
+        assert len({out.untyped_storage().data_ptr() for out in outs}) == 1
+        assert not group._pending
+    # CogVideoX: two kinds of token in turns
+    for member, ofx, ofy in zip(group.members, expected["x"], expected["y"], strict=True):
+        assert torch.allclose(member(x), ofx) and torch.allclose(member(y), ofy)
+    assert not group._pending and not group.wasted
+    query, key, value = group.members
+    query(x)
+    assert torch.allclose(key(y), expected["y"][1]) and torch.allclose(value(y), expected["y"][2])
+    assert group.wasted and not group.is_whole()  # attends to something else: runs apart from now
+    for broken in ("broken", "thread"):
+        group.forget()
+        group.broken, group.state.thread = broken == "broken", broken != "thread" and get_ident()
+        assert torch.equal(query(x), linears[0](x)) and not group._pending
+
+
+def test_gradients_flow_to_the_input():
+    attention = _attention(4, 4, 4)
+    group = QKV(_state(), attention, ["to_q", "to_k", "to_v"])
+    group.packed.join()
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    sum(member(x).square().sum() for member in group.members).backward()
+    ours, x.grad = x.grad, None
+    sum(linear(x).square().sum() for linear in attention.children()).backward()
+    assert torch.equal(ours, x.grad) and ours.any()
+
+
+def _projections(*rows):
+    owners = [nn.Module() for _ in rows]
+    for owner, linear in zip(owners, _linears(*rows), strict=True):
+        owner.silu, owner.linear = nn.SiLU(), linear
+    state = _state()
+    group = TimeProjections(state, [(owner, "silu", "linear") for owner in owners])
+    group.packed.join()
+    for member in group.members:
+        member.displace(vars(member.module).get("forward", MISSING))
+        member.module.forward = member
+    return group, owners, state
+
+
+def test_time_projections_follow_the_branches():
+    group, owners, state = _projections(4, 3)
+    state.slabs = (1, 2, 3)
+    temb = torch.randn(6, 6, dtype=torch.float64)
+    temb[4:] = temb[2:4]
+    silu = torch.nn.functional.silu
+
+    def alone(owner, x):
+        return torch.nn.functional.linear(silu(x), owner.linear.weight, owner.linear.bias)
+
+    for step in range(2):
+        state.step = step
+        for rows in (4, 6, 2, 4):
+            for owner in owners:
+                out = owner.linear(owner.silu(temb[:rows]))
+                assert torch.allclose(out, alone(owner, temb)[:rows])
+    other = torch.randn(6, 6, dtype=torch.float64)
+    one = owners[0]
+    for x in (other, temb[::2], temb.float().double()):
+        assert torch.allclose(one.linear(one.silu(x)), alone(one, x))
+    temb.mul_(2)  # in the middle of a forward
+    assert torch.allclose(one.linear(one.silu(temb)), alone(one, temb))
+    state.step += 1
+    assert torch.allclose(one.linear(one.silu(temb)), alone(one, temb))
+    # a layer that is called without its activation, an activation without its layer
+    assert torch.equal(
+        one.linear(temb), torch.nn.functional.linear(temb, one.linear.weight, one.linear.bias)
+    )
+    image = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    assert torch.equal(one.silu(image), silu(image))
+
+
+def test_an_activation_runs_itself_where_its_layer_is_not_ours():
+    group, owners, _ = _projections(4, 4)
+    temb, one = torch.randn(2, 6, dtype=torch.float64), owners[0]
+    expected = torch.nn.functional.linear(
+        torch.nn.functional.silu(temb), one.linear.weight, one.linear.bias
+    )
+    ours = one.linear.forward
+    for wrapped in (lambda x: ours(x), lambda x: nn.Linear.forward(one.linear, x)):
+        one.linear.forward = wrapped
+        assert torch.allclose(one.linear(one.silu(temb)), expected)
+    one.linear.forward = ours
+    group.broken = True
+    assert torch.allclose(one.linear(one.silu(temb)), expected)
+
+
+# ---- pipelines ----
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_weights_are_joined_and_found_as_they_were(name):
+    pipe = build(name)
+    model = getattr(pipe, PIPELINES[name].denoiser)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    objects = [id(p) for p in model.parameters()]
+    stock = latents(pipe, call_kwargs(name, pipe))
+    pag_fast.patch(pipe)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
+    assert _wholes(model) and _owns_storages(list(model.parameters()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    pag_fast.unpatch(pipe)
+    assert not _wholes(model) and _owns_storages(list(model.parameters()))
+    assert [id(p) for p in model.parameters()] == objects
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
+
+
+def test_off():
+    pipe = pag_fast.patch(build(UNET), fewer_launches=False)
+    latents(pipe, call_kwargs(UNET, pipe))
+    assert not _wholes(pipe.unet)
+
+
+@pytest.mark.parametrize("change", ["dtype", "lora", "processor", "values"])
+def test_models_changed_between_calls(change):
+    def run(pipe):
+        first = latents(pipe, call_kwargs(UNET, pipe))
+        if change == "dtype":
+            pipe.to(torch.float64).to(torch.float32)
+        elif change == "processor":
+            pipe.unet.set_attn_processor(_Transposed())
+        elif change == "values":
+            with torch.no_grad():
+                for p in pipe.unet.parameters():
+                    p.data = p.data * 1.5
+        else:
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+            pipe.unet.add_adapter(config)
+            with torch.no_grad():
+                for name, p in pipe.unet.named_parameters():
+                    if "lora_B" in name:
+                        p.normal_()
+        return first, latents(pipe, call_kwargs(UNET, pipe))
+
+    stock = run(build(UNET))
+    patched = run(pag_fast.patch(build(UNET)))
+    assert relative(stock[1], stock[0]) > 1e-6 or change == "dtype"
+    for ours, theirs in zip(patched, stock, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+class _Transposed(AttnProcessor2_0):
+    """A processor that we do not know: attends to the tokens in reverse order, scaled."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return 1.1 * super().__call__(attn, hidden_states.flip(1), *args, **kwargs)
+
+
+def test_weights_replaced_by_a_callback():
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            for name, p in pipe.unet.named_parameters():
+                if "attn1.to_k" in name or "time_emb_proj" in name:
+                    p.data = p.data * 3.0
+        return tensors
+
+    def run(pipe):
+        return latents(pipe, call_kwargs(UNET, pipe, steps=4, callback_on_step_end=callback))
+
+    plain = latents(build(UNET), call_kwargs(UNET, build(UNET), steps=4))
+    stock = run(build(UNET))
+    assert relative(stock, plain) > 1e-4
+    assert relative(run(pag_fast.patch(build(UNET))), stock) < 1e-5
+
+
+def test_pipelines_that_share_a_model_do_not_move_its_weights_in_turns():
+    first = pag_fast.patch(build(UNET))
+    second = pag_fast.patch(copy.copy(build(UNET)))
+    second.unet = first.unet
+    latents(first, call_kwargs(UNET, first))
+    joined, places = _wholes(first.unet), [p.data_ptr() for p in first.unet.parameters()]
+    latents(second, call_kwargs(UNET, second))
+    latents(first, call_kwargs(UNET, first))
+    assert _wholes(first.unet) == joined and joined
+    assert [p.data_ptr() for p in first.unet.parameters()] == places
+
+
+def test_weights_that_hooks_move_are_left_alone():
+    unet = build(UNET).unet
+    fusion = Fusion(unet)
+    with torch.no_grad():
+        assert fusion.refresh() and len(fusion.summary()) == 3 and _wholes(unet)
+        unet.mid_block._hf_hook = object()
+        assert fusion.refresh() and len(fusion.summary()) == 1 and not _wholes(unet)
+        assert fusion.entries and not fusion.refresh()
+        assert not any(key == "forward" for _, key, _ in fusion.entries)
+        del unet.mid_block._hf_hook
+        assert fusion.refresh() and len(fusion.summary()) == 3
+
+
+def test_explained():
+    pipe = build(UNET)
+    modules = list(pipe.unet.modules())
+    selves = sum(getattr(m, "is_cross_attention", None) is False for m in modules)
+    resnets = sum(type(m).__name__ == "ResnetBlock2D" for m in modules)
+    ones = sum(hasattr(m, "rescale_output_factor") for m in modules) + resnets
+    assert pag_fast.explain(pipe, flops=False).launches == (
+        f"UNet2DConditionModel: queries, keys and values as one product: {selves} times",
+        f"UNet2DConditionModel: projections of the time embedding as one: {resnets}",
+        f"UNet2DConditionModel: divisions by one left out: {ones}",
+    )
+    pag_fast.patch(pipe, fewer_launches=False)
+    assert pag_fast.explain(pipe, flops=False).launches == ()
+    assert "fewer launches" not in str(pag_fast.explain(pipe, flops=False))
