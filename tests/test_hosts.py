@@ -322,7 +322,7 @@ def test_guidance_is_rescaled_once():
     pipe = _pipe(name)
     with pag_fast.patched(pipe, HOSTS[name].layers["middle"], rescale_mode="partial", rescale=0.7):
         latents(pipe, call_kwargs(name, pipe))
-        with pytest.raises(ValueError, match="decides on later"):
+        with pytest.raises(ValueError, match="scale of CFG has to be known"):
             latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
 
 

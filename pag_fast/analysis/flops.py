@@ -23,7 +23,7 @@ from ..models.inputs import Inputs
 from ..models.registry import family_of
 from ..perturbations import Identity
 from ..runtime.installation import Installation, forward_entries, perturbed_branches
-from ..runtime.instance_patch import InstancePatch
+from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
 from ..sharing.rows import BranchState
@@ -126,11 +126,10 @@ def patched_step(
 def as_in_a_forward(patch: InstancePatch, state: BranchState) -> Iterator[None]:
     """A model as it is while a patched pipeline runs it in this thread."""
     state.thread = get_ident()
-    before = patch.on()
     try:
-        yield
+        with as_put_on(patch):
+            yield
     finally:
-        patch.off(before)
         state.thread = 0
 
 
@@ -148,6 +147,7 @@ def controlnet_step(
     if eager:
         fusion = Fusion(model, traced=False, state=state)
         fusion.refresh()
+        fusion.begin()
         entries += fusion.entries
     with as_in_a_forward(InstancePatch(entries), state):
         yield state, rows

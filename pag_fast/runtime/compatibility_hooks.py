@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .compatibility_answers import CACHE, UNKNOWN, WEIGHTS, Answer
-from .compatibility_origins import TRUSTED, mro_names, origin, package
+from .compatibility_origins import OBSERVES, TRUSTED, mro_names, origin, package
 
 Found = tuple[str, Answer, str]
 """What was found, the answer, and the sentence about it."""
@@ -54,10 +54,6 @@ _CACHES = {
     "FasterCacheBlockHook": "FasterCache",
 }
 _SKIPS = {"AttentionProcessorSkipHook", "FeedForwardSkipHook", "TransformerBlockSkipHook"}
-
-
-OBSERVES = "pag_fast_observes"
-"""A hook with this attribute set to ``True`` only looks: rows may be shared beneath it."""
 
 
 def unknown(what: str) -> Found:

@@ -35,6 +35,8 @@ QUANTIZERS = frozenset(
     }
 )
 COMPILED = "torch.compile"
+OBSERVES = "pag_fast_observes"
+"""A hook or forward with this attribute set only looks: rows may be shared beneath it."""
 MIXED_PRECISION = "mixed precision"
 _PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr"})
 
@@ -98,6 +100,8 @@ def forward_origins(module: nn.Module) -> Iterator[str]:
     while forward is not None and not _is_own(module, forward):
         compiled = getattr(forward, "_torchdynamo_orig_callable", None)
         where = origin(forward)
+        if getattr(forward, OBSERVES, False):
+            return
         if isinstance(forward, Replacement):
             forward = forward.original
         elif compiled is not None:

@@ -57,6 +57,7 @@ class InstalledControlNets:
         for fusion in fusions:
             if fusion.refresh():
                 self._patches.pop(True, None)
+            fusion.begin()
         fused = bool(fusions)
         found = self._patches.get(fused)
         if found is None:
@@ -67,6 +68,8 @@ class InstalledControlNets:
     def left(self) -> None:
         """After a forward: what is on the nets then does nothing."""
         self.state.slabs = None
+        for net in self._eager:
+            self.patch.forget_fusion(net)
 
 
 class ControlNets:

@@ -184,8 +184,10 @@ class Installation:
         """
         check_processors(self.attentions, self.replaces)
         fusion = self.fusion if fused else None
-        if fusion is not None and fusion.refresh():
-            self._patches.pop(True, None)
+        if fusion is not None:
+            if fusion.refresh():
+                self._patches.pop(True, None)
+            fusion.begin()
         found = self._patches.get(fused)
         if found is None:
             entries = [] if fusion is None else fusion.entries

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..sharing.replacement import MISSING, Replacement
@@ -40,7 +41,7 @@ class InstancePatch:
             old = own.get(name, MISSING)
             if old is value:
                 # somebody has put back what he had captured in the middle of an earlier forward
-                old = getattr(value, "displaced", value)
+                old = value.came_back() if isinstance(value, Replacement) else value
             elif isinstance(value, Replacement):
                 value.displace(old)
             before.append(old)
@@ -56,3 +57,13 @@ class InstancePatch:
                 del own[name]
             else:
                 own[name] = old
+
+
+@contextmanager
+def as_put_on(patch: InstancePatch) -> Iterator[None]:
+    """With ``patch`` on, for a look at the model as its forward will find it."""
+    before = patch.on()
+    try:
+        yield
+    finally:
+        patch.off(before)

@@ -306,6 +306,12 @@ class PatchState(BasicState):
             self._fusions[id(controlnet)] = found = key, fusion
         return found[1]
 
+    def forget_fusion(self, controlnet: Any) -> None:
+        """A forward of a ControlNet has ended: free what its products have left."""
+        found = self._fusions.get(id(controlnet))
+        if found is not None:
+            found[1].forget()
+
     def controlnets(self, controlnet: Any) -> InstalledControlNets:
         """What is put on the ControlNets, made anew when something changed."""
         nets = list(controlnets(controlnet))

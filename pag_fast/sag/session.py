@@ -14,7 +14,7 @@ from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
 from ..runtime.frames import calling_pipeline
-from ..runtime.instance_patch import InstancePatch
+from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
 from ..sharing.row_equality import RowEquality
@@ -102,7 +102,11 @@ class SagSession:
         fuses = self.patch.config.fewer_launches and not self._model.training
         if fuses and Answer.WEIGHTS_APART not in found.answer:
             fusion = self.patch.fusion(self._model)
-            fusion.refresh()
+            # products are fused for the processors that are going to run
+            with as_put_on(InstancePatch(entries)):
+                fusion.refresh()
+            if not self.awaits_degraded:
+                fusion.begin()  # the degraded pass goes on with what the guided one has projected
             entries = [*entries, *fusion.entries]
         return InstancePatch(entries)
 

@@ -57,6 +57,12 @@ class Replacement:
         if before is MISSING:
             self._base = self._class_forward
 
+    def came_back(self) -> Any:
+        """What belongs in this object's place where somebody has put it back for good."""
+        before = MISSING if self._base is self._class_forward else self._base
+        self.displace(before)
+        return before
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does in its owner's forward."""
         raise NotImplementedError
