@@ -46,6 +46,7 @@ from pag_fast.runtime.compatibility import (
     explain_lines,
     look,
     refuse,
+    row_wise,
 )
 from pag_fast.sharing.replacement import Replacement
 from pag_fast.sharing.rows import BranchState
@@ -385,6 +386,39 @@ def test_our_own_replacements_are_none_of_others() -> None:
     ours.displace(vars(model.conv_in)["forward"])
     model.conv_in.forward = ours  # on top of another's
     assert [f.where for f in look(model)] == ["conv_in"]
+
+
+def test_what_is_said_to_be_row_wise() -> None:
+    model: Any = _unet()
+    block = model.mid_block
+    block.register_forward_hook(row_wise(lambda *a: None))
+    block.register_forward_pre_hook(row_wise(functools.partial(lambda *a: None)))
+    block.forward = row_wise(_Cached(block.forward))
+    model.conv_in = row_wise(type("Mine", (nn.Conv2d,), {"forward": _forward}))(4, 8, 3)
+    attention = block.attentions[0].transformer_blocks[0].attn2
+    attention.set_processor(row_wise(_Store()))
+    assert look(model) == ()
+    marked = row_wise(lambda *a: None)
+
+    @functools.wraps(marked)
+    def wrapper(*args: Any) -> None:
+        marked(*args)
+
+    block.register_forward_hook(wrapper)  # a wrapper is another thing
+    assert [f.answer for f in look(model)] == [UNKNOWN]
+
+
+def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_entry_of_a_patched_model_and_that_of_another() -> None:
+    model: Any = _unet()
+    model._compiled_call_impl = _Twice(BranchState(), model)
+    assert look(model) == ()
+    model._compiled_call_impl = _Cached(model._call_impl)
+    (finding,) = look(model)
+    assert finding.answer == UNKNOWN and "a call replaced by" in finding.what
 
 
 # ---- weights ----
