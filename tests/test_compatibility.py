@@ -33,6 +33,7 @@ from diffusers.hooks import (
     apply_layer_skip,
 )
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+from diffusers.hooks.layer_skip import TransformerBlockSkipHook as LayerSkip
 from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energy_guidance_hook
 from torch import nn
 from torch.nn.utils import parametrize
@@ -46,6 +47,7 @@ from pag_fast.runtime.compatibility import (
     explain_lines,
     look,
     refuse,
+    row_wise,
 )
 from pag_fast.sharing.replacement import Replacement
 from pag_fast.sharing.rows import BranchState
@@ -211,7 +213,7 @@ def test_accelerate_offloading() -> None:
     remove_hook_from_module(model, recurse=True)
     model = _unet()
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    assert combined(look(model)) in (Answer.WEIGHTS_APART, WEIGHTS)
+    assert _answers(model) == {"a device map": Answer.WEIGHTS_APART}
 
 
 @pytest.mark.parametrize("chained", [False, True])
@@ -387,6 +389,39 @@ def test_our_own_replacements_are_none_of_others() -> None:
     assert [f.where for f in look(model)] == ["conv_in"]
 
 
+def test_what_is_said_to_be_row_wise() -> None:
+    model: Any = _unet()
+    block = model.mid_block
+    block.register_forward_hook(row_wise(lambda *a: None))
+    block.register_forward_pre_hook(row_wise(functools.partial(lambda *a: None)))
+    block.forward = row_wise(_Cached(block.forward))
+    model.conv_in = row_wise(type("Mine", (nn.Conv2d,), {"forward": _forward}))(4, 8, 3)
+    attention = block.attentions[0].transformer_blocks[0].attn2
+    attention.set_processor(row_wise(_Store()))
+    assert look(model) == ()
+    marked = row_wise(lambda *a: None)
+
+    @functools.wraps(marked)
+    def wrapper(*args: Any) -> None:
+        marked(*args)
+
+    block.register_forward_hook(wrapper)  # a wrapper is another thing
+    assert [f.answer for f in look(model)] == [UNKNOWN]
+
+
+def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_entry_of_a_patched_model_and_that_of_another() -> None:
+    model: Any = _unet()
+    model._compiled_call_impl = _Twice(BranchState(), model)
+    assert look(model) == ()
+    model._compiled_call_impl = _Cached(model._call_impl)
+    (finding,) = look(model)
+    assert finding.answer == UNKNOWN and "a call replaced by" in finding.what
+
+
 # ---- weights ----
 
 
@@ -537,10 +572,24 @@ def test_watch_sees_what_comes_and_goes() -> None:
     handle = block.attn.to_q.register_forward_hook(lambda *a: None)
     assert [f.where for f in watch.look(model)] == ["transformer_blocks.0.attn.to_q"]
     handle.remove()
-    block.attn.to_q = nn.Sequential(block.attn.to_q)
     assert watch.look(model) == ()
-    _wrap(block.attn.to_q[0])  # of the module that came later
-    assert combined(watch.look(model)) == UNKNOWN
+    block.attn.to_q = nn.Linear(16, 16)
+    _wrap(block.attn.to_q)  # of a module that came later, in the place of its like
+    assert [f.where for f in watch.look(model)] == ["transformer_blocks.0.attn.to_q"]
+
+
+def test_watch_sees_a_hook_go_from_below_another_and_a_mark_on_the_model() -> None:
+    model, watch = _flux(), Compatibility()
+    model.enable_cache(diffusers.FirstBlockCacheConfig(0.2))
+    registry = model.transformer_blocks[0]._diffusers_hook
+    registry.register_hook(LayerSkip(dropout=1.0), "above")
+    assert [f.what for f in watch.look(model)][:2] == ["FirstBlockCache", "layer skipping"]
+    registry.remove_hook("fbc_leader_block_hook", recurse=False)
+    assert watch.look(model)[0].what == "layer skipping"
+    model = _flux()
+    assert watch.look(model) == ()
+    model._parallel_config = object()
+    assert [f.what for f in watch.look(model)] == ["context parallelism"]
 
 
 def test_watch_looks_again_only_when_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,11 @@ from .compatibility_origins import (
     TRUSTED,
     foreign_class,
     forward_origins,
+    is_row_wise,
     mro_names,
+    origin,
     package,
+    row_wise,
 )
 from .compatibility_surroundings import Surroundings
 from .compatibility_watch import Watch
@@ -54,6 +57,7 @@ __all__ = [
     "explain_lines",
     "look",
     "refuse",
+    "row_wise",
 ]
 
 _PLAIN = (nn.Parameter, nn.UninitializedParameter)
@@ -123,10 +127,9 @@ def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Fou
         yield from accelerate_hooks(own["_hf_hook"])
     if "forward" in own:
         yield from _of_forward(module)
-    # the entry of a patched model itself is an object of ours
     impl = own.get("_compiled_call_impl")
-    if impl is not None and package(type(impl).__module__) != "pag_fast":
-        yield _compiled()
+    if impl is not None:
+        yield from _of_call(impl)
     yield from _of_class(name, module)
     yield from _of_parameters(module)
     yield from _of_processor(module)
@@ -140,6 +143,14 @@ def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Fou
 
 def _compiled() -> Found:
     return "torch.compile", Answer.FINE, "what is compiled stays compiled; nothing is kept in it."
+
+
+def _of_call(impl: Any) -> Iterator[Found]:
+    who = package(origin(impl))
+    if who == "torch":
+        yield _compiled()
+    elif who != "pag_fast":  # the entry of a patched model
+        yield unknown(f"a call replaced by {who}")
 
 
 def _of_forward(module: nn.Module) -> Iterator[Found]:
@@ -198,7 +209,9 @@ def _of_processor(module: nn.Module) -> Iterator[Found]:
         yield "cross-frame attention", Answer.REFUSE, _FRAMES
     elif getattr(processor, "_parallel_config", None) is not None:
         yield context_parallel()
-    elif package(cls.__module__) not in TRUSTED and not isinstance(processor, nn.Module):
+    elif isinstance(processor, nn.Module) or is_row_wise(processor):
+        pass  # the class of a module is looked at where all classes are
+    elif package(cls.__module__) not in TRUSTED:
         yield unknown(f"an attention processor of {package(cls.__module__)} ({cls.__name__})")
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:

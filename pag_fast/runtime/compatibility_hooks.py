@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .compatibility_answers import CACHE, UNKNOWN, WEIGHTS, Answer
-from .compatibility_origins import OBSERVES, TRUSTED, mro_names, origin, package
+from .compatibility_origins import TRUSTED, is_row_wise, mro_names, origin, package
 
 Found = tuple[str, Answer, str]
 """What was found, the answer, and the sentence about it."""
@@ -60,7 +60,8 @@ def unknown(what: str) -> Found:
     """The answer to what nobody has looked into."""
     sentence = (
         f"pag_fast does not know what {what} does to rows of other branches: every branch runs "
-        "with rows of its own in every step, and no weights are fused or kept."
+        "with rows of its own in every step, and no weights are fused or kept. If it treats every "
+        "row by itself, say so with pag_fast.runtime.compatibility.row_wise()."
     )
     return what, UNKNOWN, sentence
 
@@ -164,10 +165,7 @@ def torch_hooks(module: nn.Module) -> Iterator[Found]:
 def torch_hook(hook: Any) -> Found | None:
     """What one hook of PyTorch's kind asks for, if anything."""
     where = origin(hook)
-    # a diffusers pipeline's own hook knows the batch that it makes itself
-    if package(where) == "pag_fast" or where.startswith("diffusers.pipelines."):
-        return None
-    if getattr(hook, OBSERVES, False):
+    if package(where) == "pag_fast" or is_row_wise(hook):
         return None
     if where.startswith("torch.distributed.tensor"):
         return tensor_parallel()

@@ -6,7 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 from torch import nn
 
@@ -35,10 +36,35 @@ QUANTIZERS = frozenset(
     }
 )
 COMPILED = "torch.compile"
-OBSERVES = "pag_fast_observes"
-"""A hook or forward with this attribute set only looks: rows may be shared beneath it."""
 MIXED_PRECISION = "mixed precision"
 _PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr"})
+
+T = TypeVar("T")
+# not an attribute, which functools.wraps would hand on to wrappers
+_ROW_WISE: WeakSet[Any] = WeakSet()
+
+
+def row_wise(thing: T) -> T:
+    """Say of a hook, forward, processor or class that it treats every row by itself.
+
+    What is marked so, before it is put on a model, does not keep branches from being shared: it
+    depends on no other row of the batch, keeps nothing from one forward to the next that has the
+    batch's size, and leaves weights alone. Counting and timing are examples.
+
+    Returns:
+        ``thing`` itself, so that it can decorate.
+    """
+    _ROW_WISE.add(getattr(thing, "__func__", thing))
+    return thing
+
+
+def is_row_wise(thing: Any) -> bool:
+    """Whether :func:`row_wise` has been said of it, or of its class."""
+    thing = getattr(thing, "__func__", thing)
+    try:
+        return thing in _ROW_WISE or type(thing) in _ROW_WISE
+    except TypeError:  # neither hashable nor to be referred to weakly, so nobody has marked it
+        return False
 
 
 def origin(function: Any) -> str:
@@ -66,6 +92,8 @@ def package(name: str) -> str:
 
 def foreign_class(cls: type) -> str:
     """The package that gives a class behaviour of its own, if it is none that is trusted."""
+    if cls in _ROW_WISE:
+        return ""
     return _foreign_class(cast(Any, cls), cls.__dict__.get("forward"))
 
 
@@ -97,11 +125,9 @@ def forward_origins(module: nn.Module) -> Iterator[str]:
     forward: Any = own.get("forward")
     registry = getattr(own.get("_diffusers_hook"), "_fn_refs", ())
     references, old = list(registry), own.get("_old_forward")
-    while forward is not None and not _is_own(module, forward):
+    while not (forward is None or _is_own(module, forward) or is_row_wise(forward)):
         compiled = getattr(forward, "_torchdynamo_orig_callable", None)
         where = origin(forward)
-        if getattr(forward, OBSERVES, False):
-            return
         if isinstance(forward, Replacement):
             forward = forward.original
         elif compiled is not None:
