@@ -12,7 +12,7 @@ import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
 from ..pipelines.injected import Host
-from ..sharing.arguments import change_arguments, frames_of, latents_of, mend_rows, version_of
+from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of, version_of
 from ..sharing.rows import change_level
 from .controlnets import WatchedControlNets
 from .guidance import guided_cond, host_timesteps
@@ -139,6 +139,7 @@ class HostedSession(Session):
         cond = self._is_cond(call)
         state.context = COND if cond else UNCOND
         same = self._premise.same_objects(call, rows, context=state.context)
+        call = complete_rows(call, rows, frames)
         if self._sequence is not None:
             state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
         if not cond:
@@ -147,7 +148,6 @@ class HostedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
-        mend_rows(call, rows)
         if not same:
             self._decided_for = ()
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
