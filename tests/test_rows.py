@@ -1,4 +1,4 @@
-"""Rows of a model's arguments: declared by name, and completed where a pipeline hands over fewer."""
+"""Rows of a model's arguments: declared by name, completed where a pipeline has fewer."""
 
 from __future__ import annotations
 
