@@ -10,6 +10,9 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The lower dtype of a running autocast region of that device; ``None`` outside of one."""
+    # meta tensors, for one, know no autocast
+    if not torch.amp.is_autocast_available(device_type):
+        return None
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
