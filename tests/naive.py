@@ -88,7 +88,7 @@ class Naive:
             if isinstance(how, P.NoisyScores):
                 clock = torch.tensor([self.step])
                 noise = reference.score_noise(scores.shape, clock, self.index, how.seed)
-                noise[:, :, n:] = 0
+                noise = noise * (torch.arange(noise.shape[2]) < n)[:, None]
                 scores = scores + how.sigma * noise
             if isinstance(how, P.Identity):
                 scores[:, :, image, image] += torch.full((n, n), -math.inf).fill_diagonal_(0)

@@ -69,6 +69,14 @@ def test_everything_that_counts_changes_the_noise(change):
     assert (_check(q, k, v, clock, **change) - before).abs().max() > 0.1
 
 
+def test_rows_have_the_same_noise():
+    q, k, v, clock = _inputs(torch.float32, rows=3)
+    out = _check(q, k, v, clock)
+    for row in (0, 2):
+        alone = _check(*(x[row : row + 1] for x in (q, k, v)), clock)
+        assert torch.equal(alone, out[row : row + 1])
+
+
 def test_without_noise_it_is_attention():
     q, k, v, clock = _inputs(torch.float32)
     out = _check(q, k, v, clock, sigma=0.0)

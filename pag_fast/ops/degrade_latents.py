@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from .autocast import without_autocast
 from .backend import define, is_unwatched, resolve_backend
 from .combine_guidance import flat_samples
 
@@ -33,7 +34,8 @@ def degrade_latents(
     backend = resolve_backend(backend, sample, fits=True, default="triton")
     op = torch.ops.pag_fast.degrade_latents.default
     run = _degrade_latents if is_unwatched(sample) else op
-    return run(sample, model_output, received, blur, *map_size, *clean, *noise, backend)
+    with without_autocast(sample.device.type):
+        return run(sample, model_output, received, blur, *map_size, *clean, *noise, backend)
 
 
 def _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from .autocast import lower_all, without_autocast
 from .backend import define, is_unwatched, resolve_backend
 
 # queries whose scores PyTorch holds at a time, at least: fewer are not worth the launches
@@ -23,6 +24,7 @@ def received_attention(
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
+    q, k = lower_all((q, k))
     if q.ndim != 4 or q.shape != k.shape or q.dtype != k.dtype:
         raise ValueError(
             "received_attention takes q and k of one shape [rows, tokens, heads, head_dim] and one "
@@ -39,7 +41,8 @@ def received_attention(
     backend = resolve_backend(backend, q, fits=fits, default=default)
     op = torch.ops.pag_fast.received_attention.default
     run = _received_attention if is_unwatched(q) else op
-    return run(q, k, scale, backend)
+    with without_autocast(q.device.type):
+        return run(q, k, scale, backend)
 
 
 def torch_received_attention(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:

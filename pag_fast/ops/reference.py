@@ -143,7 +143,7 @@ def noisy_attention(
         first_query: where in the layer the first of the M queries is.
 
     Returns:
-        ``[rows, M, H, D]``. ε of a row's query and key are fp32 numbers of :func:`score_noise`.
+        ``[rows, M, H, D]``. ε are the fp32 numbers of :func:`score_noise`, the same in every row.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -161,23 +161,24 @@ def noisy_attention(
 def score_noise(
     shape: Sequence[int], clock: torch.Tensor, layer: int, seed: int, first_query: int = 0
 ) -> torch.Tensor:
-    """Standard normal fp32 numbers ``[rows, H, M, N]``, a function of their position.
+    """Standard normal fp32 numbers ``[rows, H, M, N]``, a function of head, query and key.
 
-    Four keys share a call of Philox4x32-10 with the counter (key div 4, query, row·H + head,
-    4096·clock + layer) and the halves of ``seed`` as its key; Box–Muller makes two pairs of it. The
-    arithmetic is that of Triton's ``tl.randn4x``.
+    All rows have the same, so that a picture does not depend on its neighbours in a batch. Four
+    keys share a call of Philox4x32-10 with the counter (key div 4, query, head, 4096·clock + layer)
+    and the halves of ``seed`` as its key; Box–Muller makes two pairs of it. The arithmetic is that
+    of Triton's ``tl.randn4x``. The rows are views of one.
     """
     rows, heads, queries, keys = shape
     device = clock.device
     block = torch.arange((keys + 3) // 4, device=device)
     query = torch.arange(first_query, first_query + queries, device=device)
-    row = torch.arange(rows * heads, device=device)
+    head = torch.arange(heads, device=device)
     time = (clock.reshape(()) * 4096 + layer) & 0xFFFFFFFF
-    counter = torch.broadcast_tensors(block, query[:, None], row[:, None, None], time)
+    counter = torch.broadcast_tensors(block, query[:, None], head[:, None, None], time)
     u = [_uniform(x) for x in philox(counter, seed)]
     pairs = [_box_muller(u[0], u[1]), _box_muller(u[2], u[3])]
     normal = torch.stack([x for pair in pairs for x in pair], dim=-1)
-    return normal.flatten(-2)[..., :keys].unflatten(0, (rows, heads))
+    return normal.flatten(-2)[..., :keys].expand(rows, -1, -1, -1)
 
 
 def philox(counter: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:

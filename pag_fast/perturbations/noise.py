@@ -18,8 +18,9 @@ class NoisyScores(AttentionPerturbation):
     The alternative to the identity that perturbs the map at random, as in the comparison of PAG's
     authors (arXiv 2403.17377), with the noise in front of the softmax: rows of the map still
     add up to one. Every score of an image query gets its own number from Philox4x32-10 (Salmon et
-    al., 2011), counted by key, query, row and head, layer and step: the same on every device and
-    backend, without a tensor of noise.
+    al., 2011), counted by key, query, head, layer and step: the same on every device and backend,
+    without a tensor of noise, and the same for every picture of a batch, which so comes out as it
+    does alone. Layers that see frames of a video, or its pixels, as rows give all of them the same.
 
     Args:
         sigma: standard deviation, in units of scores.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..ops.autocast import lowered, without_autocast
 from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
 from ..sharing.rows import SPLIT, BranchState
 
@@ -114,6 +115,10 @@ class PerturbedProcessor:
 
         ``query`` and ``key`` have the rows that :meth:`scored` says; ``value`` may be overwritten.
         """
+        # norms return fp32 under autocast: it would bring all to one dtype for fused attention
+        query, key, value, attn_mask, mean_query = lowered(  # type: ignore[assignment]
+            query, key, value, attn_mask, mean_query
+        )
         rows = Rows(
             query,
             key,
@@ -127,6 +132,11 @@ class PerturbedProcessor:
             self.layer,
             mean_query=mean_query,
         )
+        with without_autocast(value.device.type):
+            return self._attention(rows)
+
+    def _attention(self, rows: Rows) -> torch.Tensor:
+        value, num_attend, num_forked = rows.value, rows.num_attend, rows.num_forked
         if num_attend == value.shape[0] and not num_forked:
             return _IDENTITY.attend(rows)
         if len(self.branches) == 1:

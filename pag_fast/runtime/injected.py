@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..sharing.arguments import change_arguments, frames_of, latents_of, mend_rows, version_of
+from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of, version_of
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
@@ -174,6 +174,7 @@ class InjectedSession(Session):
         self._pass = self._pass_of(call)
         state.context = self._pass
         same = self._rows.same_objects(call, rows, self._locals, context=self._pass)
+        call = complete_rows(call, rows, frames)
         if self._sequence is not None:
             state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
         if self._pass != COND:
@@ -182,7 +183,6 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
-        mend_rows(call, rows)
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
         drops = self._drops(scales, sample, found)
         if self.patch.compilation is not None or not drops:

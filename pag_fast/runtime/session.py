@@ -335,10 +335,7 @@ class Session:
         if not scale:
             perturbed = None
         elif self._difference is not None:
-            if perturbed is None:
-                perturbed = self._difference.perturbed(cond)
-            else:
-                self._difference.hold(cond, perturbed)
+            perturbed = self._difference.perturbed(cond, perturbed)
         return uncond, cond, perturbed, scale
 
     def forget(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .rows import ROTARY, UNBATCHED, change_level, map_tensors
+from .rows import ROTARY, UNBATCHED, change_level, is_batched, map_tensors
 
 RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
@@ -25,6 +25,31 @@ UNCHECKED = (
     }
 )
 SAMPLE = ("sample", "hidden_states")
+
+# conditioning with one row for each picture in front, whatever the model's class
+CONDITIONING = frozenset(
+    {
+        "additional_t_cond",
+        "aspect_ratio",
+        "class_labels",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "encoder_hidden_states_image",
+        "encoder_hidden_states_mask",
+        "encoder_hidden_states_t5",
+        "guidance",
+        "image_embeds",
+        "image_meta_size",
+        "pooled_projections",
+        "resolution",
+        "style",
+        "text_embedding_mask",
+        "text_embedding_mask_t5",
+        "text_embeds",
+        "time_ids",
+        "timestep_cond",
+    }
+)
 
 
 def latents_of(call: dict[str, Any]) -> torch.Tensor:
@@ -45,8 +70,42 @@ def version_of(x: torch.Tensor) -> int:
 
 def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
     """The tensors among a model's arguments that have the batch's rows, by dotted name."""
-    sizes = rows, rows * frames
-    return {name: x for name, x in _tensors("", call) if x.ndim and x.shape[0] in sizes}
+    return {n: x for n, x in _tensors("", call) if with_rows(n.split(".")[-1], x, rows, frames)}
+
+
+def with_rows(name: str, x: torch.Tensor, rows: int, frames: int) -> bool:
+    """Whether ``x``, an argument called ``name``, has the batch's rows in front.
+
+    What is known to have none never has, however the numbers fall.
+    """
+    return x.ndim > 0 and is_batched(name, x) and x.shape[0] in (rows, rows * frames)
+
+
+def complete_rows(call: dict[str, Any], rows: int, frames: int) -> dict[str, Any]:
+    """Arguments whose conditioning has a row for every picture of a batch of ``rows``.
+
+    Pipelines hand one prompt over as one row for several pictures, and the models broadcast it;
+    or, of fewer rows than pictures, each stands for as many pictures in a row. Only arguments that
+    are declared in :data:`CONDITIONING` are completed. Tensors that are complete stay the objects
+    that they are.
+    """
+    call = dict(call)
+    mend_rows(call, rows)
+    for name, value in call.items():
+        if name in ("added_cond_kwargs",) and isinstance(value, dict):
+            call[name] = {n: _completed(n, x, rows, frames) for n, x in value.items()}
+        else:
+            call[name] = _completed(name, value, rows, frames)
+    return call
+
+
+def _completed(name: str, x: Any, rows: int, frames: int) -> Any:
+    if name not in CONDITIONING or not isinstance(x, torch.Tensor) or not x.ndim:
+        return x
+    have = x.shape[0]
+    if not have or have in (rows, rows * frames) or rows % have:
+        return x
+    return x.repeat_interleave(rows // have, dim=0)
 
 
 # no closure that calls itself: as a reference cycle it would keep the tensors alive

@@ -34,6 +34,8 @@ STREAMS = {
 }
 """What blocks that hand on more than the image return, in order."""
 
+_MIXED = ("Lumina2TransformerBlock",)
+
 Actions = Sequence["BlockPerturbation | None"]
 """What happens to each perturbed branch in one block."""
 
@@ -72,6 +74,7 @@ class PerturbedBlock:
         shuffled: ``(perturbation, index)`` of every block in a run that ends here and that the one
             perturbed branch leaves as a permutation of cond.
         streams: names of the arguments that a block hands on, in the order of its outputs.
+        mixed: the stream holds text, image and padding of each sample (Lumina 2).
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class PerturbedBlock:
         runs: int = SPLIT,
         shuffled: Sequence[tuple[BlockPerturbation, int]] = (),
         streams: Sequence[str] = ("hidden_states",),
+        mixed: bool = False,
     ) -> None:
         self.state = state
+        self.mixed = mixed
         self.arrives = arrives
         self.runs = runs
         self.index = index
@@ -120,13 +125,26 @@ class PerturbedBlock:
         clock = self.state.clock_on(hidden)
         for branch, perturbation in self.orders:
             at = branch - self.branches
-            order = perturbation.permutation(hidden.shape[1], self.index, clock)
-            parts[at] = parts[at].index_select(1, order)
+            parts[at] = self._ordered(parts[at], perturbation, clock)
         hidden = torch.cat(parts)
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _ordered(
+        self, x: torch.Tensor, perturbation: BlockPerturbation, clock: torch.Tensor
+    ) -> torch.Tensor:
+        """``x`` with its image tokens in another order; text and padding stay where they are."""
+        contexts, image = self.state.num_contexts, self.state.num_image
+        if not self.mixed or not contexts:
+            return x.index_select(1, perturbation.permutation(x.shape[1], self.index, clock))
+        order = perturbation.permutation(image, self.index, clock)
+        x = x.clone()
+        # the samples of a branch have the text lengths of the call's rows, in turn
+        for row, text in zip(x, contexts * (x.shape[0] // len(contexts)), strict=True):
+            row[text : text + image] = row[text : text + image].index_select(0, order)
+        return x
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Append, or put back, the rows of the branches that have not come through the block."""
@@ -211,6 +229,7 @@ def perturbed_blocks(
             runs=runs,
             shuffled=run,
             streams=STREAMS.get(type(module).__name__, ("hidden_states",)),
+            mixed=type(module).__name__ in _MIXED,
         )
         made.append((module, block))
     return made

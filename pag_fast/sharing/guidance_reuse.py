@@ -8,40 +8,66 @@ from ..settings.reuse import Reuse
 
 
 class Difference:
-    """``cond − perturbed`` of the step in which the perturbed rows last ran."""
+    """``cond − perturbed`` of the step in which the perturbed rows last ran, for each picture.
+
+    Every picture of a batch is judged by itself: what another one needs does not change it.
+    """
 
     def __init__(self, reuse: Reuse) -> None:
         self.reuse = reuse
         self._held: torch.Tensor | None = None
         self._latents: torch.Tensor | None = None
+        self._near: torch.Tensor | None = None
         self._age = 0
 
     def serves(self, latents: torch.Tensor) -> bool:
-        """Whether what is held is good for the step that begins with ``latents``.
+        """Whether what is held is good for the step that begins with ``latents`` ``[B, ...]``.
 
-        If not, the perturbed rows are to run, and :meth:`hold` to be called.
+        If not, the perturbed rows are to run, and :meth:`perturbed` gets what they predict.
         """
         self._age += 1
-        if self._held is not None and self._is_near(latents):
+        if self.reuse.every is not None:
+            if self._held is not None and self._age < self.reuse.every:
+                return True
+            self._age = 0
+            return False
+        self._near = self._is_near(latents)
+        if self._near is not None and bool(self._near.all()):
             return True
-        self._age = 0
-        # some schedulers write into the latents
-        self._latents = latents.clone() if self.reuse.drift else None
+        if self.reuse.drift:
+            # some schedulers write into the latents
+            kept = latents.clone()
+            if self._near is not None and self._latents is not None:
+                kept = torch.where(_rows(self._near, kept), self._latents, kept)
+            self._latents = kept
         return False
 
-    def _is_near(self, latents: torch.Tensor) -> bool:
-        if self.reuse.every is not None:
-            return self._age < self.reuse.every
+    def _is_near(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """For each picture, whether its latents are near those that it was last perturbed at."""
         before, bound = self._latents, self.reuse.drift
-        if before is None or bound is None or before.shape != latents.shape:
-            return False
-        return bool((latents - before).abs().mean() <= bound * before.abs().mean())
+        if self._held is None or before is None or bound is None or before.shape != latents.shape:
+            return None
+        moved = (latents - before).abs().flatten(1).mean(1)
+        return moved <= bound * before.abs().flatten(1).mean(1)
 
-    def hold(self, cond: torch.Tensor, perturbed: torch.Tensor) -> None:
-        """Keep the difference of predictions ``[B, ...]``."""
-        self._held = cond - perturbed
+    def perturbed(self, cond: torch.Tensor, ran: torch.Tensor | None) -> torch.Tensor:
+        """What the perturbed rows predict, or would have predicted by what is held.
 
-    def perturbed(self, cond: torch.Tensor) -> torch.Tensor:
-        """What the perturbed rows would have predicted, by what is held."""
-        assert self._held is not None
-        return cond - self._held
+        Args:
+            cond: the prediction of cond, ``[B, ...]``.
+            ran: that of the perturbed rows, where they have run.
+        """
+        if ran is None:
+            assert self._held is not None
+            return cond - self._held
+        difference = cond - ran
+        if self._near is not None and self._held is not None:
+            near = _rows(self._near, cond)
+            difference = torch.where(near, self._held, difference)
+            ran = torch.where(near, cond - self._held, ran)
+        self._held = difference
+        return ran
+
+
+def _rows(near: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return near.view(-1, *[1] * (like.ndim - 1))

@@ -1,9 +1,9 @@
 """Softmax attention with normal noise on its scores: ``softmax(scale·QKᵀ + σ·ε)·V``, one launch.
 
 ε never lies in memory. Four keys of a query share a call of Philox4x32-10 (Salmon et al., SC 2011)
-with the counter (key div 4, query, row·H + head, 4096·clock + layer) and the seed as its key, and
+with the counter (key div 4, query, head, 4096·clock + layer) and the seed as its key, and
 Box–Muller makes two pairs of normal numbers of its words: the same wherever a key's block begins,
-on every chip, and in PyTorch (``pag_fast.reference.score_noise``).
+in every row of a batch, on every chip, and in PyTorch (``pag_fast.reference.score_noise``).
 
 Floor, for B rows, M queries, N keys, H heads, D channels, s bytes an element:
 
@@ -47,14 +47,14 @@ def _box_muller(u, v):
 
 
 @triton.jit
-def score_noise(seed, keys, queries, lane, time, BLOCK: tl.constexpr):
+def score_noise(seed, keys, queries, head, time, BLOCK: tl.constexpr):
     """[BLOCK_M, BLOCK] standard normal numbers for queries [BLOCK_M] and BLOCK keys from ``keys``
     on, a multiple of 4."""
     # [BLOCK_M, BLOCK / 4]
     four = (keys // 4 + tl.arange(0, BLOCK // 4))[None, :] + queries[:, None] * 0
     query = queries[:, None] + four * 0
     zero = four * 0
-    a, b, c, d = tl.philox(seed, four, query, zero + lane, zero + time)
+    a, b, c, d = tl.philox(seed, four, query, zero + head, zero + time)
     u1 = tl.uint_to_uniform_float(a)
     u2 = tl.uint_to_uniform_float(b)
     u3 = tl.uint_to_uniform_float(c)
@@ -67,7 +67,7 @@ def score_noise(seed, keys, queries, lane, time, BLOCK: tl.constexpr):
 @triton.jit
 def _step(
     acc_a, acc_b, m, l, q_a, q_b, k_base, v_base, start, queries, num_keys, stride_kn, stride_vn,
-    dims_a, dims_b, head_dim, qk_scale, noise_scale, seed, lane, time,
+    dims_a, dims_b, head_dim, qk_scale, noise_scale, seed, head, time,
     BLOCK_N: tl.constexpr, EVEN: tl.constexpr, WIDE_A: tl.constexpr, WIDE_B: tl.constexpr,
     HAS_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _step(
         k_b = load_tile(k_base, keys, stride_kn, dims_b, num_keys, head_dim, EVEN, WIDE_B)
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
     # [BLOCK_M, BLOCK_N]
-    noise = score_noise(seed, start, queries, lane, time, BLOCK_N)
+    noise = score_noise(seed, start, queries, head, time, BLOCK_N)
     scores = scores * qk_scale + noise * noise_scale
     if not EVEN:
         scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))
@@ -138,7 +138,9 @@ def _noisy_attention_fwd_kernel(
     blocks = tl.cdiv(num_queries, BLOCK_M)
     block = pid % blocks
     lane = pid // blocks
-    head = (lane % heads).to(tl.int64)
+    # the noise counts heads, never rows: a picture does not depend on its neighbours
+    number = lane % heads
+    head = number.to(tl.int64)
     row = (lane // heads).to(tl.int64)
     low = seed_low.to(tl.int64) & 0xFFFFFFFF
     seed = (seed_high.to(tl.int64) << 32) | low
@@ -166,13 +168,13 @@ def _noisy_attention_fwd_kernel(
         acc_a, acc_b, m, l = _step(
             acc_a, acc_b, m, l, q_a, q_b, k_base, v_base, start, queries, num_keys,
             stride_kn, stride_vn, dims_a, dims_b, HEAD_DIM, qk_scale, noise_scale,
-            seed, lane, time, BLOCK_N, True, WIDE_A, WIDE_B, HAS_B, PRECISION,
+            seed, number, time, BLOCK_N, True, WIDE_A, WIDE_B, HAS_B, PRECISION,
         )  # fmt: skip
     if whole < num_keys:
         acc_a, acc_b, m, l = _step(
             acc_a, acc_b, m, l, q_a, q_b, k_base, v_base, whole, queries, num_keys,
             stride_kn, stride_vn, dims_a, dims_b, HEAD_DIM, qk_scale, noise_scale,
-            seed, lane, time, BLOCK_N, False, WIDE_A, WIDE_B, HAS_B, PRECISION,
+            seed, number, time, BLOCK_N, False, WIDE_A, WIDE_B, HAS_B, PRECISION,
         )  # fmt: skip
     inverse = (1.0 / l)[:, None]
     store_tile(out_base, queries, stride_on, dims_a, num_queries, HEAD_DIM, acc_a * inverse)

@@ -1,0 +1,61 @@
+"""A picture does not depend on its neighbours: alone, in a batch, and at another place in it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import tiny
+import tiny_hosts
+import torch
+from numerics import relative
+
+import pag_fast
+from pag_fast.perturbations import BlurredMap, BlurredQueries
+
+TOGETHER = ["FluxPipeline", "QwenImagePipeline", "WanPipeline", "LTXPipeline", "Lumina2Pipeline"]
+TOGETHER += ["CogVideoXPipeline", "HunyuanVideoPipeline", "StableDiffusion3Pipeline"]
+TOGETHER += ["PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline", "StableDiffusionPipeline"]
+TOGETHER += ["StableDiffusionXLPipeline", "AnimateDiffPipeline"]
+PAG = ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline", "SanaPAGPipeline"]
+HOW = ["identity", "soft", "blur", "blur_map", "noise", "shuffle", "skip", BlurredQueries(0.7)]
+CASES = [(tiny_hosts, n) for n in TOGETHER if n in tiny_hosts.HOSTS] + [(tiny, n) for n in PAG]
+
+
+@functools.cache
+def _pipe(module, name):
+    return module.build(name)
+
+
+def _picked(value, rows):
+    batch = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 2
+    return value[rows] if batch else value
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize(("module", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_alone_in_a_batch_and_swapped(module, name, how):
+    pipe = _pipe(module, name)
+    specs = module.PIPELINES if module is tiny else module.HOSTS
+    try:
+        pag_fast.patch(pipe, specs[name].layers["middle"], perturbation=how)
+    except ValueError as error:
+        pytest.skip(str(error))
+    kwargs = module.call_kwargs(name, pipe, batch=2)
+
+    def run(rows):
+        call = {key: _picked(value, rows) for key, value in kwargs.items()}
+        call["generator"] = [torch.Generator().manual_seed(7 + row) for row in rows]
+        return module.latents(pipe, call)
+
+    try:
+        try:
+            both = run([0, 1])
+        except ValueError as error:
+            assert isinstance(how, BlurredQueries | BlurredMap) or how == "blur_map", error
+            pytest.skip(str(error))
+        assert relative(run([1, 0]).flip(0), both) < 1e-5
+        for row in (0, 1):
+            assert relative(run([row]), both[row : row + 1]) < 1e-5
+    finally:
+        pag_fast.unpatch(pipe)
