@@ -154,14 +154,13 @@ def test_only_plain_layers_of_one_kind_fit():
         inference = _linears(4)[0]
     offloaded = _linears(4)[0]
     offloaded._hf_hook = object()
-    meta = nn.Linear(6, 4, dtype=torch.float64, device="meta")
     others = [
         nn.Linear(5, 4, dtype=torch.float64),
         nn.Linear(6, 4, bias=False, dtype=torch.float64),
         nn.Linear(6, 4),
         nn.Conv1d(6, 4, 1, dtype=torch.float64),
         *(hooked, tied, seen, pruned, shared, part, row, parametrized, twisted, subclass),
-        *(inference, offloaded, meta),
+        *(inference, offloaded),
     ]
     for index, other in enumerate(others):
         assert not PackedLinears([one, other]).fits(), (index, other)
