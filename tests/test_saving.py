@@ -223,7 +223,7 @@ def _projections(unet):
 
 
 def _scaled(unet):
-    return {key: 1.5 * value for key, value in unet.state_dict().items()}
+    return {key: 0.9 * value for key, value in unet.state_dict().items()}
 
 
 def _lora(unet):
