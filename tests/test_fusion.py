@@ -9,8 +9,10 @@ import weakref
 from threading import get_ident
 
 import pytest
+import tiny_hosts
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from launches import CountOps
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
 from torch import nn
@@ -154,14 +156,13 @@ def test_only_plain_layers_of_one_kind_fit():
         inference = _linears(4)[0]
     offloaded = _linears(4)[0]
     offloaded._hf_hook = object()
-    meta = nn.Linear(6, 4, dtype=torch.float64, device="meta")
     others = [
         nn.Linear(5, 4, dtype=torch.float64),
         nn.Linear(6, 4, bias=False, dtype=torch.float64),
         nn.Linear(6, 4),
         nn.Conv1d(6, 4, 1, dtype=torch.float64),
         *(hooked, tied, seen, pruned, shared, part, row, parametrized, twisted, subclass),
-        *(inference, offloaded, meta),
+        *(inference, offloaded),
     ]
     for index, other in enumerate(others):
         assert not PackedLinears([one, other]).fits(), (index, other)
@@ -409,3 +410,117 @@ def test_explained():
     pag_fast.patch(pipe, fewer_launches=False)
     assert pag_fast.explain(pipe, flops=False).launches == ()
     assert "fewer launches" not in str(pag_fast.explain(pipe, flops=False))
+
+
+# ---- families ----
+
+# how many products of several projections a forward of each model has
+FAMILIES = {
+    "FluxPipeline": 3 * 2 + 3,
+    "QwenImagePipeline": 4 * 2,
+    "WanPipeline": 4,
+    "LTXPipeline": 4,
+    "CogVideoXPipeline": 4,
+    "HunyuanVideoPipeline": 1 + 3 * 2 + 3,
+    "Lumina2Pipeline": 4 + 2,
+    "StableDiffusion3Pipeline": 6 * 2,
+    "StableDiffusionXLPipeline": None,
+}
+
+
+def _calls(pipe, name, steps=1):
+    """The arguments of every forward of the denoiser in a call."""
+    model, found = pipe.unet if hasattr(pipe, "unet") else pipe.transformer, []
+    own = model.forward
+    model.forward = lambda *args, **kwargs: found.append((args, kwargs)) or own(*args, **kwargs)
+    try:
+        tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=steps))
+    finally:
+        del model.forward
+    return model, found
+
+
+def _alone_and_together(model, calls, fusion):
+    state = pag_fast.sharing.rows.BranchState()
+
+    def run():
+        outs = []
+        for args, kwargs in calls:
+            state.step += 1
+            outs.append(model(*copy.deepcopy(args), **copy.deepcopy(kwargs))[0].flatten())
+        return torch.cat(outs)
+
+    with torch.no_grad():
+        alone = run()
+        undo = fusion.install(state)
+        try:
+            with CountOps() as counted:
+                together = run()
+        finally:
+            for put_back in reversed(undo):
+                put_back()
+        with CountOps() as stock:
+            assert torch.equal(run(), alone)
+    products = [ops["aten::mm"] + ops["aten::addmm"] for ops in (stock.ops, counted.ops)]
+    return alone, together, (products[0] - products[1]) // len(calls)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in tiny_hosts.HOSTS])
+def test_every_family(name):
+    pipe = tiny_hosts.build(name)
+    model, calls = _calls(pipe, name)
+    fusion = Fusion(model)
+    expected = [g for g in fusion.groups if isinstance(g, QKV)]
+    promised = fusion.summary()
+    alone, together, fewer = _alone_and_together(model, calls, fusion)
+    assert relative(together, alone) < 1e-6
+    assert fusion.summary() == promised  # what would run is what runs
+    assert not any(group.wasted for group in fusion.groups)
+    if FAMILIES[name] is not None:
+        assert len(expected) == FAMILIES[name]
+    assert f"one product: {len(expected)} times" in promised[0]
+    time = [g for g in fusion.groups if isinstance(g, TimeProjections)]
+    assert fewer == 2 * len(expected) + sum(len(g.packed.linears) - 1 for g in time)
+
+
+def test_second_attention_of_sd35():
+    pipe = build("StableDiffusion3PAGPipeline", sd35=True)
+    assert sum(isinstance(g, QKV) for g in Fusion(pipe.transformer).groups) == 6 * 2 + 4
+
+
+def _joined_attentions(fusion):
+    return [g for g in fusion.groups if isinstance(g, QKV) and g.packed.joined]
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline", "HunyuanVideoPipeline"])
+def test_models_that_diffusers_has_fused_are_left_alone(name):
+    pipe = tiny_hosts.build(name)
+    model, calls = _calls(pipe, name)
+    fusion = Fusion(model)
+    alone, _, fewer = _alone_and_together(model, calls, fusion)
+    assert fewer > 0
+    if not hasattr(model, "fuse_qkv_projections"):
+        pytest.skip(f"{name} has no fuse_qkv_projections")
+    model.fuse_qkv_projections()
+    if not any(getattr(m, "fused_projections", False) for m in model.modules()):
+        pytest.skip(f"fuse_qkv_projections of {name} does nothing")
+    for again in (fusion, Fusion(model)):
+        fused, together, fewer = _alone_and_together(model, calls, again)
+        assert relative(fused, alone) < 1e-6 and relative(together, fused) < 1e-6
+        assert "queries" not in " ".join(again.summary()) and not _joined_attentions(again)
+        time = [g for g in again.groups if isinstance(g, TimeProjections)]
+        assert fewer == sum(len(g.packed.linears) - 1 for g in time)
+
+
+def test_a_processor_of_an_equal_name_is_not_known():
+    unet = build(UNET).unet
+    unet.set_attn_processor(type("AttnProcessor2_0", (AttnProcessor2_0,), {})())
+    assert "queries" not in " ".join(Fusion(unet).summary())
+
+
+def test_layers_of_several_owners_run_apart():
+    unet = build(UNET).unet
+    resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
+    before = Fusion(unet).summary()[1]
+    resnets[1].nonlinearity = resnets[0].nonlinearity
+    assert Fusion(unet).summary()[1] != before

@@ -205,7 +205,8 @@ class Fusion:
         self.state = state
         for group in self.groups:
             group.use(state)
-        self.refresh()
+        with torch.no_grad():  # pipelines denoise without gradients; members look for themselves
+            self.refresh()
         self.begin()
         thread, state.thread = state.thread, get_ident()
         undo: list[Callable[[], None]] = [partial(setattr, state, "thread", thread)]

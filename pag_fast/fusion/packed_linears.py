@@ -57,11 +57,14 @@ def _is_plain_tensor(parameter: Any) -> bool:
 class Whole:
     """The memory of several parameters of one kind, in a row.
 
-    Each parameter's storage is a slice of this one's, which it keeps alive.
+    Each parameter's storage is a slice of this one's, which it keeps alive. Parameters on the meta
+    device have no memory: there it stands beside them.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.tensor = torch.cat([p.data for p in parameters])
+        if self.tensor.is_meta:  # launches are counted there; there is no memory to share
+            return
         storage, size = self.tensor.untyped_storage(), self.tensor.element_size()
         parts, start = [], 0
         for p in parameters:
@@ -75,6 +78,8 @@ class Whole:
     def holds(self, parameters: Sequence[Any]) -> bool:
         """Whether these are the parameters of this memory, one after the other, as packed."""
         whole = self.tensor
+        if whole.is_meta:
+            return all(p.is_meta and p.dtype == whole.dtype for p in parameters)
         address, rows = whole.data_ptr(), 0
         for p in parameters:
             alike = p.dtype == whole.dtype and p.device == whole.device
@@ -90,7 +95,9 @@ class Whole:
         """Whether a parameter's memory is a part of this."""
         start = self.tensor.data_ptr()
         end = start + self.tensor.numel() * self.tensor.element_size()
-        return self.tensor.device == parameter.device and start <= parameter.data_ptr() < end
+        if self.tensor.is_meta or self.tensor.device != parameter.device:
+            return False
+        return start <= parameter.data_ptr() < end
 
 
 # two pipelines with one model use the same memory, rather than move its weights in turns
@@ -99,6 +106,8 @@ _WHOLES: WeakValueDictionary[tuple[torch.device, int], Whole] = WeakValueDiction
 
 def _whole(parameters: Sequence[nn.Parameter]) -> Whole:
     first = parameters[0]
+    if first.is_meta:
+        return Whole(parameters)
     found = _WHOLES.get((first.device, first.data_ptr()))
     if found is not None and found.holds(parameters):
         return found
@@ -141,9 +150,11 @@ class PackedLinears:
         alike = {(x.weight.shape[1], x.weight.dtype, x.weight.device, x.bias is None)
                  for x in linears} | {(x.weight.shape[1], x.bias.dtype, x.bias.device, False)
                  for x in linears if x.bias is not None}  # fmt: skip
-        if len(alike) != 1 or linears[0].weight.device.type == "meta":
+        if len(alike) != 1:
             return False
         for parameters in self._parameters():
+            if parameters[0].is_meta:
+                continue
             addresses = {p.data_ptr() for p in parameters}
             if len(addresses) < len(parameters) or addresses & shared:
                 return False
@@ -208,7 +219,7 @@ def shared_memory(modules: Iterable[nn.Module]) -> frozenset[int]:
     for module in modules:
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
-                if tensor is None or type(tensor.data) is not torch.Tensor:
+                if tensor is None or tensor.is_meta or type(tensor.data) is not torch.Tensor:
                     continue
                 address = tensor.data_ptr()
                 (twice if address in seen else seen).add(address)

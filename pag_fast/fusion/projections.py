@@ -57,6 +57,12 @@ class Group:
             for parent, name, child in self.children
         )
 
+    def differentiates(self, x: torch.Tensor) -> bool:
+        """Whether gradients are wanted: the whole has none to hand on to the parameters."""
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(linear.weight.requires_grad for linear in self.packed.linears)
+        )
+
     def forget(self) -> None:
         """Free what belongs to one forward."""
 
@@ -101,7 +107,7 @@ class QKV(Group):
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """The output of one layer; ``None``: it has to compute that itself."""
         weight, last = self.packed.weight, len(self.packed.linears) - 1
-        if self.broken or weight is None or (x.requires_grad and torch.is_grad_enabled()):
+        if self.broken or weight is None or self.differentiates(x):
             return None
         if index == 0:
             parts = F.linear(x, weight, self.packed.bias).split(self.packed.rows, dim=-1)
@@ -170,7 +176,7 @@ class TimeProjections(Group):
             and not self.broken
             and weight is not None
             and x.dtype == weight.dtype
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not self.differentiates(x)
         )
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
