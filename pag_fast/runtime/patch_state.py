@@ -105,10 +105,9 @@ class Patch(Falls):
         """:meth:`call` for a pipeline without PAG, whose own call takes no scales of PAG."""
         before = self.pag_scale, self.pag_adaptive_scale
         for name in ("pag_scale", "pag_adaptive_scale"):
-            value = kwargs.pop(name, None)
-            check_scale(name, value)
+            value = check_scale(name, kwargs.pop(name, None))
             if value is not None:
-                setattr(self, name, float(value))
+                setattr(self, name, value)
         try:
             if self.pag_scale == 0.0:
                 return call(*args, **kwargs)
