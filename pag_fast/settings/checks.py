@@ -85,7 +85,9 @@ def _plain(value: Any) -> int | float | None:
     try:
         # any integer stays exact: a seed has more digits than a float
         plain = int(value) if isinstance(value, Integral) else float(value)
-        return None if math.isnan(plain) else plain
+        # a decimal too large for a float is no infinity
+        lost = math.isinf(plain) and value != plain
+        return None if lost or math.isnan(plain) else plain
     except (OverflowError, ValueError, TypeError):
         return None
 
