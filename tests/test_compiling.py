@@ -177,10 +177,10 @@ def test_repeated_blocks_of_subclasses():
     """A subclass that names blocks of its own has those of its base class, too."""
 
     class Named(torch.nn.Module):
-        _repeated_blocks = ["Outer"]
+        _repeated_blocks = ("Outer",)
 
     class Mine(Named):
-        _repeated_blocks = ["Inner"]
+        _repeated_blocks = ("Inner",)
 
         def __init__(self):
             super().__init__()

@@ -289,8 +289,7 @@ def test_numpy_scales_make_the_same_picture():
     """A PAG scale of another number type is no other schedule, nor another graph."""
     name = "StableDiffusionPAGPipeline"
     pipe = build(name)
-    wanted = latents(
-        pag_fast.patch(pipe, schedule=Schedule(adaptive=0.001)), call_kwargs(name, pipe)
-    )
+    pag_fast.patch(pipe, schedule=Schedule(adaptive=0.001))
+    wanted = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe, schedule=Schedule(adaptive=torch.tensor(0.001, dtype=torch.float64)))
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), wanted)

@@ -92,7 +92,7 @@ def test_sag_equals_diffusers():
 def test_what_diffusers_cannot_do_is_compared_with_itself(options, why):
     pipe = pag_fast.patch(build(UNET), **options)
     found = pag_fast.verify(pipe, **_call(UNET, pipe))
-    assert found.ok and found.reference.endswith(f"as the pipeline has {why}")
+    assert found.ok and found.reference.endswith(f"as the patch has {why}")
 
 
 def test_layers_and_config_of_one_verification():
@@ -130,6 +130,26 @@ def test_a_spoiled_processor_differs(monkeypatch):
     found = pag_fast.verify(pipe, **_call(UNET, pipe))
     assert not found.ok and found.relative > 1e-4 and found.psnr < 90
     assert "DIFFERS" in str(found) and "> 1e-04" in str(found)
+    # the processor is the same where nothing is shared
+    assert found.from_unshared < 1e-5 and "sharing is not the reason" in str(found)
+
+
+def test_a_fault_of_what_is_shared_is_told_apart(monkeypatch):
+    """Spoiled only where rows are shared: stock and the unshared patch are right."""
+    pipe = build(UNET)
+    assert pag_fast.verify(pipe, **_call(UNET, pipe)).from_unshared is None
+    _spoil(monkeypatch, lambda out: out * (1.1 if pipe._pag_fast.config.share_branches else 1.0))
+    found = pag_fast.verify(pipe, **_call(UNET, pipe))
+    assert not found.ok and found.from_unshared > 1e-4
+    assert "sharing is the reason" in str(found)
+
+
+def test_where_diffusers_fails():
+    """SD3.5 with dual attention is what diffusers' own PAG cannot run."""
+    name = "StableDiffusion3PAGPipeline"
+    pipe = build(name, sd35=True)
+    found = pag_fast.verify(pipe, **_call(name, pipe))
+    assert found.ok and "nothing shared, as diffusers' own fails with" in found.reference
 
 
 def test_what_is_not_finite_differs(monkeypatch):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..config import PatchConfig
+from ..models.registry import denoiser_name, uncompiled
 from ..patching import check_pipeline, patched
 from ..pipelines.injected import host_of
 from ..sag import is_sag
@@ -31,6 +32,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.b
 """The relative difference that rounding may make in the few steps of :func:`verify`."""
 
 _STEPS = 4
+_DIFFUSERS, _ITSELF = "diffusers' own pipeline", "the same patch with nothing shared"
 _UNSHARED: dict[str, Any] = {
     "share_branches": False,
     "cache_conditioning": False,
@@ -57,6 +59,9 @@ class Verification:
         fallbacks: reasons why something ran unshared, and how often.
         explanation: what was patched, and how.
         versions: of everything that computes.
+        from_unshared: where diffusers' output is another one: ``relative`` of the same patch with
+            nothing shared. It tells what is shared wrongly from what is computed in another way,
+            such as a defect of diffusers that a patch mends.
     """
 
     pipeline: str
@@ -72,6 +77,7 @@ class Verification:
     fallbacks: dict[str, int]
     explanation: Explanation
     versions: dict[str, str]
+    from_unshared: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -96,6 +102,7 @@ class Verification:
             f"{self.dtype}",
             f"  largest difference {self.largest:.2e}, {self.psnr:.1f} dB, shape {self.shape}",
             f"  compared with {self.reference}",
+            *self._sharing(),
             "  steps: " + (", ".join(f"{k} {v}" for k, v in self.steps.items()) or "none patched"),
             *[f"  fallback ×{times}: {reason}" for reason, times in self.fallbacks.items()],
             "",
@@ -104,6 +111,13 @@ class Verification:
             f"device {self.device}, " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
         ]
         return "\n".join(lines)
+
+    def _sharing(self) -> list[str]:
+        if self.from_unshared is None:
+            return []
+        shared = self.from_unshared <= self.bound
+        said = "sharing is not the reason" if shared else "sharing is the reason"
+        return [f"  from {_ITSELF} it differs by {self.from_unshared:.2e}: {said}"]
 
 
 def verify(
@@ -132,6 +146,7 @@ def verify(
     chosen = call.pop("pag_applied_layers", None)  # of this call alone: stock does not know it
     layers = chosen if layers is None else layers
     call = _call(call)
+    denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
     with _untouched(pipe):
         found = getattr(pipe, "_pag_fast", None)
         if config is None:
@@ -146,14 +161,19 @@ def verify(
             steps, fallbacks = ours.steps - before[0], ours.fallbacks - before[1]
             explanation = explain(pipe, flops=False)
         reference, stock = _stock(pipe, config, explanation, call)
-    denoiser = next(getattr(pipe, n) for n in ("unet", "transformer") if hasattr(pipe, n))
+        found_by = _compare(out, stock)
+        bound = BOUNDS.get(denoiser.dtype, BOUNDS[torch.bfloat16])
+        from_unshared = None
+        if not found_by["relative"] <= bound and reference == _DIFFUSERS and not is_sag(pipe):
+            from_unshared = _compare(out, _unshared(pipe, config, call))["relative"]
     return Verification(
         pipeline=type(pipe).__name__,
         reference=reference,
-        **_compare(out, stock),
+        **found_by,
+        from_unshared=from_unshared,
         dtype=str(denoiser.dtype).removeprefix("torch."),
         device=str(denoiser.device),
-        bound=BOUNDS.get(denoiser.dtype, BOUNDS[torch.bfloat16]),
+        bound=bound,
         shape=tuple(out.shape),
         steps=dict(steps),
         fallbacks=dict(fallbacks),
@@ -187,11 +207,20 @@ def _stock(
         if not is_sag(pipe):
             # by their full names: stock takes neither short names nor numbers
             twin.pag_applied_layers = [f"^{re.escape(name)}$" for name in explanation.layers]
-        return "diffusers' own pipeline", _run(twin, call)
-    why = f"has {', '.join(changes)}" if changes and host_of(pipe) is None else "has no PAG itself"
-    unshared = replace(config, **_UNSHARED)
-    with patched(pipe, config=unshared):
-        return f"the same patch with nothing shared, as the pipeline {why}", _run(pipe, call)
+        try:
+            return _DIFFUSERS, _run(twin, call)
+        except Exception as error:  # it has defects that a patch mends; ARCHITECTURE.md lists them
+            why = f"diffusers' own fails with {type(error).__name__}: {error}"
+    elif host_of(pipe) is None:
+        why = f"the patch has {', '.join(changes)}"
+    else:
+        why = "the pipeline has no PAG itself"
+    return f"{_ITSELF}, as {why}", _unshared(pipe, config, call)
+
+
+def _unshared(pipe: Any, config: PatchConfig, call: Mapping[str, Any]) -> torch.Tensor:
+    with patched(pipe, config=replace(config, **_UNSHARED)):
+        return _run(pipe, call)
 
 
 def _twin(pipe: Any) -> Any:
