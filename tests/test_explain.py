@@ -337,3 +337,10 @@ def test_a_disk_that_is_full_is_a_sentence(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", full)
     assert main(["ledger", "SanaPAGPipeline", "--json", str(tmp_path / "x.json")]) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_model_index_that_is_no_object_is_named(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("[1, 2]")
+    for command in (["layers"], ["verify", "--pipeline"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert "its model_index.json holds a list, not an object" in capsys.readouterr().err
