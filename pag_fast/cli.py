@@ -1,30 +1,57 @@
-"""The command line: ``pag-fast layers | ledger | demo | bench | env``."""
+"""The command line: ``pag-fast layers | ledger | demo | bench | verify | env``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .settings.checks import number, whole_number
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; bad input ends with a sentence on standard error and exit status 2."""
+    """Run one subcommand and return its exit status.
+
+    Bad input, and files that cannot be read or written, end with a sentence on standard error and
+    status 2.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
-    except ValueError as error:
+        _check_outputs(arguments)
+        return int(arguments.run(arguments) or 0)
+    except (ValueError, OSError) as error:
         print(f"pag-fast: {error}", file=sys.stderr)
         return 2
-    return 0
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for files and folders that could not be written after minutes of work."""
+    file, folder = getattr(arguments, "json", None), getattr(arguments, "out", None)
+    if file is not None:
+        if file.is_dir():
+            raise ValueError(f"--json names a file to write, and {file} is a folder.")
+        if not file.parent.is_dir():
+            raise ValueError(f"The folder of --json {file} does not exist: make it first.")
+        _check_writable(file if file.exists() else file.parent, "--json")
+    if folder is not None:
+        # it is made where it does not exist
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"--out {folder} cannot be a folder, as {there} is a file.")
+        _check_writable(there, "--out")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{option}: {path} cannot be written to: choose another place.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +98,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="under torch.compile too")
     bench.set_defaults(run=_bench)
 
+    verify = commands.add_parser(
+        "verify", help="one call stock and one patched: do they differ? For a bug report"
+    )
+    verify.add_argument(
+        "--pipeline",
+        default="emoji",
+        metavar="PATH_OR_HUB_ID",
+        help="a pipeline of your own; omitted, the small one that ships with pag_fast",
+    )
+    verify.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    verify.add_argument("--prompt", default="red apple")
+    verify.add_argument("--steps", type=int, default=4, help="of either call")
+    verify.add_argument("--guidance-scale", type=float, help="omitted, the pipeline's own")
+    verify.add_argument("--pag-scale", type=float, default=3.0)
+    verify.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="omitted, fp16 on an accelerator; fp32 tells small faults from rounding",
+    )
+    verify.add_argument("--json", type=Path, help="write the result to this file too")
+    verify.set_defaults(run=_verify)
+
     env = commands.add_parser("env", help="versions and devices, for a bug report")
     env.set_defaults(run=lambda arguments: print("\n".join(environment())))
     return parser
@@ -104,11 +153,13 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 
     shipped = arguments.pipeline == "emoji"
     scale, batch = arguments.guidance_scale, arguments.batch
+    if scale is not None:
+        scale = number("--guidance-scale", scale, least=0.0)
     return {
         "prompts": arguments.prompt or PROMPTS,
         "steps": arguments.steps,
         "guidance_scale": (2.0 if shipped else 5.0) if scale is None else scale,
-        "pag_scale": arguments.pag_scale,
+        "pag_scale": number("--pag-scale", arguments.pag_scale, least=0.0),
         "batch": (8 if shipped else 1) if batch is None else batch,
         "rounds": arguments.rounds,
         "config": PatchConfig(layers=arguments.layers),
@@ -164,12 +215,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .tools.demo import run_demo, write_demo
     from .tools.metrics import NearestPicture
 
+    seed = whole_number("--seed", arguments.seed, least=0, most=2**63 - 1)
     call = _pipeline_call(arguments)
     pipe, known = models.load(arguments.pipeline), None
     if arguments.pipeline == "emoji":
         pictures = models.emoji_pictures()
         known = NearestPicture(pictures.captions, pictures.images)
-    demo = run_demo(pipe, seed=arguments.seed, known=known, **call)
+    demo = run_demo(pipe, seed=seed, known=known, **call)
     with patched(pipe, config=call["config"]):
         explanation = explain(pipe)
     write_demo(demo, arguments.out, explanation.as_dict())
@@ -201,13 +253,39 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out / 'bench.json'}, {arguments.out / 'bench.png'}")
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from .analysis.verify import verify
+    from .models.registry import SAG_PIPELINES
+    from .tools import load as models
+
+    scale = arguments.guidance_scale
+    call: dict[str, Any] = {
+        "prompt": arguments.prompt,
+        "num_inference_steps": whole_number("--steps", arguments.steps, least=1),
+        "pag_scale": number("--pag-scale", arguments.pag_scale, least=0.0),
+    }
+    if scale is not None:
+        call["guidance_scale"] = number("--guidance-scale", scale, least=0.0)
+    pipe = models.load(arguments.pipeline, models.dtype_of(arguments.dtype), as_saved=True)
+    if type(pipe).__name__ in SAG_PIPELINES:
+        del call["pag_scale"]
+    pipe.set_progress_bar_config(disable=True)
+    result = verify(pipe, layers=arguments.layers, **call)
+    print(result)
+    if arguments.json is not None:
+        text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if result.ok else 1
+
+
 def environment() -> list[str]:
     """Lines that tell what pag_fast runs on."""
     import torch
 
-    lines = [f"pag_fast {__version__}", f"python {platform.python_version()} {platform.platform()}"]
-    for package in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft"):
-        lines.append(f"{package} {_version(package)}")
+    from .analysis.verify import versions
+
+    lines = [f"{package} {version}" for package, version in versions().items()]
+    lines[1] += f" {platform.platform()}"
     lines.append(f"kernels {'installed' if _has_kernels() else 'not installed'}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -217,13 +295,6 @@ def environment() -> list[str]:
     else:
         lines.append(f"device: CPU, {torch.get_num_threads()} threads")
     return lines
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _has_kernels() -> bool:

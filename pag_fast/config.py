@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .ops import check_backend, check_rescale_mode
 from .perturbations import Branch, Perturbation, by_name
-from .settings.checks import is_number
+from .settings.checks import Settings, number, switch
 from .settings.compile_config import CompileConfig
 from .settings.layers import Layers, as_list
 from .settings.reuse import Reuse
 from .settings.schedules import Schedule
 
 
-def check_scale(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a finite number that is not negative, or ``None``."""
-    if value is None:
-        return
-    if not (is_number(value) and 0.0 <= value < math.inf):
-        raise ValueError(f"{name} must be a number that is not negative; got {value!r}.")
+def check_scale(name: str, value: Any) -> float | None:
+    """``value`` as a float, of any type that :func:`pag_fast.settings.checks.number` takes.
+
+    Raises:
+        ValueError: neither ``None`` nor a finite number that is not negative.
+    """
+    return None if value is None else number(name, value, least=0.0)
 
 
 @dataclass(frozen=True)
-class PatchConfig:
+class PatchConfig(Settings):
     """How a pipeline is patched.
 
     Attributes:
@@ -85,10 +85,12 @@ class PatchConfig:
             self._check_branches(self.branches)
         if not isinstance(self.schedule, Schedule | None):
             raise ValueError(f"schedule must be a pag_fast.Schedule; got {self.schedule!r}.")
-        _check_rescale(self.rescale_mode, self.rescale)
+        object.__setattr__(self, "rescale", _checked_rescale(self.rescale_mode, self.rescale))
+        if not isinstance(self.backend, str):
+            raise ValueError(f"backend must be a name; got {self.backend!r}.")
         check_backend(self.backend)
-        check_scale("pag_scale", self.pag_scale)
-        check_scale("pag_adaptive_scale", self.pag_adaptive_scale)
+        for name in ("pag_scale", "pag_adaptive_scale"):
+            object.__setattr__(self, name, check_scale(name, getattr(self, name)))
         for name in (
             "share_branches",
             "cache_conditioning",
@@ -96,8 +98,7 @@ class PatchConfig:
             "exact_layers",
             "strict",
         ):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            switch(name, getattr(self, name))
         if not isinstance(self.compile, bool | CompileConfig):
             raise ValueError(
                 f"compile must be True, False or a CompileConfig; got {self.compile!r}."
@@ -154,16 +155,16 @@ class PatchConfig:
         return self.compilation is not None and not self.compilation.regional
 
 
-def _check_rescale(mode: str | None, rescale: float | None) -> None:
+def _checked_rescale(mode: Any, rescale: Any) -> float | None:
     if mode is not None:
+        if not isinstance(mode, str):
+            raise ValueError(f"rescale_mode must be a name or None; got {mode!r}.")
         check_rescale_mode(mode)
     if mode in (None, "snf"):
         if rescale is not None:
             missing = "a rescale_mode" if mode is None else "another rescale_mode than 'snf'"
             raise ValueError(f'rescale={rescale!r} needs {missing}: "full", "partial" or "cfg".')
-        return
-    number = is_number(rescale)
-    if not number or not 0.0 <= rescale <= 1.0:  # type: ignore[operator]
-        raise ValueError(
-            f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got {rescale!r}."
-        )
+        return None
+    if rescale is None:
+        raise ValueError(f"rescale_mode={mode!r} needs rescale, a number from 0 to 1; got None.")
+    return number(f"rescale_mode={mode!r} needs rescale, which", rescale, least=0.0, most=1.0)

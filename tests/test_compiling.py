@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import tiny
+import tiny_hosts
 import torch
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
@@ -10,7 +12,12 @@ from torch._dynamo.utils import counters
 
 import pag_fast
 from pag_fast import CompileConfig
-from pag_fast.runtime.compilation import Compilation, _check_compiler
+from pag_fast.runtime.compilation import (
+    Compilation,
+    _check_compiler,
+    _repeated,
+    repeated_blocks,
+)
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
 # test_compile.py has every family, compiled by the user
@@ -122,6 +129,81 @@ def test_regional_compiles_blocks_only():
     assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
     pag_fast.unpatch(pipe)
     assert all(m._compiled_call_impl is None for m in pipe.unet.modules())
+
+
+# a pipeline of each denoiser, and the blocks that are compiled in it
+REPEATED = {
+    "StableDiffusion3PAGPipeline": {"JointTransformerBlock"},
+    "HunyuanDiTPAGPipeline": {"HunyuanDiTBlock"},
+    "SanaPAGPipeline": {"SanaTransformerBlock"},
+    "PixArtSigmaPAGPipeline": {"BasicTransformerBlock"},
+    "AnimateDiffPAGPipeline": {"BasicTransformerBlock"},
+    CONTROLNET: {"BasicTransformerBlock"},
+    "FluxPipeline": {"FluxTransformerBlock", "FluxSingleTransformerBlock"},
+    "QwenImagePipeline": {"QwenImageTransformerBlock"},
+    "WanPipeline": {"WanTransformerBlock"},
+    "LTXPipeline": {"LTXVideoTransformerBlock"},
+    "CogVideoXPipeline": {"CogVideoXBlock"},
+    "HunyuanVideoPipeline": {
+        "HunyuanVideoTransformerBlock",
+        "HunyuanVideoSingleTransformerBlock",
+        "HunyuanVideoPatchEmbed",
+        "HunyuanVideoTokenRefiner",
+    },
+    "Lumina2Pipeline": {"Lumina2TransformerBlock"},
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_regional_of_every_family(name):
+    """The blocks that diffusers names, and those of the models in which it names none."""
+    module = tiny_hosts if name in tiny_hosts.HOSTS else tiny
+    specs = tiny_hosts.HOSTS if name in tiny_hosts.HOSTS else PIPELINES
+    layers = specs[name].layers["middle"]
+    pipe = pag_fast.patch(module.build(name), layers)
+    eager = module.latents(pipe, module.call_kwargs(name, pipe))
+    pag_fast.patch(pipe, layers, compile=CompileConfig(backend="eager", regional=True))
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    compiled = [m for m in denoiser.modules() if m._compiled_call_impl is not None]
+    assert {type(m).__name__ for m in compiled} == REPEATED[name]
+    assert relative(module.latents(pipe, module.call_kwargs(name, pipe)), eager) < 1e-5
+    assert graphs() > 0
+    again = graphs()
+    module.latents(pipe, module.call_kwargs(name, pipe))
+    assert graphs() == again
+
+
+def test_repeated_blocks_of_subclasses():
+    """A subclass that names blocks of its own has those of its base class, too."""
+
+    class Named(torch.nn.Module):
+        _repeated_blocks = ("Outer",)
+
+    class Mine(Named):
+        _repeated_blocks = ("Inner",)
+
+        def __init__(self):
+            super().__init__()
+            self.outer, self.inner = Outer(), Inner()
+
+    class Inner(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    class Later(Inner):
+        pass
+
+    assert repeated_blocks(Mine) == {"Outer", "Inner"}
+    model = Mine()
+    model.later = Later()
+    # a block inside of another one is part of its graph
+    assert list(_repeated(model)) == [model.outer, model.inner, model.later]
+    assert repeated_blocks(torch.nn.Linear) == frozenset()
 
 
 def test_channels_last_comes_and_goes():

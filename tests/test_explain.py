@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 
 import diffusers
 import pytest
@@ -17,6 +18,7 @@ import pag_fast
 from pag_fast.cli import main
 from pag_fast.models.layer_names import self_attentions
 from pag_fast.pipelines import injected as hosts
+from pag_fast.tools.load import EMOJI
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'
 SIZE = {"height": 16, "width": 16}
@@ -264,3 +266,82 @@ def test_env(capsys):
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["layers", "emoji", "--json", "/nope/x.json"],
+        ["ledger", "SanaPAGPipeline", "--json", "/nope/x.json"],
+        ["layers", "emoji", "--json", "{folder}"],
+        ["layers", "emoji", "--json", "{file}/x.json"],
+        ["demo", "--out", "{file}"],
+        ["bench", "--out", "{file}/below"],
+    ],
+)
+def test_places_to_write_are_checked_before_the_work(arguments, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    # nothing is loaded or counted
+    for name in ("emoji", "load", "skeleton"):
+        monkeypatch.setattr(f"pag_fast.tools.load.{name}", None)
+    arguments = [a.format(folder=tmp_path, file=file) for a in arguments]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("pag-fast: ")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("index", "part"),
+    [
+        ("[1, 2]", None),
+        ("null", None),
+        ("not JSON", None),
+        ("{}", None),
+        ('{"_class_name": ["a"]}', None),
+        ('{"_class_name": "NoSuchPipeline"}', None),
+        ('{"_class_name": "AutoencoderKL"}', None),
+        (None, "[]"),
+        (None, "{"),
+        (None, '{"_class_name": "UNet2DConditionModel", "block_out_channels": "x"}'),
+        (None, '{"_class_name": "UNet2DConditionModel", "cross_attention_dim": null}'),
+    ],
+)
+@pytest.mark.parametrize("command", [["layers"], ["verify", "--pipeline"], ["demo", "--pipeline"]])
+def test_damaged_configurations_are_sentences(command, index, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "model"
+    shutil.copytree(EMOJI, folder)
+    if index is not None:
+        (folder / "model_index.json").write_text(index)
+    if part is not None:
+        (folder / "unet" / "config.json").write_text(part)
+    assert main([*command, str(folder)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(".")
+
+
+def test_files_that_are_not_there(capsys, tmp_path):
+    assert main(["layers", str(tmp_path)]) == 2
+    assert "could not be read as a pipeline" in capsys.readouterr().err
+    assert main(["demo", "--seed", "-1"]) == 2
+    assert "--seed must be a whole number" in capsys.readouterr().err
+    for option in ("--pag-scale", "--guidance-scale"):
+        assert main(["demo", option, "nan"]) == 2
+        assert f"{option} must be a number" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_a_sentence(capsys, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    assert main(["ledger", "SanaPAGPipeline", "--json", str(tmp_path / "x.json")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_model_index_that_is_no_object_is_named(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("[1, 2]")
+    for command in (["layers"], ["verify", "--pipeline"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert "its model_index.json holds a list, not an object" in capsys.readouterr().err

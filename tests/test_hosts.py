@@ -262,7 +262,7 @@ def test_an_adapter_in_a_perturbed_layer_is_refused(snapshot):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pag_scale": -1.0}, "pag_scale must be a number that is not negative; got -1.0"),
+        ({"pag_scale": -1.0}, "pag_scale must be a number of at least 0, and finite; got -1.0"),
         ({"pag_adaptive_scale": True}, "pag_adaptive_scale must be a number"),
         ({"layers": "blocks.77"}, "matches none of the 6 self-attention layers of FluxT"),
     ],

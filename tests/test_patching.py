@@ -34,6 +34,7 @@ def test_public_names():
             "patched",
             "supported_pipelines",
             "unpatch",
+            "verify",
         ]
     )
 

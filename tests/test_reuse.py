@@ -95,9 +95,9 @@ def test_a_pag_pipeline_and_a_pipeline_without_give_the_same_picture():
     [
         ({}, "takes either every"),
         ({"every": 2, "drift": 0.1}, "takes either every"),
-        ({"every": 0}, "whole number of steps from 1 on; got 0"),
-        ({"every": 1.5}, "whole number of steps from 1 on; got 1.5"),
-        ({"drift": -0.1}, "not negative; got -0.1"),
+        ({"every": 0}, "a whole number of at least 1; got 0"),
+        ({"every": 1.5}, "a whole number of at least 1; got 1.5"),
+        ({"drift": -0.1}, "drift must be a number of at least 0, and finite; got -0.1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -547,6 +547,9 @@ def test_explain():
     assert after.steps == {"guided passes": 2, "degraded passes": 2}
     text = str(after)
     assert "2, then 1" in text and ATTENTION in text and "once per call" in text
+    for wrong in ("perturbed layers", "branch tree", "perturbation", "PAG scale"):
+        assert wrong not in text and wrong not in str(before)
+    assert "passes of a step" in text and "sag_scale" in text
     assert after.as_dict()["pipeline"] == "StableDiffusionSAGPipeline"
 
 

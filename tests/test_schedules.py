@@ -120,19 +120,19 @@ def test_factors_and_windows_multiply():
             {"form": "a1111"},
             "Unknown form 'a1111' of the adaptive scale: choose one of 'diffusers'",
         ),
-        ({"adaptive": -0.1}, "adaptive must be a finite Python number from 0 on; got -0.1"),
+        ({"adaptive": -0.1}, "adaptive must be a number of at least 0, and finite; got -0.1"),
         ({"adaptive": 2, "form": "comfyui"}, "adaptive must be between 0 and 1"),
         ({"start": 1.5}, "start must be a fraction of the steps, 0.0 to 1.0, or a whole step"),
-        ({"stop": True}, "stop must be a finite Python number"),
-        ({"start": -1}, "start must be a finite Python number from 0 on; got -1"),
+        ({"stop": True}, "stop must be a number"),
+        ({"start": -1}, "start must be a number of at least 0, and finite; got -1"),
         ({"start": 0.5, "stop": 0.5}, "No step is between start=0.5 and stop=0.5"),
         ({"start": 3, "stop": 2}, "No step is between start=3 and stop=2"),
         ({"sigma_start": 1.0, "sigma_end": 2.0}, "No noise level is above sigma_end=2.0"),
-        ({"sigma_start": float("nan")}, "sigma_start must be a finite Python number; got nan"),
-        ({"sigma_end": torch.tensor(1.0)}, "sigma_end must be a finite Python number"),
+        ({"sigma_start": float("nan")}, "sigma_start must be a number, and finite; got nan"),
+        ({"sigma_end": torch.tensor([1.0])}, "sigma_end must be a number"),
         ({"per_step": []}, "per_step must be a sequence of numbers"),
         ({"per_step": "abc"}, "per_step must be a sequence of numbers"),
-        ({"per_step": [1.0, -2.0]}, r"per_step\[1\] must be a finite Python number from 0 on"),
+        ({"per_step": [1.0, -2.0]}, r"per_step\[1\] must be a number of at least 0"),
     ],
 )
 def test_bad_schedules(fields, message):
@@ -375,10 +375,10 @@ def test_what_does_not_fit_the_call_is_an_error_and_leaves_the_pipeline(snapshot
     assert snapshot(pipe) == before
 
     def tensor_later(step):
-        return 1.0 if step.index == 0 else torch.tensor(1.0)
+        return 1.0 if step.index == 0 else torch.tensor([1.0])
 
     pag_fast.patch(pipe, schedule=Schedule(per_step=tensor_later))
-    with pytest.raises(ValueError, match="What per_step returns for step 1 must be a finite"):
+    with pytest.raises(ValueError, match="What per_step returns for step 1 must be a number"):
         latents(pipe, call_kwargs(UNET, pipe, steps=3))
     assert snapshot(pipe) == before
     pag_fast.patch(pipe, schedule=Schedule(adaptive=0.1, form="comfyui"))

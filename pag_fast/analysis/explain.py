@@ -47,14 +47,15 @@ class Explanation:
     """The answer of :func:`explain`: attributes are the data, ``str()`` is the table.
 
     Attributes:
-        layers: perturbed attention modules, or blocks, in execution order.
+        layers: perturbed attention modules, or blocks, in execution order; empty for Self-Attention
+            Guidance, which perturbs none.
         fork: the first of them, where the perturbed branch begins.
         perturbations: each perturbed branch: what sets it apart, where, and how strongly it guides.
-        tree: where uncond, cond and perturbed part, in words.
+        tree: where uncond, cond and perturbed part, or what the passes of a step are, in words.
         sites: modules whose rows are changed, with the levels they go through.
         calls: what each model call runs on.
         flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
-        schedule: the PAG scale from step to step, in words.
+        schedule: the PAG scale from step to step, in words; empty where there is none.
         size, frames: ``(height, width)`` in pixels, and of a video the frames, the prediction is
             for.
         steps: denoiser calls so far, by how they ran.
@@ -62,6 +63,7 @@ class Explanation:
         once: modules that run once per call, as they see nothing but the conditioning.
         launches: what is left out of every step without changing its result, by model.
         source: where a choice of layers that nobody made comes from: a paper, an issue, or none.
+        findings: what others have put on the models, and what comes of it.
     """
 
     pipeline: str
@@ -84,6 +86,7 @@ class Explanation:
     perturbations: tuple[str, ...] = ()
     frames: int = 1
     source: str = ""
+    findings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts and numbers, ready for JSON."""
@@ -98,12 +101,15 @@ class Explanation:
         )
         lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
         source = f", by default: {self.source}" if self.source else ""
-        lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
-        lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
-        lines += ["branch tree", *[f"  {line}" for line in self.tree], ""]
+        if self.layers:
+            lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
+            lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
+        title = "branch tree" if self.layers else "passes of a step"
+        lines += [title, *[f"  {line}" for line in self.tree], ""]
         rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
         lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
-        lines += ["", f"PAG scale: {self.schedule}"]
+        if self.schedule:
+            lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
             lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
             lines += flops_table(
@@ -118,6 +124,8 @@ class Explanation:
             lines += ["", "steps so far: " + ", ".join(f"{k} {v}" for k, v in self.steps.items())]
         for reason, times in self.fallbacks.items():
             lines.append(f"fallback ×{times}: {reason}")
+        if self.findings:
+            lines += ["", "others on the model", *[f"  {line}" for line in self.findings]]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -142,7 +150,8 @@ def explain(
         ValueError: a pipeline that cannot be patched.
     """
     from ..patching import applied_layers, check_pipeline
-    from ..sag import explain_sag, is_sag
+    from ..sag import is_sag
+    from .sag import explain_sag
 
     check_pipeline(pipe)
     if is_sag(pipe):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import ops
-from ..settings.checks import is_number
+from ..settings.checks import number, whole_number
 from ..sharing.rows import BranchState
 
 
@@ -206,17 +206,20 @@ class BlockPerturbation(Perturbation):
         raise NotImplementedError
 
 
-def check_seed(seed: Any) -> None:
-    """Raise ValueError unless ``seed`` is an integer that a generator takes."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2**63 − 1; got {seed!r}.")
+def store_seed(settings: Perturbation) -> None:
+    """Keep ``settings.seed`` as an int; ValueError unless a generator takes it."""
+    try:
+        seed = whole_number("seed", settings.seed, least=0, most=2**63 - 1)  # type: ignore[attr-defined]
+    except ValueError:
+        raise ValueError(
+            f"seed must be an integer from 0 to 2**63 − 1; got {settings.seed!r}."  # type: ignore[attr-defined]
+        ) from None
+    object.__setattr__(settings, "seed", seed)
 
 
-def check_number(name: str, value: Any, *, least: float, most: float = float("inf")) -> None:
-    """Raise ValueError unless ``value`` is a number from ``least`` to ``most``."""
-    if not is_number(value) or not least <= value <= most:
-        limits = f"of at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-        raise ValueError(f"{name} must be a number {limits}; got {value!r}.")
+def store_number(settings: Any, name: str, **limits: Any) -> None:
+    """Keep an option of a frozen object as a float; ValueError unless it is within ``limits``."""
+    object.__setattr__(settings, name, number(name, getattr(settings, name), **limits))
 
 
 def token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import BlockPerturbation, check_seed
+from .base import BlockPerturbation, store_seed
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ShuffledTokens(BlockPerturbation):
     shuffles: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        store_seed(self)
 
     def permutation(self, tokens: int, index: int, clock: torch.Tensor) -> torch.Tensor:
         """The order of ``tokens`` tokens in block ``index`` and step ``clock``, on its device.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..ops.backend import is_unwatched
-from .base import AttentionPerturbation, Layer, Rows, check_number, token_grid
+from .base import AttentionPerturbation, Layer, Rows, store_number, token_grid
 
 # as SEG's own code has it
 _INFINITE = 9999.0
@@ -44,7 +44,7 @@ class BlurredQueries(AttentionPerturbation):
     cost: ClassVar[str] = "σ = ∞: O(N) instead of O(N²), one query; else scores of one more branch"
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, least=1e-3)
+        store_number(self, "sigma", least=1e-3, infinite=True)
 
     @property
     def is_mean(self) -> bool:
@@ -101,7 +101,7 @@ class BlurredMap(AttentionPerturbation):
     cost: ClassVar[str] = "scores of one more branch"
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, least=1e-3, most=_INFINITE)
+        store_number(self, "sigma", least=1e-3, most=_INFINITE)
 
     def check(self, layer: Layer) -> None:
         _check_image(self, layer)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..settings.checks import Settings
 from ..settings.layers import Layers, as_list
-from .base import Perturbation, check_number
+from .base import Perturbation, store_number
 from .blocks import ShuffledTokens, SkippedBlock
 from .blur import BlurredMap, BlurredQueries
 from .identity import Identity, SoftIdentity
@@ -40,7 +41,7 @@ def by_name(perturbation: str | Perturbation) -> Perturbation:
 
 
 @dataclass(frozen=True)
-class Branch:
+class Branch(Settings):
     """One perturbed branch p of several: the guided prediction gets ``scale·(cond − p)`` added.
 
     Attributes:
@@ -61,4 +62,4 @@ class Branch:
         as_list(self.layers)
         object.__setattr__(self, "perturbation", by_name(self.perturbation))
         if self.scale is not None:
-            check_number("scale", self.scale, least=0.0)
+            store_number(self, "scale", least=0.0)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from .base import AttentionPerturbation, Layer, Rows, check_number
+from ..settings.checks import number
+from .base import AttentionPerturbation, Layer, Rows
 
 Strength = float | Sequence[float]
 
@@ -143,8 +144,5 @@ def _checked(strength: Strength) -> Strength:
     if isinstance(strength, Sequence) and not isinstance(strength, str):
         if not strength:
             raise ValueError("strength is an empty sequence: give one number for each head.")
-        for value in strength:
-            check_number("strength of a head", value, least=0.0, most=1.0)
-        return tuple(map(float, strength))
-    check_number("strength", strength, least=0.0, most=1.0)
-    return float(strength)
+        return tuple(number("strength of a head", x, least=0.0, most=1.0) for x in strength)
+    return number("strength", strength, least=0.0, most=1.0)

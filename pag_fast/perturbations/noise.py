@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import ops
-from .base import AttentionPerturbation, Layer, Rows, check_number, check_seed
+from .base import AttentionPerturbation, Layer, Rows, store_number, store_seed
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class NoisyScores(AttentionPerturbation):
     random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, least=0.0, most=1e4)
-        check_seed(self.seed)
+        store_number(self, "sigma", least=0.0, most=1e4)
+        store_seed(self)
 
     def check(self, layer: Layer) -> None:
         if layer.linear:

@@ -199,14 +199,16 @@ class PatchState(BasicState):
         before = {name: getattr(self, name) for name in _SCALES}
         layers = self._set_layers(pipe, with_layers)
         try:
-            if self.host is not None:
-                for name in _SCALES:
-                    value = kwargs.pop(name, None)
-                    check_scale(name, value)
-                    if value is not None:
-                        setattr(self, name, float(value))
-                if self.pag_scale == 0.0:
-                    return call(*args, **kwargs)
+            for name in _SCALES:
+                value = check_scale(name, kwargs.get(name))
+                if self.host is not None:
+                    kwargs.pop(name, None)
+                if value is not None and self.host is not None:
+                    setattr(self, name, value)
+                elif value is not None:
+                    kwargs[name] = value
+            if self.host is not None and self.pag_scale == 0.0:
+                return call(*args, **kwargs)
             return self._run(pipe, call, args, kwargs)
         finally:
             for name, value in before.items():

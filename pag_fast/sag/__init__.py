@@ -9,8 +9,7 @@ compute from the same conditioning and the same timestep.
 
 from __future__ import annotations
 
-from .explain import explain_sag
 from .patch import SagPatch, is_sag
 from .pipeline import PatchedSagPipeline
 
-__all__ = ["PatchedSagPipeline", "SagPatch", "explain_sag", "is_sag"]
+__all__ = ["PatchedSagPipeline", "SagPatch", "is_sag"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from .checks import Settings, switch
+
+# every PyTorch has them: no need to ask its compiler
+_COMMON = ("inductor", "eager")
 
 
 @dataclass(frozen=True)
-class CompileConfig:
+class CompileConfig(Settings):
     """How ``patch(pipe, compile=...)`` compiles the denoiser and its ControlNets.
 
     Attributes:
@@ -28,10 +31,17 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         for name in ("regional", "channels_last", "cuda_graphs"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
-        known = torch.compiler.list_backends(exclude_tags=())
-        if self.backend not in known:
-            raise ValueError(f"Unknown backend {self.backend!r}: choose one of {', '.join(known)}.")
+            switch(name, getattr(self, name))
+        if not isinstance(self.backend, str) or self.backend not in _COMMON:
+            _check_backend(self.backend)
         if self.cuda_graphs and self.backend != "inductor":
             raise ValueError("cuda_graphs needs backend='inductor', which makes them.")
+
+
+def _check_backend(backend: object) -> None:
+    import torch
+
+    # this imports the compiler, which takes as long as all of PyTorch
+    known = torch.compiler.list_backends(exclude_tags=())
+    if not isinstance(backend, str) or backend not in known:
+        raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(known)}.")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import is_number
+from .checks import Settings, number, whole_number
 
 
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(Settings):
     """When a step may use an earlier step's ``cond − perturbed``. One of the two has to be given.
 
     Attributes:
@@ -32,9 +32,8 @@ class Reuse:
                 "Reuse takes either every=… (a number of steps) or drift=… (a bound); got "
                 f"every={self.every!r} and drift={self.drift!r}."
             )
-        if self.every is not None and not (type(self.every) is int and self.every >= 1):
-            raise ValueError(
-                f"every must be a whole number of steps from 1 on; got {self.every!r}."
-            )
-        if self.drift is not None and not (is_number(self.drift) and self.drift >= 0.0):
-            raise ValueError(f"drift must be a number that is not negative; got {self.drift!r}.")
+        if self.every is not None:
+            every = whole_number("every, the steps from one run to the next,", self.every, least=1)
+            object.__setattr__(self, "every", every)
+        if self.drift is not None:
+            object.__setattr__(self, "drift", number("drift", self.drift, least=0.0))

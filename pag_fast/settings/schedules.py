@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Any
+
+from .checks import Settings, edge, number
 
 FORMS = ("diffusers", "comfyui")
 
@@ -36,7 +39,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Settings):
     """The PAG scale over a call, from the scale the pipeline is called with.
 
     A step outside of a window, or with a scale of zero, runs without the perturbed branch. Windows
@@ -68,23 +71,23 @@ class Schedule:
     per_step: Sequence[float] | Callable[[Step], float] | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
+        if not isinstance(self.form, str) or self.form not in FORMS:
             raise ValueError(
                 f"Unknown form {self.form!r} of the adaptive scale: choose one of "
                 f"{', '.join(map(repr, FORMS))}."
             )
-        _check_number("adaptive", self.adaptive, least=0.0)
+        self._store("adaptive", number("adaptive", self.adaptive, least=0.0))
         if self.form == "comfyui" and self.adaptive > 1.0:
             raise ValueError(
                 f"adaptive must be between 0 and 1 with form='comfyui'; got {self.adaptive!r}."
             )
         for name in ("start", "stop"):
-            edge = getattr(self, name)
-            _check_number(name, edge, least=0.0)
-            if not _is_whole(edge) and edge > 1.0:
+            at = edge(name, getattr(self, name))
+            self._store(name, at)
+            if not _is_whole(at) and at > 1.0:
                 raise ValueError(
                     f"{name} must be a fraction of the steps, 0.0 to 1.0, or a whole step as an "
-                    f"int; got {edge!r}."
+                    f"int; got {at!r}."
                 )
         if _is_whole(self.start) == _is_whole(self.stop) and self.start >= self.stop:
             raise ValueError(
@@ -93,7 +96,7 @@ class Schedule:
             )
         for name in ("sigma_start", "sigma_end"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), least=-math.inf)
+                self._store(name, number(name, getattr(self, name)))
         above, below = self._sigmas
         if above >= below:
             raise ValueError(
@@ -103,7 +106,10 @@ class Schedule:
             )
         if self.per_step is not None and not callable(self.per_step):
             # a frozen copy: a list that somebody changes later would be another schedule
-            object.__setattr__(self, "per_step", _checked_factors(self.per_step))
+            self._store("per_step", _checked_factors(self.per_step))
+
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def _sigmas(self) -> tuple[float, float]:
@@ -154,9 +160,8 @@ class Schedule:
         if isinstance(self.per_step, tuple):
             return float(self.per_step[step.index])
         assert callable(self.per_step)
-        factor = self.per_step(step)
-        _check_number(f"What per_step returns for step {step.index}", factor, least=0.0)
-        return float(factor)
+        name = f"What per_step returns for step {step.index}"
+        return number(name, self.per_step(step), least=0.0)
 
     def __str__(self) -> str:
         """The schedule in words, as ``explain`` shows it."""
@@ -191,20 +196,12 @@ def _is_whole(edge: object) -> bool:
     return isinstance(edge, Integral)
 
 
-def _check_number(name: str, value: object, *, least: float) -> None:
-    # not a tensor, which might be on a device
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < least:  # type: ignore[arg-type,operator]
-        limit = "" if least == -math.inf else f" from {least:g} on"
-        raise ValueError(f"{name} must be a finite Python number{limit}; got {value!r}.")
-
-
 def _checked_factors(factors: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(factors, str) or not isinstance(factors, Sequence) or not factors:
+    if isinstance(factors, str | bytes) or not isinstance(factors, Sequence) or not factors:
         raise ValueError(
             "per_step must be a sequence of numbers, one for each step, or a function of a Step; "
             f"got {factors!r}."
         )
-    for index, factor in enumerate(factors):
-        _check_number(f"per_step[{index}]", factor, least=0.0)
-    return tuple(map(float, factors))
+    return tuple(
+        number(f"per_step[{index}]", factor, least=0.0) for index, factor in enumerate(factors)
+    )

@@ -63,10 +63,22 @@ def emoji_pictures() -> Pictures:
     return Pictures(captions, images.float() / 255)
 
 
-def load(source: str, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of that name."""
+    return None if name is None else getattr(torch, name)
+
+
+def load(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    *,
+    as_saved: bool = False,
+) -> Any:
     """A text-to-image PAG pipeline: ``"emoji"``, a folder or a hub id.
 
     Args:
+        as_saved: the class that was saved, with PAG or without, instead of one with PAG.
         dtype: fp16 on an accelerator and fp32 on the CPU if omitted.
         device: the accelerator if there is one, if omitted.
 
@@ -80,15 +92,16 @@ def load(source: str, dtype: torch.dtype | None = None, device: str | None = Non
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
     try:
-        kind = str(DiffusionPipeline.load_config(source).get("_class_name"))
+        kind = str(_index(DiffusionPipeline.load_config(source)).get("_class_name"))
         # AutoPipeline does not know a class that has PAG already
-        has_pag = "PAG" in kind
+        has_pag = as_saved or "PAG" in kind
         options = {} if has_pag else {"enable_pag": True}
         cls = DiffusionPipeline if has_pag else AutoPipelineForText2Image
         pipe = cls.from_pretrained(source, torch_dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files and missing packages raise whatever they raise
+        wanted = "a pipeline" if as_saved else "a text-to-image pipeline with PAG"
         raise ValueError(
-            f"{source!r} could not be loaded as a text-to-image pipeline with PAG: {error} "
+            f"{source!r} could not be loaded as {wanted} ({type(error).__name__}): {error} "
             'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
         ) from error
     return pipe.to(device)
@@ -106,20 +119,26 @@ def skeleton(source: str) -> Any:
     import diffusers
 
     try:
-        config = diffusers.DiffusionPipeline.load_config(source)
+        config = _index(diffusers.DiffusionPipeline.load_config(source))
         cls = getattr(diffusers, config["_class_name"])
         wanted = inspect.signature(cls.__init__).parameters
         parts = {name: _part(source, name, config.get(name)) for name in wanted if name != "self"}
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+        if "requires_safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        return cls(**{name: part for name, part in parts.items() if part is not _OMITTED})
+    except Exception as error:  # damaged configurations raise whatever they raise
         raise ValueError(
-            f"{source!r} could not be read as a pipeline of diffusers: {error} "
+            f"{source!r} could not be read as a pipeline of diffusers "
+            f"({type(error).__name__}): {error} "
             'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
         ) from error
-    if "requires_safety_checker" in parts:
-        parts["requires_safety_checker"] = False
-    return cls(
-        **{name: part for name, part in parts.items() if part is not inspect.Parameter.empty}
-    )
+
+
+def _index(config: Any) -> dict[str, Any]:
+    """What ``model_index.json`` holds, which has to be a JSON object."""
+    if not isinstance(config, dict):
+        raise ValueError(f"its model_index.json holds a {type(config).__name__}, not an object.")
+    return config
 
 
 _OMITTED = inspect.Parameter.empty

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..analysis.explain import Explanation, ModelCall
 from ..config import PatchConfig
 from ..fusion import Lean
 from ..models.registry import has_compiled, uncompiled
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import is_compiled
+from .explain import Explanation, ModelCall
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -40,12 +40,13 @@ def explain_sag(pipe: Any, *, size: tuple[int | None, int | None] = (None, None)
                     ((True, "2, then 1"), (False, "1, then 1"))),
         flops=(),
         size=(size[0] or side, size[1] or side),
+        schedule="",
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(invariant_modules(model)) if keeps else (),
         launches=tuple(_launches(model, config)) if eager else (),
-        notes=("Self-Attention Guidance perturbs no layers; "
-               f"it blurs what {ATTENTION} looks at",),
+        notes=(f"Self-Attention Guidance blurs what {ATTENTION} looks at; "
+               "how strongly it guides is the call's sag_scale",),
     )  # fmt: skip
 
 
