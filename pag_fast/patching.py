@@ -14,9 +14,10 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .models.registry import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
+from .models.registry import family_of, uncompiled
 from .pipelines.injected import HOSTS, Host, denoiser_names, host_of
 from .pipelines.mixins import mixins
+from .pipelines.registry import PAG_PIPELINES, SAG_PIPELINES
 from .runtime.installation import perturbed_branches
 from .runtime.patch_state import Patch
 from .sag import SagPatch, is_sag

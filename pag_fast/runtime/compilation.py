@@ -9,18 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.registry import controlnets, has_compiled
+from ..models.registry import controlnets, has_compiled, repeated_blocks
 from ..pipelines.injected import denoiser_names
 from ..settings.compile_config import CompileConfig
 from ..sharing.plan import has_diffusers_hooks
-
-# of which a model has many alike
-_BLOCKS = (
-    "BasicTransformerBlock",
-    "HunyuanDiTBlock",
-    "JointTransformerBlock",
-    "SanaTransformerBlock",
-)
 
 
 class Compilation:
@@ -148,7 +140,8 @@ def _check_compiler(device: str, config: CompileConfig) -> None:
 
 
 def _repeated(model: Any) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if type(module).__name__ in _BLOCKS)
+    names = repeated_blocks(model)
+    return (module for module in model.modules() if type(module).__name__ in names)
 
 
 def _channels_last(model: nn.Module) -> Callable[[], None]:

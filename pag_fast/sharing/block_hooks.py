@@ -7,38 +7,36 @@ to fewer rows, and append the perturbed rows where the block has run without the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..models.layer_names import self_attentions
+from .layout import IMAGE_ALONE, Stream, argument_order
 from .plan import BranchPlan
 from .rows import SPLIT, BranchState
 
-if TYPE_CHECKING:
-    from ..perturbations import BlockPerturbation
 
-_TEXT_FIRST, _TEXT_LAST = (
-    ("encoder_hidden_states", "hidden_states"),
-    ("hidden_states", "encoder_hidden_states"),
-)
-STREAMS = {
-    "CogVideoXBlock": _TEXT_LAST,
-    "FluxSingleTransformerBlock": _TEXT_FIRST,
-    "FluxTransformerBlock": _TEXT_FIRST,
-    "HunyuanVideoSingleTransformerBlock": _TEXT_LAST,
-    "HunyuanVideoTransformerBlock": _TEXT_LAST,
-    "JointTransformerBlock": _TEXT_FIRST,
-    "QwenImageTransformerBlock": _TEXT_FIRST,
-}
-"""What blocks that hand on more than the image return, in order."""
+class BlockAction(Protocol):
+    """What happens to one perturbed branch in a block, see :mod:`pag_fast.perturbations`."""
 
-Actions = Sequence["BlockPerturbation | None"]
+    @property
+    def skips(self) -> bool:
+        """Whether the block is left out."""
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the block's tokens get another order."""
+
+    def permutation(self, tokens: int, index: int, clock: torch.Tensor) -> torch.Tensor:
+        """The order ``[tokens]`` in which tokens enter block ``index`` in step ``clock``."""
+
+
+Actions = Sequence[BlockAction | None]
 """What happens to each perturbed branch in one block."""
 
 
-def skips(action: BlockPerturbation | None) -> bool:
+def skips(action: BlockAction | None) -> bool:
     """Whether the block is left out for a branch."""
     return action is not None and action.skips
 
@@ -82,7 +80,7 @@ class PerturbedBlock:
         index: int,
         arrives: int = SPLIT,
         runs: int = SPLIT,
-        shuffled: Sequence[tuple[BlockPerturbation, int]] = (),
+        shuffled: Sequence[tuple[BlockAction, int]] = (),
         streams: Sequence[str] = ("hidden_states",),
     ) -> None:
         self.state = state
@@ -186,10 +184,22 @@ class PerturbedBlock:
 
 
 def perturbed_blocks(
-    model: nn.Module, plan: BranchPlan, state: BranchState, blocks: Mapping[str, Actions]
+    model: nn.Module,
+    plan: BranchPlan,
+    state: BranchState,
+    blocks: Mapping[str, Actions],
+    *,
+    order: Sequence[str],
+    streams: Mapping[str, tuple[Stream, ...]],
 ) -> list[tuple[nn.Module, PerturbedBlock]]:
-    """The perturbed blocks of a model with their hooks."""
-    index = {name: i for i, name in enumerate(transformer_blocks(model))}
+    """The perturbed blocks of a model with their hooks.
+
+    Args:
+        blocks: what happens to each branch in each block, by name.
+        order: names of all transformer blocks; a block's place there picks its random numbers.
+        streams: what the blocks return in order, by the blocks' class name; the image if omitted.
+    """
+    index = {name: i for i, name in enumerate(order)}
     found = []
     for name, actions in blocks.items():
         module = model.get_submodule(name)
@@ -203,6 +213,8 @@ def perturbed_blocks(
     for name, module, actions, arrives, runs in found:
         ends = bool(plan.shuffled) and name == plan.shuffled[-1]
         run: Any = [(blocks[b][0], index[b]) for b in plan.shuffled if b in blocks] if ends else ()
+        kinds = [cls.__name__ for cls in type(module).__mro__]
+        returned = next((streams[kind] for kind in kinds if kind in streams), IMAGE_ALONE)
         block = PerturbedBlock(
             state,
             actions,
@@ -210,12 +222,7 @@ def perturbed_blocks(
             arrives=arrives,
             runs=runs,
             shuffled=run,
-            streams=STREAMS.get(type(module).__name__, ("hidden_states",)),
+            streams=argument_order(returned),
         )
         made.append((module, block))
     return made
-
-
-def transformer_blocks(model: nn.Module) -> list[str]:
-    """Names of the modules that hold self-attentions, in the order of ``named_modules``."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in self_attentions(model)))
