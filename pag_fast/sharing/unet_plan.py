@@ -187,29 +187,19 @@ _Levels = dict[tuple[tuple[int, int], int], tuple[int, int]]
 
 def _plan_units(plan: BranchPlan, model: Any, units: list[_Unit], begin: _Begin) -> _Levels:
     """Sites of the units from ``conv_in`` on, and those of the fork's transformer."""
-    fork_block = units[begin.unit].block
-    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
-    stream = SPLIT
-    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) < begin.unit:
-        plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
-        stream = SHARED
-    entered = None
+    stream, entered = _plan_entry(plan, model, units, begin), None
     levels: _Levels = {}
     for index, unit in enumerate(units):
-        runs = SHARED if index < begin.unit else SPLIT
-        if plan.merged and index == 0:
-            runs = MERGED
-        before_fork = unit.block < fork_block
-        if before_fork and unit.block != entered:
+        is_before_fork = unit.block < units[begin.unit].block
+        if is_before_fork and unit.block != entered:
             # a block that lies before the fork as a whole is entered with the shared rows
             plan.sites.append(_block_site(model, unit.block, stream))
             stream, entered = SHARED, unit.block
+        runs, climbs = _unit_levels(plan, index, begin)
         key = (unit.block, unit.step)
         levels[key] = (levels.get(key, (stream, 0))[0], runs)
-        # attention and motion modules directly follow the unit before them, so that what they need
-        # more can be added behind it
-        climbs = SPLIT if index + 1 == begin.unit else SHARED if runs == MERGED else None
-        if stream != runs or climbs is not None or (runs != SPLIT and not before_fork):
+        changes = stream != runs or climbs is not None
+        if changes or (runs != SPLIT and not is_before_fork):
             plan.sites.append(Site(unit.name, unit.module, stream, runs, climbs))
         if index == begin.unit:
             merged = plan.merged and index == 1 and begin.block == 0
@@ -221,6 +211,27 @@ def _plan_units(plan: BranchPlan, model: Any, units: list[_Unit], begin: _Begin)
             _plan_blocks(plan, unit, begin, is_behind=index > begin.unit)
         stream = runs if climbs is None else climbs
     return levels
+
+
+def _plan_entry(plan: BranchPlan, model: Any, units: list[_Unit], begin: _Begin) -> int:
+    """The site of ``conv_in``, where it has one; returns the level that the first unit sees."""
+    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
+    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) >= begin.unit:
+        return SPLIT
+    plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+    return SHARED
+
+
+def _unit_levels(plan: BranchPlan, index: int, begin: _Begin) -> tuple[int, int | None]:
+    """The level that a unit runs at, and the one that its output is brought to."""
+    runs = SHARED if index < begin.unit else SPLIT
+    if plan.merged and index == 0:
+        runs = MERGED
+    # attention and motion modules directly follow the unit before them, so that what they need
+    # more can be added behind it
+    if index + 1 == begin.unit:
+        return runs, SPLIT
+    return runs, SHARED if runs == MERGED else None
 
 
 def _plan_blocks(plan: BranchPlan, unit: _Unit, begin: _Begin, *, is_behind: bool) -> None:
