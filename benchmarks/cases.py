@@ -13,7 +13,7 @@ import torch
 from tiny import PIPELINES, build, randomise
 
 from pag_fast.analysis.published import CARDS
-from pag_fast.models.inputs import CLIP_TOKENS, T5_TOKENS
+from pag_fast.models.tensors import CLIP_TOKENS, T5_TOKENS
 from pag_fast.tools import load as models
 
 _HALF = {"block_out_channels": (160, 320, 640), "cross_attention_dim": 1024}

@@ -169,9 +169,8 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 def _layers(arguments: argparse.Namespace) -> None:
     from .analysis.costs import layer_costs
     from .analysis.published import CARDS
-    from .models.registry import SAG_PIPELINES
     from .patching import supported_pipelines
-    from .pipelines.injected import HOSTS
+    from .pipelines.registry import HOSTS, SAG_PIPELINES
     from .tools import load as models
 
     model = arguments.model

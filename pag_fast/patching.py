@@ -14,9 +14,17 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
-from .models.registry import PAG_PIPELINES, SAG_PIPELINES, family_of, uncompiled
-from .pipelines.injected import HOSTS, Host, denoiser_names, host_of
-from .pipelines.mixins import mixins
+from .mixins import mixins
+from .models.registry import family_of, uncompiled
+from .pipelines.description import check_options
+from .pipelines.registry import (
+    HOSTS,
+    PAG_PIPELINES,
+    SAG_PIPELINES,
+    denoiser_names,
+    describe_pipeline,
+    host_of,
+)
 from .runtime.entry import check_entry
 from .runtime.installation import perturbed_branches
 from .runtime.patch_state import BasicState, PatchState
@@ -39,7 +47,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
             are others, compiled models keep their graphs.
         layers: attention layers to perturb, e.g. ``"mid"``, ``["blocks.13"]``, ``13``, ``"u0.4"``;
             omitted, the pipeline's own ``pag_applied_layers``, or what
-            :data:`pag_fast.pipelines.injected.HOSTS` names for a pipeline without PAG. See
+            its description in :mod:`pag_fast.pipelines` names for a pipeline without PAG. See
             :mod:`pag_fast.models.layer_names`. Self-Attention Guidance has none.
         **options: the other fields of :class:`PatchConfig`, or ``config=PatchConfig(...)``.
 
@@ -51,12 +59,11 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
             pipeline is then as it was.
     """
     config = _config(layers, options)
-    check_pipeline(pipe)
+    check_options(describe_pipeline(pipe), config)
     check_entry()
     if is_sag(pipe):
         return _put_on(pipe, SagPatch(pipe, config))
     host = host_of(pipe)
-    _check_scales(config, host)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
     if config.branches is not None:
@@ -175,24 +182,9 @@ def applied_layers(pipe: Any) -> Any:
     return list(host.layers)
 
 
-def _check_scales(config: PatchConfig, host: Host | None) -> None:
-    given = [n for n in ("pag_scale", "pag_adaptive_scale") if getattr(config, n) is not None]
-    if given and host is None:
-        raise ValueError(
-            f"{given[0]} is an option for pipelines that have no PAG of their own. This one takes "
-            f"it in every call: pipe(prompt, {given[0]}={getattr(config, given[0])!r})."
-        )
-
-
 def check_pipeline(pipe: Any) -> None:
     """Raises ValueError for a pipeline that cannot be patched."""
-    names = {cls.__name__ for cls in type(pipe).__mro__}
-    if host_of(pipe) is None and not names & {*PAG_PIPELINES, *SAG_PIPELINES}:
-        raise ValueError(
-            f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
-            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; pipelines without PAG: "
-            f"{', '.join(HOSTS)}; and {', '.join(SAG_PIPELINES)}."
-        )
+    describe_pipeline(pipe)
 
 
 @functools.cache

@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 
 import pag_fast
 from pag_fast import CompileConfig
+from pag_fast.models.registry import repeated_blocks
 from pag_fast.runtime.compilation import (
     Compilation,
     _check_compiler,
     _repeated,
-    repeated_blocks,
 )
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"

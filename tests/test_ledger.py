@@ -20,7 +20,7 @@ from pag_fast.analysis.lower_bound import trace
 from pag_fast.analysis.published import CARDS, find_card, meta_model, meta_twin
 from pag_fast.models.inputs import Size, forward_kwargs
 from pag_fast.models.layer_names import resolve
-from pag_fast.pipelines.injected import HOSTS
+from pag_fast.pipelines.registry import HOSTS
 
 ROOT = Path(__file__).parent.parent
 COUNTS = json.loads((ROOT / "benchmarks" / "counts.json").read_text("utf-8"))

@@ -13,7 +13,7 @@ from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
 from pag_fast.models import registry as families
-from pag_fast.pipelines.injected import HOSTS
+from pag_fast.pipelines.registry import HOSTS
 
 NAME = "StableDiffusionXLPAGPipeline"
 
@@ -196,7 +196,11 @@ def test_deep_copies_work_on_their_own():
 
 def test_supported_families_have_a_row_each():
     used = {spec.model for spec in PIPELINES.values()}
-    stock = {name for name, family in families.FAMILIES.items() if family.stock_processors}
+    stock = {
+        name
+        for name, family in ((d.name, d) for d in families.DESCRIPTIONS)
+        if family.stock_processors
+    }
     assert used == stock
     with pytest.raises(ValueError, match="none of the supported denoisers"):
         families.family_of(torch.nn.Linear(2, 2))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 import pag_fast
 from pag_fast.models.layer_names import self_attentions
-from pag_fast.pipelines.injected import HOSTS
+from pag_fast.pipelines.registry import HOSTS
 
 _SKIP = {torch.ops.pag_fast.combine_guidance}
 

@@ -13,7 +13,7 @@ from ..models.inputs import Size
 from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import applied_layers, check_pipeline
-from ..pipelines.injected import HOSTS, host_of
+from ..pipelines.registry import HOSTS, host_of
 from ..sag import is_sag
 from ..settings.layers import as_list
 from .flops import patched_flops

@@ -11,7 +11,8 @@ from ..config import PatchConfig
 from ..fusion import Lean
 from ..models.inputs import Size
 from ..models.registry import controlnets, denoiser_name, uncompiled
-from ..pipelines.injected import Host, denoiser_names, host_of
+from ..pipelines.description import PipelineDescription
+from ..pipelines.registry import denoiser_names, host_of
 from ..runtime.installation import Installation, PerturbedBranch, is_eager
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import BranchPlan
@@ -275,7 +276,7 @@ def _predict(
     layers: Any,
     config: PatchConfig,
     size: Size,
-    host: Host | None,
+    host: PipelineDescription | None,
     notes: list[str],
 ) -> tuple[Predicted, ...]:
     try:

@@ -160,7 +160,7 @@ def launch_counts(
     Raises:
         ValueError: no such pipeline, or one without PAG of its own: it has no stock to compare.
     """
-    from ..pipelines.injected import HOSTS
+    from ..pipelines.registry import HOSTS
     from .published import find_card, meta_model
 
     card = find_card(pipeline)

@@ -22,7 +22,7 @@ import torch
 from ..config import PatchConfig
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import check_pipeline, patched
-from ..pipelines.injected import host_of
+from ..pipelines.registry import host_of
 from ..sag import is_sag
 from ..settings.layers import Layers
 from ..version import __version__

@@ -20,7 +20,8 @@ import re
 from torch import nn
 
 from ..settings.layers import Layers, as_list
-from .layouts import perturbable
+from ..sharing.layout import attention_names
+from .registry import find
 
 _SHORT_NAME = re.compile(
     r"(down|up|mid)\.block(?:_?(\d+))?(?:\.(attentions|motion_modules)_(\d+))?"
@@ -32,14 +33,20 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that PAG can perturb, by name: attentions over image tokens."""
     from diffusers.models.attention_processor import Attention
 
-    known = perturbable(model)
-    if known is not None:
-        return {name: model.get_submodule(name) for name in known}
+    found = find(model)
+    if found is not None and found.layout is not None:
+        names = attention_names(model, found.layout)
+        return {name: model.get_submodule(name) for name in names}
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention
     }
+
+
+def transformer_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules that hold self-attentions, in the order of ``named_modules``."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in self_attentions(model)))
 
 
 def resolve(model: nn.Module, layers: Layers, *, exact: bool = False) -> dict[str, nn.Module]:

@@ -1,169 +1,103 @@
-"""The denoiser families: what is done with each class of model, and which pipelines have it."""
+"""What is known about a model: the descriptions of this package, found by class name.
+
+A file in this package describes one class of denoisers. To add one is to add a file that defines
+``DESCRIPTION``, or ``CONTROLNET``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import pkgutil
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from ..processors import (
-    PerturbedCogVideoXAttention,
-    PerturbedFluxAttention,
-    PerturbedHunyuanVideoAttention,
-    PerturbedJointAttention,
-    PerturbedLinearAttention,
-    PerturbedLTXAttention,
-    PerturbedLuminaAttention,
-    PerturbedQwenAttention,
-    PerturbedRotaryAttention,
-    PerturbedSelfAttention,
-    PerturbedVideoAttention,
-)
-from ..processors.rows import PerturbedProcessor
-from ..sharing.dit_plan import plan_dit
-from ..sharing.plan import BranchPlan
-from ..sharing.unet_plan import plan_unet
+from .description import ControlNetDescription, ModelDescription
 
 UNCOND, COND, PERTURBED = "uncond", "cond", "perturbed"
 """The branches of a batch, in their order."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One kind of denoiser.
+class Named(Protocol):
+    """A description of the class that it names."""
 
-    Attributes:
-        processor: the attention processor of its perturbed layers.
-        plan: builds the branch plan from the model and the names of its perturbed layers.
-        text: forward arguments in which uncond and cond differ because their prompts do.
-        stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair of PAG processors, if it
-            has one.
-        replaces: class names of the processors whose arithmetic ours repeats; empty: any.
-        sequence: ``(text tokens of each sample, image tokens)`` from the model and its arguments,
-            where blocks get both as one sequence.
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def described(package: str, names: Sequence[str], *, others: Iterable[str]) -> Iterator[Any]:
+    """What the modules of a package define under one of ``names``.
+
+    Every module has to define one, except for those that are named in ``others``.
     """
-
-    processor: type[PerturbedProcessor]
-    plan: Callable[..., BranchPlan]
-    text: frozenset[str]
-    stock_processors: tuple[str, str] | None = None
-    replaces: frozenset[str] = frozenset()
-    sequence: Callable[[Any, dict[str, Any]], tuple[tuple[int, ...], int]] | None = None
-
-
-_IDENTITY = ("PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0")
-_UNET_TEXT = frozenset({"encoder_hidden_states", "image_embeds"})
-_PIXART_TEXT = frozenset({"encoder_hidden_states", "encoder_attention_mask"})
+    for found in pkgutil.iter_modules(import_module(package).__path__):
+        if found.name in others:
+            continue
+        module = import_module(f"{package}.{found.name}")
+        values = [getattr(module, name) for name in names if hasattr(module, name)]
+        if not values:
+            raise ImportError(f"{module.__name__} defines neither {' nor '.join(names)}.")
+        yield from values
 
 
-def _flux_sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    text = call["encoder_hidden_states"].shape[1]
-    return (text,), call["hidden_states"].shape[1]
+def along_mro(cls: type, entries: Iterable[N]) -> N | None:
+    """The entry that names a class, or else the nearest of its bases."""
+    known = {entry.name: entry for entry in entries}
+    return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
 
 
-def _lumina_sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    patch = model.config.patch_size
-    height, width = call["hidden_states"].shape[-2:]
-    # the model reads these lengths from the device in every forward, too
-    text = call["encoder_attention_mask"].sum(dim=1).tolist()
-    return tuple(map(int, text)), (height // patch) * (width // patch)
+_OTHERS = ("description", "inputs", "layer_names", "registry", "tensors", "unets")
+_ALL = tuple(described(__package__, ("DESCRIPTION", "CONTROLNET"), others=_OTHERS))
+
+DESCRIPTIONS = tuple(entry for entry in _ALL if isinstance(entry, ModelDescription))
+"""Of all denoisers."""
+
+CONTROLNETS = tuple(entry for entry in _ALL if isinstance(entry, ControlNetDescription))
+"""Of all ControlNets."""
 
 
-def _dit(processor: type[PerturbedProcessor], *replaces: str, **more: Any) -> Family:
-    text = more.pop("text", frozenset())
-    return Family(processor, plan_dit, text, replaces=frozenset(replaces), **more)
+def find(model: nn.Module) -> ModelDescription | None:
+    """The description of a denoiser's class; ``None`` for one that is not known."""
+    return along_mro(type(model), DESCRIPTIONS)
 
 
-FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(PerturbedSelfAttention, plan_unet, _UNET_TEXT, _IDENTITY),
-    "UNetMotionModel": Family(PerturbedSelfAttention, plan_unet, _UNET_TEXT, _IDENTITY),
-    "SD3Transformer2DModel": Family(
-        PerturbedJointAttention,
-        plan_dit,
-        frozenset(),
-        ("PAGCFGJointAttnProcessor2_0", "PAGJointAttnProcessor2_0"),
-    ),
-    "HunyuanDiT2DModel": Family(
-        PerturbedRotaryAttention,
-        plan_dit,
-        frozenset(),
-        ("PAGCFGHunyuanAttnProcessor2_0", "PAGHunyuanAttnProcessor2_0"),
-    ),
-    "PixArtTransformer2DModel": Family(PerturbedSelfAttention, plan_dit, _PIXART_TEXT, _IDENTITY),
-    "SanaTransformer2DModel": Family(
-        PerturbedLinearAttention,
-        plan_dit,
-        _PIXART_TEXT,
-        ("PAGCFGSanaLinearAttnProcessor2_0", "PAGIdentitySanaLinearAttnProcessor2_0"),
-    ),
-    "FluxTransformer2DModel": _dit(
-        PerturbedFluxAttention,
-        "FluxAttnProcessor",
-        "FluxAttnProcessor2_0",
-        "FusedFluxAttnProcessor2_0",
-        sequence=_flux_sequence,
-    ),
-    "QwenImageTransformer2DModel": _dit(PerturbedQwenAttention, "QwenDoubleStreamAttnProcessor2_0"),
-    "WanTransformer3DModel": _dit(
-        PerturbedVideoAttention,
-        "WanAttnProcessor",
-        "WanAttnProcessor2_0",
-        text=frozenset({"encoder_hidden_states"}),
-    ),
-    "LTXVideoTransformer3DModel": _dit(
-        PerturbedLTXAttention,
-        "LTXVideoAttnProcessor",
-        "LTXVideoAttentionProcessor2_0",
-        text=_PIXART_TEXT,
-    ),
-    "CogVideoXTransformer3DModel": _dit(
-        PerturbedCogVideoXAttention, "CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
-    ),
-    "HunyuanVideoTransformer3DModel": _dit(
-        PerturbedHunyuanVideoAttention, "HunyuanVideoAttnProcessor2_0"
-    ),
-    "Lumina2Transformer2DModel": _dit(
-        PerturbedLuminaAttention, "Lumina2AttnProcessor2_0", sequence=_lumina_sequence
-    ),
-}
-
-SAG_PIPELINES = ("StableDiffusionSAGPipeline",)
-
-PAG_PIPELINES = (
-    "AnimateDiffPAGPipeline",
-    "HunyuanDiTPAGPipeline",
-    "KolorsPAGPipeline",
-    "PixArtSigmaPAGPipeline",
-    "SanaPAGPipeline",
-    "StableDiffusion3PAGImg2ImgPipeline",
-    "StableDiffusion3PAGPipeline",
-    "StableDiffusionControlNetPAGInpaintPipeline",
-    "StableDiffusionControlNetPAGPipeline",
-    "StableDiffusionPAGImg2ImgPipeline",
-    "StableDiffusionPAGInpaintPipeline",
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
-    "StableDiffusionXLControlNetPAGPipeline",
-    "StableDiffusionXLPAGImg2ImgPipeline",
-    "StableDiffusionXLPAGInpaintPipeline",
-    "StableDiffusionXLPAGPipeline",
-)
+def find_controlnet(model: nn.Module) -> ControlNetDescription | None:
+    """The description of a ControlNet's class; ``None`` for one that is not known."""
+    return along_mro(type(model), CONTROLNETS)
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a denoiser.
+def describe(model: nn.Module) -> ModelDescription:
+    """The description of a denoiser's class.
 
     Raises:
         ValueError: a class that none of the supported pipelines uses.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise ValueError(
-        f"{type(model).__name__} is none of the supported denoisers: {', '.join(FAMILIES)}."
-    )
+    found = find(model)
+    if found is None:
+        names = ", ".join(entry.name for entry in DESCRIPTIONS)
+        raise ValueError(f"{type(model).__name__} is none of the supported denoisers: {names}.")
+    return found
+
+
+family_of = describe
+
+
+def repeated_blocks(cls: type) -> frozenset[str]:
+    """Class names of the blocks that models of ``cls`` repeat: diffusers' own, or described.
+
+    The names of all base classes count: a subclass may name its own and inherit other blocks.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        names.update(vars(base).get("_repeated_blocks") or ())
+    model, controlnet = along_mro(cls, DESCRIPTIONS), along_mro(cls, CONTROLNETS)
+    names.update(() if model is None else model.blocks)
+    names.update(() if controlnet is None else controlnet.blocks)
+    return frozenset(names)
 
 
 def uncompiled(module: Any) -> Any:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.registry import PAG_PIPELINES, SAG_PIPELINES, denoiser_name, uncompiled
+from ..models.registry import denoiser_name, uncompiled
 from ..runtime.installation import perturbed_branches
 from ..sag.pipeline import PatchedSagPipeline
 from ..settings.layers import Layers, as_list
-from .injected import denoiser_names
+from .registry import denoiser_names, description_of
 
 if TYPE_CHECKING:
     from ..runtime.patch_state import PatchState
@@ -170,28 +170,20 @@ class MaskOfImageLatents:
         return mask, mask if unused else masked
 
 
-_RESCALING = (
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionPAGInpaintPipeline",
-    "StableDiffusionXLPAGPipeline",
-    "StableDiffusionXLPAGImg2ImgPipeline",
-    "StableDiffusionXLPAGInpaintPipeline",
-)
-
-
 def mixins(cls: type) -> tuple[type, ...]:
     """The overrides that a pipeline class needs, in the order of inheritance."""
-    names = {base.__name__ for base in cls.__mro__}
-    if names & set(SAG_PIPELINES):
+    description = description_of(cls)
+    assert description is not None
+    if description.kind == "sag":
         return (PatchedSagPipeline,)
-    if not names & set(PAG_PIPELINES):
+    if description.kind == "injected":
         return (HostedPipeline,)
     found: list[type] = [PatchedPipeline]
-    if names & set(_RESCALING):
+    if description.rescales_again:
         found.append(RescalesOnce)
-    if "StableDiffusionControlNetPAGPipeline" in names:
+    if description.guess_mode_images:
         found.append(GuessModeImages)
-    if "StableDiffusionXLPAGInpaintPipeline" in names:
+    if description.mask_of_image_latents:
         found.append(MaskOfImageLatents)
     return tuple(found)
 

@@ -9,25 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.registry import controlnets, has_compiled
-from ..pipelines.injected import denoiser_names
+from ..models.registry import controlnets, has_compiled, repeated_blocks
+from ..pipelines.registry import denoiser_names
 from ..settings.compile_config import CompileConfig
 from ..sharing.plan import has_diffusers_hooks
-
-# blocks that are repeated in models of which diffusers does not say so
-_UNNAMED = {
-    "CogVideoXTransformer3DModel": ("CogVideoXBlock",),
-    "ControlNetModel": ("BasicTransformerBlock",),
-    "ControlNetUnionModel": ("BasicTransformerBlock",),
-    "HunyuanDiT2DModel": ("HunyuanDiTBlock",),
-    "Lumina2Transformer2DModel": ("Lumina2TransformerBlock",),
-    "PixArtTransformer2DModel": ("BasicTransformerBlock",),
-    "SD3ControlNetModel": ("JointTransformerBlock",),
-    "SD3Transformer2DModel": ("JointTransformerBlock",),
-    "SanaControlNetModel": ("SanaTransformerBlock",),
-    "SanaTransformer2DModel": ("SanaTransformerBlock",),
-    "UNetMotionModel": ("BasicTransformerBlock",),
-}
 
 
 class Compilation:
@@ -162,18 +147,6 @@ def _repeated(model: Any) -> Iterator[nn.Module]:
         if module not in inside and any(cls.__name__ in names for cls in type(module).__mro__):
             inside.update(module.modules())
             yield module
-
-
-def repeated_blocks(cls: type) -> frozenset[str]:
-    """Class names of the blocks that models of ``cls`` repeat: diffusers' own, or known here.
-
-    The names of all base classes count: a subclass may name its own and inherit other blocks.
-    """
-    names: set[str] = set()
-    for base in cls.__mro__:
-        names.update(vars(base).get("_repeated_blocks") or ())
-        names.update(_UNNAMED.get(base.__name__, ()))
-    return frozenset(names)
 
 
 def _channels_last(model: nn.Module) -> Callable[[], None]:

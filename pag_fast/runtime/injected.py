@@ -267,7 +267,7 @@ class InjectedSession(Session):
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
-        return self.host.guidance == "linear" and not self._own_rescale()
+        return not self.host.is_normalised(self.arguments() or {})
 
     def _cfg_scale(self) -> float | None:
         """g of this step; ``None`` without CFG.

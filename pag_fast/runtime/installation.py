@@ -11,27 +11,16 @@ from torch import nn
 
 from ..config import PatchConfig
 from ..fusion import Fusion
-from ..models.layer_names import resolve, self_attentions
+from ..models.layer_names import resolve, self_attentions, transformer_blocks
 from ..models.registry import family_of, has_compiled
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
-from ..sharing.block_hooks import STREAMS, perturbed_blocks, transformer_blocks
+from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, is_compiled
 from ..sharing.replacement import Replacement
 from ..sharing.rows import SPLIT, BranchState
 from .instance_patch import InstancePatch
-
-_BLOCKS = (
-    "BasicTransformerBlock",
-    "FreeNoiseTransformerBlock",
-    "HunyuanDiTBlock",
-    "LTXVideoTransformerBlock",
-    "Lumina2TransformerBlock",
-    "SanaTransformerBlock",
-    "WanTransformerBlock",
-    *STREAMS,
-)
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -79,7 +68,7 @@ def perturbed_branches(
             names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
             for name in names:
                 kind = type(denoiser.get_submodule(name)).__name__
-                if kind not in _BLOCKS:
+                if kind not in family_of(denoiser).skippable_blocks:
                     raise ValueError(
                         f"{type(perturbation).__name__} perturbs transformer blocks, and {name} "
                         f"is a {kind}."
@@ -114,11 +103,7 @@ class Installation:
         self.denoiser = denoiser
         self.text = family.text
         self.replaces = family.replaces
-        # PixArt predicts sigma along with the noise, in a second half of the channels
-        self.learned_sigma = (
-            type(denoiser).__name__ == "PixArtTransformer2DModel"
-            and denoiser.config.out_channels == 2 * denoiser.config.in_channels
-        )
+        self.learned_sigma = family.predicts_variance(denoiser)
         self.state = BranchState()
         self.branches = perturbed_branches(denoiser, layers, config)
         names = {name for branch in self.branches for name in branch.layers}
@@ -150,7 +135,14 @@ class Installation:
             )
             for name in self.attentions
         }
-        self.blocks = perturbed_blocks(denoiser, self.plan, self.state, blocks)
+        self.blocks = perturbed_blocks(
+            denoiser,
+            self.plan,
+            self.state,
+            blocks,
+            order=transformer_blocks(denoiser),
+            streams=family.blocks,
+        )
         keeps = eager and config.cache_conditioning
         self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
         self.fusion: Fusion | None = None

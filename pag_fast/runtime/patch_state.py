@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
 from ..models.registry import controlnets, uncompiled
-from ..pipelines.injected import Host, denoiser_names
+from ..pipelines.description import PipelineDescription
+from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
 from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
@@ -69,7 +70,7 @@ class BasicState:
         fallbacks: reasons why something ran otherwise than it should, and how often.
     """
 
-    host: Host | None = None
+    host: PipelineDescription | None = None
     original_class: type
 
     def __init__(self, config: PatchConfig) -> None:
@@ -138,7 +139,7 @@ class PatchState(BasicState):
         original_class: type,
         original_layers: Any,
         own_layers: Any,
-        host: Host | None = None,
+        host: PipelineDescription | None = None,
     ) -> None:
         super().__init__(config)
         self.original_class = original_class

@@ -7,40 +7,36 @@ to fewer rows, and append the perturbed rows where the block has run without the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..models.layer_names import self_attentions
+from .layout import IMAGE, IMAGE_ALONE, TEXT, Stream, argument_order
 from .plan import BranchPlan
 from .rows import SPLIT, BranchState
 
-if TYPE_CHECKING:
-    from ..perturbations import BlockPerturbation
 
-_TEXT_FIRST, _TEXT_LAST = (
-    ("encoder_hidden_states", "hidden_states"),
-    ("hidden_states", "encoder_hidden_states"),
-)
-STREAMS = {
-    "CogVideoXBlock": _TEXT_LAST,
-    "FluxSingleTransformerBlock": _TEXT_FIRST,
-    "FluxTransformerBlock": _TEXT_FIRST,
-    "HunyuanVideoSingleTransformerBlock": _TEXT_LAST,
-    "HunyuanVideoTransformerBlock": _TEXT_LAST,
-    "JointTransformerBlock": _TEXT_FIRST,
-    "QwenImageTransformerBlock": _TEXT_FIRST,
-}
-"""What blocks that hand on more than the image return, in order."""
+class BlockAction(Protocol):
+    """What happens to one perturbed branch in a block, see :mod:`pag_fast.perturbations`."""
 
-_MIXED = ("Lumina2TransformerBlock",)
+    @property
+    def skips(self) -> bool:
+        """Whether the block is left out."""
 
-Actions = Sequence["BlockPerturbation | None"]
+    @property
+    def shuffles(self) -> bool:
+        """Whether the block's tokens get another order."""
+
+    def permutation(self, tokens: int, index: int, clock: torch.Tensor) -> torch.Tensor:
+        """The order ``[tokens]`` in which tokens enter block ``index`` in step ``clock``."""
+
+
+Actions = Sequence[BlockAction | None]
 """What happens to each perturbed branch in one block."""
 
 
-def skips(action: BlockPerturbation | None) -> bool:
+def skips(action: BlockAction | None) -> bool:
     """Whether the block is left out for a branch."""
     return action is not None and action.skips
 
@@ -85,7 +81,7 @@ class PerturbedBlock:
         index: int,
         arrives: int = SPLIT,
         runs: int = SPLIT,
-        shuffled: Sequence[tuple[BlockPerturbation, int]] = (),
+        shuffled: Sequence[tuple[BlockAction, int]] = (),
         streams: Sequence[str] = ("hidden_states",),
         mixed: bool = False,
     ) -> None:
@@ -133,7 +129,7 @@ class PerturbedBlock:
         return args, kwargs
 
     def _ordered(
-        self, x: torch.Tensor, perturbation: BlockPerturbation, clock: torch.Tensor
+        self, x: torch.Tensor, perturbation: BlockAction, clock: torch.Tensor
     ) -> torch.Tensor:
         """``x`` with its image tokens in another order; text and padding stay where they are."""
         contexts, image = self.state.num_contexts, self.state.num_image
@@ -204,10 +200,22 @@ class PerturbedBlock:
 
 
 def perturbed_blocks(
-    model: nn.Module, plan: BranchPlan, state: BranchState, blocks: Mapping[str, Actions]
+    model: nn.Module,
+    plan: BranchPlan,
+    state: BranchState,
+    blocks: Mapping[str, Actions],
+    *,
+    order: Sequence[str],
+    streams: Mapping[str, tuple[Stream, ...]],
 ) -> list[tuple[nn.Module, PerturbedBlock]]:
-    """The perturbed blocks of a model with their hooks."""
-    index = {name: i for i, name in enumerate(transformer_blocks(model))}
+    """The perturbed blocks of a model with their hooks.
+
+    Args:
+        blocks: what happens to each branch in each block, by name.
+        order: names of all transformer blocks; a block's place there picks its random numbers.
+        streams: what the blocks return in order, by the blocks' class name; the image if omitted.
+    """
+    index = {name: i for i, name in enumerate(order)}
     found = []
     for name, actions in blocks.items():
         module = model.get_submodule(name)
@@ -221,6 +229,8 @@ def perturbed_blocks(
     for name, module, actions, arrives, runs in found:
         ends = bool(plan.shuffled) and name == plan.shuffled[-1]
         run: Any = [(blocks[b][0], index[b]) for b in plan.shuffled if b in blocks] if ends else ()
+        kinds = [cls.__name__ for cls in type(module).__mro__]
+        returned = next((streams[kind] for kind in kinds if kind in streams), IMAGE_ALONE)
         block = PerturbedBlock(
             state,
             actions,
@@ -228,13 +238,8 @@ def perturbed_blocks(
             arrives=arrives,
             runs=runs,
             shuffled=run,
-            streams=STREAMS.get(type(module).__name__, ("hidden_states",)),
-            mixed=type(module).__name__ in _MIXED,
+            streams=argument_order(returned),
+            mixed=any({TEXT, IMAGE} <= set(stream.tokens) for stream in returned),
         )
         made.append((module, block))
     return made
-
-
-def transformer_blocks(model: nn.Module) -> list[str]:
-    """Names of the modules that hold self-attentions, in the order of ``named_modules``."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in self_attentions(model)))

@@ -8,12 +8,13 @@ or image tokens) runs on the shared rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..models.layouts import Layout, layout_of, walk
 from .block_hooks import Actions, begins_behind, is_shuffled, runs_without
+from .layout import Layout, attentions_of, walk
 from .plan import (
     BranchPlan,
     Site,
@@ -25,8 +26,70 @@ from .plan import (
 )
 from .rows import MERGED, SHARED, SPLIT
 
+Blocks = list[tuple[str, Any]]
 
-def _execution_order(blocks: list[tuple[str, Any]], layout: Layout, names: set[str]) -> list[str]:
+
+@dataclass(frozen=True)
+class _Fork:
+    """Where the perturbed branches begin.
+
+    Attributes:
+        name: of the attention or block.
+        index: of the block, among all.
+        is_block: the fork is a whole block.
+        shuffled: from the fork on perturbed rows are a permutation of cond's.
+        behind: nothing in the fork's block needs the rows of the perturbed branches.
+        merge: block 0's self-attention runs once for uncond and cond.
+    """
+
+    name: str
+    index: int
+    is_block: bool
+    shuffled: bool
+    behind: bool
+    merge: bool
+
+
+def plan_dit(
+    model: Any,
+    perturbed: set[str],
+    *,
+    layout: Layout,
+    merge: bool,
+    blocks: Mapping[str, Actions] | None = None,
+) -> BranchPlan:
+    """The plan of a diffusion transformer whose attentions named in ``perturbed`` are perturbed.
+
+    ``layout`` is that of the model's class. ``blocks`` says what happens to each branch in blocks
+    that are perturbed as a whole.
+    """
+    blocks = blocks or {}
+    names, walked = perturbed | set(blocks), walk(model, layout)
+    order = tuple(_execution_order(walked, layout, names))
+    if len(order) < len(names):
+        return unshared(tuple(sorted(names)), "a perturbed layer is in no known block")
+    fork = _find_fork(walked, order[0], perturbed, blocks, layout, merge)
+    plan = BranchPlan(
+        fork=fork.name, order=order, levels=dict.fromkeys(order, SPLIT), merged=fork.merge
+    )
+    plan.sites += text_projection_sites(model)
+    plan.sites += [
+        Site(name, module, SPLIT, SHARED, leaves=SPLIT, names=argument_names(module))
+        for name, module in _before(model, layout)
+    ]
+    if fork.shuffled:
+        plan.shuffled = tuple(name for name, _ in walked[fork.index :])
+    for index, (name, block) in enumerate(walked):
+        is_alone = index > fork.index and runs_without(blocks.get(name))
+        is_before = index < fork.index or (fork.behind and index == fork.index)
+        if is_before or is_alone or fork.shuffled:
+            _plan_shared_block(plan, fork, layout, index, name, block)
+        else:
+            _plan_split_block(plan, fork, layout, index, name, block)
+    return plan
+
+
+def _execution_order(blocks: Blocks, layout: Layout, names: set[str]) -> list[str]:
     """``names`` of attentions and blocks, those that are known, as the model runs them."""
     ordered = []
     for name, _ in blocks:
@@ -34,80 +97,69 @@ def _execution_order(blocks: list[tuple[str, Any]], layout: Layout, names: set[s
     return [name for name in ordered if name in names]
 
 
-def plan_dit(
-    model: Any,
+def _find_fork(
+    walked: Blocks,
+    name: str,
     perturbed: set[str],
-    *,
+    blocks: Mapping[str, Actions],
+    layout: Layout,
     merge: bool,
-    blocks: Mapping[str, Actions] | None = None,
-) -> BranchPlan:
-    """The plan of a diffusion transformer whose attentions named in ``perturbed`` are perturbed.
+) -> _Fork:
+    index = next(i for i, (block, _) in enumerate(walked) if f"{name}.".startswith(f"{block}."))
+    is_block = name in blocks
+    inside = any(layer.startswith(f"{walked[index][0]}.") for layer in perturbed)
+    shuffled = is_block and layout.equivariant and is_shuffled(blocks[name])
+    behind = shuffled or (is_block and begins_behind(blocks[name], inside))
+    merge = merge and layout.merge and (index > 0 or behind or not is_block)
+    return _Fork(name, index, is_block, shuffled, behind, merge)
 
-    ``blocks`` says what happens to each branch in blocks that are perturbed as a whole.
-    """
-    blocks = blocks or {}
-    names, layout = perturbed | set(blocks), layout_of(model)
-    walked = [] if layout is None else walk(model, layout)
-    order = () if layout is None else tuple(_execution_order(walked, layout, names))
-    if layout is None or len(order) < len(names):
-        return unshared(tuple(sorted(names)), "a perturbed layer is in no known block")
-    fork = order[0]
-    fork_index = next(i for i, (name, _) in enumerate(walked) if f"{fork}.".startswith(f"{name}."))
-    inside = any(name.startswith(f"{walked[fork_index][0]}.") for name in perturbed)
-    shuffled = fork in blocks and layout.equivariant and is_shuffled(blocks[fork])
-    # where nothing in the fork's block needs the rows of the perturbed branches
-    behind = shuffled or (fork in blocks and begins_behind(blocks[fork], inside))
-    merge = merge and layout.merge and (fork_index > 0 or behind or fork not in blocks)
 
-    plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
-    plan.sites += text_projection_sites(model)
-    plan.sites += [
-        Site(name, module, SPLIT, SHARED, leaves=SPLIT, names=argument_names(module))
-        for name, module in _before(model, layout)
-    ]
-    if shuffled:
-        plan.shuffled = tuple(name for name, _ in walked[fork_index:])
-    for index, (name, block) in enumerate(walked):
-        arrives = SPLIT if index == 0 or (index > fork_index and not shuffled) else SHARED
-        attentions = [
-            (attn, getattr(block, attn))
-            for attn in layout.attentions
-            if getattr(block, attn, None) is not None
-        ]
-        streams = ("skip",) if getattr(block, "skip_linear", None) is not None else ()
-        alone = index > fork_index and runs_without(blocks.get(name))
-        if index < fork_index or (behind and index == fork_index) or alone or shuffled:
-            last = index == fork_index - 1 and not behind
-            leaves, arguments = SPLIT if last else None, argument_names(block)
-            plan.sites.append(Site(name, block, arrives, SHARED, leaves, streams, arguments))
-            if index >= fork_index:
-                plan.blocks[name] = arrives, SHARED
-                plan.extend(name)
-            if merge and index == 0:
-                attn_name, attn = attentions[0]
-                site = Site(
-                    f"{name}.{attn_name}", attn, SHARED, MERGED, SHARED, names=argument_names(attn)
-                )
-                plan.sites.append(site)
-                plan.merged_until = f"{name}.attn2"
-            continue
-        plan.sites += text_key_sites(block, name)
-        if index == fork_index and fork not in blocks:
-            level = MERGED if merge and index == 0 else SHARED
-            plan.levels[fork] = level
-            plan.sites += block_sites(name, attentions, fork, level)
-            if getattr(block, "proj_mlp", None) is not None:
-                # it sees what the attention beside it sees, where cond and perturbed are one
-                plan.sites += [
-                    Site(f"{name}.proj_mlp", block.proj_mlp, SPLIT, SHARED),
-                    Site(f"{name}.act_mlp", block.act_mlp, SHARED, SHARED, leaves=SPLIT),
-                ]
-            if level == MERGED:
-                plan.merged_until = fork
-        if streams:
-            # long skips stored before the fork meet the stream behind it
-            plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=streams))
-    return plan
+def _streams(block: Any) -> tuple[str, ...]:
+    """Arguments of a block that have rows, besides its first: HunyuanDiT's long skips."""
+    return ("skip",) if getattr(block, "skip_linear", None) is not None else ()
+
+
+def _plan_shared_block(
+    plan: BranchPlan, fork: _Fork, layout: Layout, index: int, name: str, block: Any
+) -> None:
+    """A block that runs without the perturbed rows."""
+    is_behind = index > fork.index and not fork.shuffled
+    arrives = SPLIT if index == 0 or is_behind else SHARED
+    leaves = SPLIT if index == fork.index - 1 and not fork.behind else None
+    plan.sites.append(
+        Site(name, block, arrives, SHARED, leaves, _streams(block), argument_names(block))
+    )
+    if index >= fork.index:
+        plan.blocks[name] = arrives, SHARED
+        plan.extend(name)
+    if fork.merge and index == 0:
+        attribute, attn = attentions_of(block, layout)[0]
+        plan.sites.append(
+            Site(f"{name}.{attribute}", attn, SHARED, MERGED, SHARED, names=argument_names(attn))
+        )
+        plan.merged_until = f"{name}.attn2"
+
+
+def _plan_split_block(
+    plan: BranchPlan, fork: _Fork, layout: Layout, index: int, name: str, block: Any
+) -> None:
+    """A block that runs on all rows: the fork's, or one behind it."""
+    plan.sites += text_key_sites(block, name)
+    if index == fork.index and not fork.is_block:
+        level = MERGED if fork.merge and index == 0 else SHARED
+        plan.levels[fork.name] = level
+        plan.sites += block_sites(name, attentions_of(block, layout), fork.name, level)
+        if getattr(block, "proj_mlp", None) is not None:
+            # it sees what the attention beside it sees, where cond and perturbed are one
+            plan.sites += [
+                Site(f"{name}.proj_mlp", block.proj_mlp, SPLIT, SHARED),
+                Site(f"{name}.act_mlp", block.act_mlp, SHARED, SHARED, leaves=SPLIT),
+            ]
+        if level == MERGED:
+            plan.merged_until = fork.name
+    if _streams(block):
+        # long skips stored before the fork meet the stream behind it
+        plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=_streams(block)))
 
 
 def _before(model: Any, layout: Layout) -> Iterator[tuple[str, nn.Module]]:

@@ -29,9 +29,6 @@ class Known:
     kept: frozenset[int] | None
 
 
-_NOTHING: frozenset[int] = frozenset()
-
-
 def known_modules(model: Any, plan: BranchPlan) -> list[Known]:
     """The modules of ``model`` that need not run again once cond has run, by its branch plan.
 
@@ -39,25 +36,28 @@ def known_modules(model: Any, plan: BranchPlan) -> list[Known]:
         plan: made without merging uncond and cond. One that shares nothing knows nothing.
     """
     shared = {site.name: site for site in plan.sites if _is_before_fork(site, plan)}
-    # a UNet's blocks in front of the fork have sites of their own inside
-    outer = [s for s in shared.values() if not any(s.name.startswith(f"{o}.") for o in shared)]
+    outer = _outermost(shared)
     skips = {site.name: site for site in plan.skip_sites}
     # HunyuanDiT hands the output of every early block to a late one
     long_skips = any("skip" in site.streams for site in plan.sites)
     read = {name for site in plan.skip_sites if site.name not in shared for name in _makers(site)}
     # of refiners that run one after the other, the last one's output is all that is read
     last = {_list_of(site.name): site.name for site in outer}
-    known = []
-    for site in outer:
-        kept: frozenset[int] | None = _NOTHING
+
+    def kept(site: Site) -> frozenset[int] | None:
         is_last = site.leaves == SPLIT and last[_list_of(site.name)] == site.name
         if is_last or long_skips or site.name in read:
-            kept = None
-        elif site.name in skips:
-            # a block returns its stream and its skips; the skip made last is the stream
-            kept = frozenset(i for i, to in enumerate(skips[site.name].stored, 1) if to == SPLIT)
-        known.append(Known(site.name, site.module, kept))
-    return known
+            return None
+        # a block returns its stream and its skips; the skip made last is the stream
+        stored = skips[site.name].stored if site.name in skips else ()
+        return frozenset(i for i, to in enumerate(stored, 1) if to == SPLIT)
+
+    return [Known(site.name, site.module, kept(site)) for site in outer]
+
+
+def _outermost(sites: dict[str, Site]) -> list[Site]:
+    """Sites that are inside no other: a UNet's blocks in front of the fork have some inside."""
+    return [s for s in sites.values() if not any(s.name.startswith(f"{o}.") for o in sites)]
 
 
 def _is_before_fork(site: Site, plan: BranchPlan) -> bool:

@@ -135,66 +135,118 @@ def plan_unet(
     if order is None:
         # outside any known unit (attention in an unknown block): run everything apart
         return unshared(tuple(sorted(names)), reason or "a perturbed layer is in no known block")
-    fork = order[0]
-    unit_name, _, rest = fork.partition(".transformer_blocks.")
-    fork_unit = next(i for i, unit in enumerate(units) if unit.name == unit_name)
-    fork_block = int(rest.split(".")[0])
-    merge = merge and _text_first(units, model)
-    begin = _Begin(fork, fork_block)
-    if fork in blocks:
-        inside = any(name.startswith(f"{fork}.") for name in perturbed)
-        begin.shuffled = is_shuffled(blocks[fork]) and _is_equivariant(units[fork_unit])
-        begin.behind = begin.shuffled or begins_behind(blocks[fork], inside)
-        begin.is_block = True
-
-    plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
     # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
     long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
+    begin = _begin(units, order[0], perturbed, blocks, long_text=long_text)
+    merge = merge and _text_first(units, model)
+    plan = BranchPlan(fork=order[0], order=order, levels=dict.fromkeys(order, SPLIT), merged=merge)
     if long_text:
         plan.sites += text_projection_sites(model)
-    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
-    stream = SPLIT
-    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) < fork_unit:
-        plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
-        stream = SHARED
-    entered = None
-    levels: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
+    levels = _plan_units(plan, model, units, begin)
+    _plan_skips(model, plan, levels)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """How the perturbed branches begin, in the transformer that holds the fork, and go on."""
+
+    fork: str
+    unit: int  # index of the transformer among the units
+    block: int  # index of the fork's block in the transformer
+    is_block: bool  # the fork is a whole block
+    behind: bool  # nothing in the fork's block needs the perturbed rows
+    shuffled: bool  # nor does anything up to the transformer's end
+    blocks: Mapping[str, Actions]  # that are perturbed as a whole
+    long_text: bool  # its keys and values are worth sharing
+
+
+def _begin(
+    units: list[_Unit],
+    fork: str,
+    perturbed: set[str],
+    blocks: Mapping[str, Actions],
+    *,
+    long_text: bool,
+) -> _Begin:
+    name, _, rest = fork.partition(".transformer_blocks.")
+    index = next(i for i, unit in enumerate(units) if unit.name == name)
+    is_block = fork in blocks
+    shuffled = behind = False
+    if is_block:
+        inside = any(layer.startswith(f"{fork}.") for layer in perturbed)
+        shuffled = is_shuffled(blocks[fork]) and _is_equivariant(units[index])
+        behind = shuffled or begins_behind(blocks[fork], inside)
+    block = int(rest.split(".")[0])
+    return _Begin(fork, index, block, is_block, behind, shuffled, blocks, long_text)
+
+
+_Levels = dict[tuple[tuple[int, int], int], tuple[int, int]]
+"""Of each group of units, by block and step: the level it is entered at and the one it leaves."""
+
+
+def _plan_units(plan: BranchPlan, model: Any, units: list[_Unit], begin: _Begin) -> _Levels:
+    """Sites of the units from ``conv_in`` on, and those of the fork's transformer."""
+    stream, entered = _plan_entry(plan, model, units, begin), None
+    levels: _Levels = {}
     for index, unit in enumerate(units):
-        runs = SHARED if index < fork_unit else SPLIT
-        if merge and index == 0:
-            runs = MERGED
-        before_fork = unit.block < units[fork_unit].block
-        if before_fork and unit.block != entered:
+        is_before_fork = unit.block < units[begin.unit].block
+        if is_before_fork and unit.block != entered:
             # a block that lies before the fork as a whole is entered with the shared rows
             plan.sites.append(_block_site(model, unit.block, stream))
             stream, entered = SHARED, unit.block
+        runs, climbs = _unit_levels(plan, index, begin)
         key = (unit.block, unit.step)
         levels[key] = (levels.get(key, (stream, 0))[0], runs)
-        # attention and motion modules directly follow the unit before them, so that what they need
-        # more can be added behind it
-        climbs = SPLIT if index + 1 == fork_unit else SHARED if runs == MERGED else None
-        if stream != runs or climbs is not None or (runs != SPLIT and not before_fork):
+        changes = stream != runs or climbs is not None
+        if changes or (runs != SPLIT and not is_before_fork):
             plan.sites.append(Site(unit.name, unit.module, stream, runs, climbs))
-        if index == fork_unit:
-            begin.level = MERGED if merge and index == 1 and fork_block == 0 else SHARED
-            plan.levels[fork] = begin.level
+        if index == begin.unit:
+            merged = plan.merged and index == 1 and begin.block == 0
+            plan.levels[begin.fork] = MERGED if merged else SHARED
             _fork_sites(plan, unit, begin)
-        if merge and index == 1:
+        if plan.merged and index == 1:
             plan.merged_until = _merged_attention(plan, unit, begin)
-        for i, block in enumerate(_blocks(unit)) if index >= fork_unit else ():
-            name = f"{unit.name}.transformer_blocks.{i}"
-            is_behind = index > fork_unit or i > fork_block
-            if is_behind and name not in plan.blocks and runs_without(blocks.get(name)):
-                plan.sites.append(Site(name, block, SPLIT, SHARED))
-                plan.blocks[name] = SPLIT, SHARED
-                if index == fork_unit:
-                    plan.extend(name)
-            is_split = is_behind or name == fork or fork.startswith(f"{name}.")
-            if long_text and is_split and name not in plan.blocks:
-                plan.sites += text_key_sites(block, name)
+        if index >= begin.unit:
+            _plan_blocks(plan, unit, begin, is_behind=index > begin.unit)
         stream = runs if climbs is None else climbs
-    _plan_skips(model, plan, levels)
-    return plan
+    return levels
+
+
+def _plan_entry(plan: BranchPlan, model: Any, units: list[_Unit], begin: _Begin) -> int:
+    """The site of ``conv_in``, where it has one; returns the level that the first unit sees."""
+    # conv_in is 0.05 % of a row: where its skip is needed on all rows, so it is computed
+    if max(i for i, unit in enumerate(units) if ".resnets." in unit.name) >= begin.unit:
+        return SPLIT
+    plan.sites.append(Site("conv_in", model.conv_in, SPLIT, SHARED))
+    return SHARED
+
+
+def _unit_levels(plan: BranchPlan, index: int, begin: _Begin) -> tuple[int, int | None]:
+    """The level that a unit runs at, and the one that its output is brought to."""
+    runs = SHARED if index < begin.unit else SPLIT
+    if plan.merged and index == 0:
+        runs = MERGED
+    # attention and motion modules directly follow the unit before them, so that what they need
+    # more can be added behind it
+    if index + 1 == begin.unit:
+        return runs, SPLIT
+    return runs, SHARED if runs == MERGED else None
+
+
+def _plan_blocks(plan: BranchPlan, unit: _Unit, begin: _Begin, *, is_behind: bool) -> None:
+    """Sites inside a transformer from the fork on: skipped blocks, and keys of a long text."""
+    for index, block in enumerate(_blocks(unit)):
+        name = f"{unit.name}.transformer_blocks.{index}"
+        behind = is_behind or index > begin.block
+        if behind and name not in plan.blocks and runs_without(begin.blocks.get(name)):
+            plan.sites.append(Site(name, block, SPLIT, SHARED))
+            plan.blocks[name] = SPLIT, SHARED
+            if not is_behind:
+                plan.extend(name)
+        is_split = behind or name == begin.fork or begin.fork.startswith(f"{name}.")
+        if begin.long_text and is_split and name not in plan.blocks:
+            plan.sites += text_key_sites(block, name)
 
 
 def _block_site(model: Any, block: tuple[int, int], stream: int) -> Site:
@@ -211,18 +263,6 @@ def _merged_attention(plan: BranchPlan, unit: _Unit, begin: _Begin) -> str:
         return begin.fork
     plan.sites.append(Site(f"{name}.attn1", _blocks(unit)[0].attn1, SHARED, MERGED, SHARED))
     return f"{name}.attn2"
-
-
-@dataclass
-class _Begin:
-    """How the perturbed branches begin in the transformer that holds the fork."""
-
-    fork: str
-    block: int
-    is_block: bool = False  # the fork is a whole block
-    behind: bool = False  # nothing in the fork's block needs the perturbed rows
-    shuffled: bool = False  # nor does anything up to the transformer's end
-    level: int = SHARED  # that the fork's input arrives at
 
 
 def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
@@ -247,13 +287,13 @@ def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
             for attn in ("attn1", "attn2")
             if getattr(block, attn, None) is not None
         ]
-        plan.sites += block_sites(name, attentions, begin.fork, begin.level)
+        plan.sites += block_sites(name, attentions, begin.fork, plan.levels[begin.fork])
 
 
 def _plan_skips(
     model: Any,
     plan: BranchPlan,
-    levels: dict[tuple[tuple[int, int], int], tuple[int, int]],
+    levels: _Levels,
 ) -> None:
     """Levels of the skip tensors: made along the way down, consumed along the way up."""
     made: list[list[int]] = []

@@ -1,0 +1,51 @@
+"""``FluxTransformer2DModel``: FLUX.1."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..processors import PerturbedFluxAttention
+from ..sharing.dit_plan import plan_dit
+from ..sharing.layout import TEXT_THEN_IMAGE, Layout
+from .description import Checkpoint, ModelDescription
+from .tensors import Latent, NewTensors, packed
+
+_LAYOUT = Layout(("transformer_blocks", "single_transformer_blocks"), ("attn",))
+_TEXT_TOKENS = 512  # as long as the pipeline pads prompts
+
+
+def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    config, tokens = model.config, packed(latent)
+    return {
+        "hidden_states": new(rows, tokens, config.in_channels),
+        "timestep": new(rows),
+        "guidance": new(rows, dtype=torch.float32) if config.guidance_embeds else None,
+        "pooled_projections": new(rows, config.pooled_projection_dim),
+        "encoder_hidden_states": new(rows, _TEXT_TOKENS, config.joint_attention_dim),
+        "txt_ids": new(_TEXT_TOKENS, 3),
+        "img_ids": new(tokens, 3),
+    }
+
+
+def _sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    text = call["encoder_hidden_states"].shape[1]
+    return (text,), call["hidden_states"].shape[1]
+
+
+DESCRIPTION = ModelDescription(
+    "FluxTransformer2DModel",
+    PerturbedFluxAttention,
+    partial(plan_dit, layout=_LAYOUT),
+    _inputs,
+    blocks={
+        "FluxTransformerBlock": TEXT_THEN_IMAGE,
+        "FluxSingleTransformerBlock": TEXT_THEN_IMAGE,
+    },
+    layout=_LAYOUT,
+    replaces=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}),
+    sequence=_sequence,
+    checkpoints=(Checkpoint("FluxPipeline", "FLUX.1-dev", {"guidance_embeds": True}),),
+)

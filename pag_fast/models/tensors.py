@@ -1,0 +1,53 @@
+"""Tensors of the right shapes and nothing in them, for the arguments of a denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CLIP_TOKENS, T5_TOKENS = 77, 256
+"""As long as the pipelines pad prompts."""
+
+Latent = tuple[int, int, int]
+"""Latent frames, height and width."""
+
+
+class NewTensors:
+    """Makes tensors for one model."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+
+    def mask(self, rows: int, tokens: int) -> torch.Tensor:
+        """Of prompts that need no padding."""
+        return torch.ones((rows, tokens), device=self.device, dtype=torch.int64).as_subclass(_Full)
+
+    def table(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of a rotary embedding."""
+        return self(*shape, dtype=torch.float32), self(*shape, dtype=torch.float32)
+
+
+class _Full(torch.Tensor):
+    """A mask whose lengths can be read on the meta device, too: no token is padding."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.sum and args[0].is_meta:
+                rows, tokens = args[0].shape
+                return torch.full((rows,), tokens)
+            return func(*args, **(kwargs or {}))
+
+
+def patches(model: Any, latent: Latent) -> int:
+    """Tokens of a picture that the model cuts into patches."""
+    return (latent[1] // model.config.patch_size) * (latent[2] // model.config.patch_size)
+
+
+def packed(latent: Latent) -> int:
+    """Tokens of a picture whose latents are packed two by two by the pipeline."""
+    return (latent[1] // 2) * (latent[2] // 2)

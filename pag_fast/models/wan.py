@@ -1,0 +1,44 @@
+"""``WanTransformer3DModel``: Wan 2.1 and 2.2."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..processors import PerturbedVideoAttention
+from ..sharing.dit_plan import plan_dit
+from ..sharing.layout import IMAGE_ALONE, Layout
+from .description import Checkpoint, ModelDescription
+from .tensors import Latent, NewTensors
+
+_LAYOUT = Layout(("blocks",), ("attn1",), merge=True)
+_TEXT_TOKENS = 512  # as long as the pipeline pads prompts
+_SIZE: dict[str, Any] = {"height": 480, "width": 832, "frames": 81, "frame_factor": 4}
+_1300M = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+
+
+def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    config = model.config
+    return {
+        "hidden_states": new(rows, config.in_channels, *latent),
+        "timestep": new(rows, dtype=torch.int64),
+        "encoder_hidden_states": new(rows, _TEXT_TOKENS, config.text_dim),
+    }
+
+
+DESCRIPTION = ModelDescription(
+    "WanTransformer3DModel",
+    PerturbedVideoAttention,
+    partial(plan_dit, layout=_LAYOUT),
+    _inputs,
+    blocks={"WanTransformerBlock": IMAGE_ALONE},
+    layout=_LAYOUT,
+    text=frozenset({"encoder_hidden_states"}),
+    replaces=frozenset({"WanAttnProcessor", "WanAttnProcessor2_0"}),
+    checkpoints=(
+        Checkpoint("WanPipeline", "Wan 2.1 T2V 14B", **_SIZE),
+        Checkpoint("WanPipeline", "Wan 2.1 T2V 1.3B", _1300M, **_SIZE, variant="1.3B"),
+    ),
+)

@@ -1,0 +1,160 @@
+"""What a file in this package says about a class of pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from ..config import PatchConfig
+
+Arguments = Mapping[str, Any]
+"""The arguments of the pipeline's call, defaults included."""
+
+Kind = Literal["pag", "injected", "sag"]
+
+_EVERY_OPTION = frozenset(field.name for field in fields(PatchConfig))
+_OPTIONS: dict[Kind, frozenset[str]] = {
+    "injected": _EVERY_OPTION,
+    "pag": _EVERY_OPTION - {"pag_scale", "pag_adaptive_scale"},
+    "sag": frozenset({"backend", "cache_conditioning", "fewer_launches", "strict"}),
+}
+
+
+# ---- whether a call uses CFG, and its scale ----
+
+
+def property_cfg(pipe: Any, arguments: Arguments) -> bool:
+    """As the pipeline's own property says."""
+    return bool(pipe.do_classifier_free_guidance)
+
+
+def property_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
+    """The pipeline's own property, which a callback may have changed."""
+    return float(pipe.guidance_scale)
+
+
+def argument_cfg(pipe: Any, arguments: Arguments) -> bool:
+    """As the call's ``guidance_scale`` says."""
+    return float(arguments["guidance_scale"]) > 1.0
+
+
+def argument_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
+    """The call's ``guidance_scale``."""
+    return float(arguments["guidance_scale"])
+
+
+def true_cfg(pipe: Any, arguments: Arguments) -> bool:
+    """Models that are distilled for guidance use CFG where a negative prompt is given."""
+    if float(arguments["true_cfg_scale"]) <= 1.0:
+        return False
+    # Flux and HunyuanVideo need both parts of a negative prompt, Qwen-Image has one
+    names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    embeds = [arguments[name] is not None for name in names if name in arguments]
+    return arguments["negative_prompt"] is not None or all(embeds)
+
+
+def true_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
+    """The call's ``true_cfg_scale``."""
+    return float(arguments["true_cfg_scale"])
+
+
+# ---- the description ----
+
+
+@dataclass(frozen=True)
+class PipelineDescription:
+    """A class of pipelines.
+
+    Attributes:
+        name: of the class.
+        kind: ``"pag"`` for those of diffusers that have PAG, ``"injected"`` for those that have
+            not and get it here, ``"sag"`` for Self-Attention Guidance.
+        layers: layers that are perturbed unless others are chosen; for PAG pipelines, those that
+            the documentation names.
+        source: where that choice comes from.
+        denoisers: attributes that hold the denoisers.
+        passes: ``"together"``: one call of the denoiser with ``[uncond | cond]``; ``"apart"``: one
+            with cond, then one with uncond.
+        guidance: ``"linear"``: what CFG returns is a linear function of both predictions;
+            ``"normalised"``: it is scaled by a norm or a deviation of them.
+        normalised_by: the argument of the call that turns the latter on; empty: it always is.
+        cfg: whether a call uses CFG.
+        scale: its CFG scale in a step, where it uses CFG, from the pipeline, the call's arguments,
+            the step's number and the name of the denoiser; ``None`` where it is not known yet.
+        rescales_again: the pipeline rescales guidance itself, behind the op that has done it.
+        guess_mode_images: in guess mode the control images have to be doubled all the same.
+        mask_of_image_latents: with image latents there are no masked image latents to take apart.
+    """
+
+    name: str
+    kind: Kind
+    layers: tuple[str, ...] = ()
+    source: str = ""
+    denoisers: tuple[str, ...] = ("transformer",)
+    passes: Literal["together", "apart"] = "together"
+    guidance: Literal["linear", "normalised"] = "linear"
+    normalised_by: str = ""
+    cfg: Callable[[Any, Arguments], bool] = property_cfg
+    scale: Callable[[Any, Arguments, int, str], float | None] = property_scale
+    rescales_again: bool = False
+    guess_mode_images: bool = False
+    mask_of_image_latents: bool = False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether uncond and cond are two calls of the denoiser."""
+        return self.passes == "apart"
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The options of :class:`pag_fast.PatchConfig` that mean something for this pipeline."""
+        return _OPTIONS[self.kind]
+
+    def is_normalised(self, arguments: Arguments) -> bool:
+        """Whether a call scales what CFG returns, so that PAG has to know CFG's scale."""
+        if self.guidance == "linear":
+            return False
+        return not self.normalised_by or bool(arguments.get(self.normalised_by))
+
+
+def check_options(description: PipelineDescription, config: PatchConfig) -> None:
+    """Refuse options that a pipeline has no use for.
+
+    Raises:
+        ValueError: such an option is set to another value than its default.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in description.options and value != field.default:
+            raise ValueError(_no_option(description, field.name, value))
+    mode = config.rescale_mode
+    if description.sequential and mode not in (None, "partial"):
+        raise ValueError(
+            f"rescale_mode={mode!r} needs the unconditional prediction next to the others, and "
+            f"{description.name} runs its model once for each: use rescale_mode='partial', or no "
+            "rescale."
+        )
+
+
+def _no_option(description: PipelineDescription, name: str, value: Any) -> str:
+    if description.kind == "pag":
+        return (
+            f"{name} is an option for pipelines that have no PAG of their own. This one takes it "
+            f"in every call: pipe(prompt, {name}={value!r})."
+        )
+    if name == "layers":
+        return (
+            "Self-Attention Guidance perturbs no layers: it blurs what the middle self-attention "
+            f"looks at. Leave out layers for {description.name}."
+        )
+    if name == "compile":
+        return (
+            f"{description.name} puts a new hook onto its UNet in every call, for which a compiled "
+            "UNet would be compiled anew: leave out compile."
+        )
+    return (
+        f"{description.name} has no use for {name}={value!r}: Self-Attention Guidance has no "
+        f"perturbed branch, and takes {', '.join(sorted(description.options))} alone. Leave out "
+        f"{name}."
+    )

@@ -1,0 +1,21 @@
+"""Qwen-Image."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from .description import PipelineDescription, true_cfg, true_scale
+
+_QWEN = partial(
+    PipelineDescription,
+    kind="injected",
+    layers=("blocks.40",),
+    source="untested: two thirds of the way through, where shared blocks make PAG cheap",
+    passes="apart",
+    # what CFG returns gets the norm of cond
+    guidance="normalised",
+    cfg=true_cfg,
+    scale=true_scale,
+)
+
+PIPELINES = (_QWEN("QwenImagePipeline"), _QWEN("QwenImageImg2ImgPipeline"))

@@ -1,0 +1,64 @@
+"""What is known about a pipeline: the descriptions of this package, found by class name.
+
+A file in this package describes the pipelines of one family of models. To add some is to add a file
+that defines ``PIPELINES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models.registry import along_mro, denoiser_name, described
+from .description import PipelineDescription
+
+_OTHERS = ("description", "injected", "mixins", "registry")
+PIPELINES: tuple[PipelineDescription, ...] = tuple(
+    entry for family in described(__package__, ("PIPELINES",), others=_OTHERS) for entry in family
+)
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in PIPELINES if entry.kind == kind))
+
+
+PAG_PIPELINES, SAG_PIPELINES = _names("pag"), _names("sag")
+HOSTS = {name: entry for name in _names("injected") for entry in PIPELINES if entry.name == name}
+"""Pipelines without PAG of their own."""
+
+
+def description_of(cls: type) -> PipelineDescription | None:
+    """The description of a class of pipelines; ``None`` for one that is not known."""
+    found = along_mro(cls, PIPELINES)
+    has_pag = any(base.__name__ == "PAGMixin" for base in cls.__mro__)
+    # a PAG pipeline that nobody has described must not get PAG a second time
+    return None if found is not None and found.kind == "injected" and has_pag else found
+
+
+def describe_pipeline(pipe: Any) -> PipelineDescription:
+    """The description of a pipeline's class.
+
+    Raises:
+        ValueError: a pipeline that cannot be patched.
+    """
+    found = description_of(type(pipe))
+    if found is None:
+        raise ValueError(
+            f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
+            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; pipelines without PAG: "
+            f"{', '.join(HOSTS)}; and {', '.join(SAG_PIPELINES)}."
+        )
+    return found
+
+
+def host_of(pipe: Any) -> PipelineDescription | None:
+    """The description of a pipeline without PAG; ``None`` for any other."""
+    found = description_of(type(pipe))
+    return found if found is not None and found.kind == "injected" else None
+
+
+def denoiser_names(pipe: Any) -> tuple[str, ...]:
+    """The attributes of ``pipe`` that hold its denoisers."""
+    found = description_of(type(pipe))
+    if found is None:
+        return (denoiser_name(pipe),)
+    return tuple(name for name in found.denoisers if getattr(pipe, name, None) is not None)

@@ -1,0 +1,81 @@
+"""How a diffusion transformer is built, as far as sharing has to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TEXT, IMAGE, PADDING = "text", "image", "padding"
+"""What the tokens of a stream are."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One of the sequences of tokens that a block takes and returns.
+
+    Attributes:
+        argument: the name of the block's argument that holds it.
+        tokens: what it consists of, in order: :data:`TEXT`, :data:`IMAGE` and :data:`PADDING`.
+    """
+
+    argument: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a class of transformers is built.
+
+    Attributes:
+        blocks: attributes that hold blocks, in execution order.
+        attentions: self-attentions of a block in execution order.
+        merge: only the text, behind block 0's self-attention, sets uncond apart.
+        before: in front of the blocks, modules or lists of them that take more than a block's
+            share.
+        equivariant: blocks treat an image token alike wherever it is.
+    """
+
+    blocks: tuple[str, ...]
+    attentions: tuple[str, ...]
+    merge: bool = False
+    before: tuple[str, ...] = ()
+    equivariant: bool = False
+
+
+IMAGE_ALONE = (Stream("hidden_states", (IMAGE,)),)
+TEXT_THEN_IMAGE = (
+    Stream("encoder_hidden_states", (TEXT,)),
+    Stream("hidden_states", (IMAGE,)),
+)
+IMAGE_THEN_TEXT = TEXT_THEN_IMAGE[::-1]
+"""Streams in the order in which most classes of blocks return them."""
+
+
+def walk(model: Any, layout: Layout) -> list[tuple[str, Any]]:
+    """The blocks of a model by name, in execution order."""
+    return [
+        (f"{part}.{index}", block)
+        for part in layout.blocks
+        for index, block in enumerate(getattr(model, part))
+    ]
+
+
+def attentions_of(block: Any, layout: Layout) -> list[tuple[str, Any]]:
+    """The self-attentions that a block has, by attribute, in execution order."""
+    found = [(name, getattr(block, name, None)) for name in layout.attentions]
+    return [(name, module) for name, module in found if module is not None]
+
+
+def attention_names(model: Any, layout: Layout) -> tuple[str, ...]:
+    """Names of a transformer's attentions over image tokens, in the order it runs them."""
+    return tuple(
+        f"{name}.{attention}"
+        for name, block in walk(model, layout)
+        for attention, _ in attentions_of(block, layout)
+    )
+
+
+def argument_order(streams: Sequence[Stream]) -> tuple[str, ...]:
+    """The arguments whose places a block's outputs take, in the order of the outputs."""
+    return tuple(stream.argument for stream in streams)
