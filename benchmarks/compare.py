@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pag_fast.analysis.explain import table
+from pag_fast.analysis.explanation import table
 from pag_fast.tools.bench.record import Results, Spread, read, read_json
 
 COUNTED = ("flops", "launches", "bytes")  # of a step

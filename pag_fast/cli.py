@@ -98,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="under torch.compile too")
     bench.set_defaults(run=_bench)
 
+    _verify_options(commands)
+
+    env = commands.add_parser("env", help="versions and devices, for a bug report")
+    env.set_defaults(run=lambda arguments: print("\n".join(environment())))
+    return parser
+
+
+def _verify_options(commands: Any) -> None:
     verify = commands.add_parser(
         "verify", help="one call stock and one patched: do they differ? For a bug report"
     )
@@ -119,10 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", type=Path, help="write the result to this file too")
     verify.set_defaults(run=_verify)
-
-    env = commands.add_parser("env", help="versions and devices, for a bug report")
-    env.set_defaults(run=lambda arguments: print("\n".join(environment())))
-    return parser
 
 
 def _pipeline_options(
@@ -193,7 +197,7 @@ def _layers(arguments: argparse.Namespace) -> None:
 
 
 def _ledger(arguments: argparse.Namespace) -> None:
-    from .analysis.explain import flops_table
+    from .analysis.explanation import flops_table
     from .analysis.ledger import ledger
 
     entries = []
@@ -209,7 +213,7 @@ def _ledger(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from . import explain, patched
-    from .analysis.explain import table
+    from .analysis.explanation import table
     from .tools import load as models
     from .tools.demo import run_demo, write_demo
     from .tools.metrics import NearestPicture
@@ -254,7 +258,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from .analysis.verify import verify
-    from .models.registry import SAG_PIPELINES
+    from .pipelines.registry import SAG_PIPELINES
     from .tools import load as models
 
     scale = arguments.guidance_scale

@@ -23,7 +23,9 @@ from pag_fast.fusion import Fusion
 from pag_fast.fusion.packed_linears import _WHOLES, PackedLinears
 from pag_fast.fusion.projections import QKV, TimeProjections
 from pag_fast.fusion.unit import UNIT
+from pag_fast.runtime.instance_patch import InstancePatch, as_put_on
 from pag_fast.sharing.replacement import MISSING
+from pag_fast.sharing.rows import BranchState
 
 UNET = "StableDiffusionPAGPipeline"
 
@@ -181,7 +183,7 @@ def test_slices_begin_on_16_bytes():
 
 
 def _state():
-    state = pag_fast.sharing.rows.BranchState()
+    state = BranchState()
     state.thread = get_ident()
     return state
 
@@ -441,7 +443,7 @@ def _calls(pipe, name, steps=1):
 
 
 def _alone_and_together(model, calls, fusion):
-    state = pag_fast.sharing.rows.BranchState()
+    state = fusion.state
 
     def run():
         outs = []
@@ -452,13 +454,12 @@ def _alone_and_together(model, calls, fusion):
 
     with torch.no_grad():
         alone = run()
-        undo = fusion.install(state)
-        try:
-            with CountOps() as counted:
-                together = run()
-        finally:
-            for put_back in reversed(undo):
-                put_back()
+        fusion.refresh()
+        fusion.begin()
+        state.thread = get_ident()
+        with as_put_on(InstancePatch(fusion.entries)), CountOps() as counted:
+            together = run()
+        state.thread = 0
         with CountOps() as stock:
             assert torch.equal(run(), alone)
     products = [ops["aten::mm"] + ops["aten::addmm"] for ops in (stock.ops, counted.ops)]

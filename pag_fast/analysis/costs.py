@@ -64,7 +64,7 @@ class LayerCosts:
 
     def table(self, *, every: bool = False) -> str:
         """Lines of text: one for each layer, or for each transformer that holds some."""
-        from .explain import table
+        from .explanation import table
 
         unit = "with CFG" if self.cfg else "without CFG"
         rows = []

@@ -2,133 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import PatchConfig
-from ..fusion import Lean
+from ..fusion import Fusion
 from ..models.inputs import Size
 from ..models.registry import controlnets, denoiser_name, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, host_of
+from ..runtime.compatibility import explain_lines, look
 from ..runtime.installation import Installation, PerturbedBranch, is_eager
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import BranchPlan
 from ..sharing.unet_plan import plan_controlnet
-from .flops import Cost, controlnet_cost, step_costs
+from .explanation import PIPELINES_SCALE, Explanation, ModelCall, Predicted
+from .flops import controlnet_cost, step_costs
 from .published import meta_twin
-
-_PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """Rows, in units of one branch, that a model call runs on."""
-
-    model: str
-    cfg: bool
-    stock: int
-    patched: str
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """FLOPs of a step for one image."""
-
-    cfg: bool
-    stock: int
-    patched: int
-    bound: int
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The answer of :func:`explain`: attributes are the data, ``str()`` is the table.
-
-    Attributes:
-        layers: perturbed attention modules, or blocks, in execution order; empty for Self-Attention
-            Guidance, which perturbs none.
-        fork: the first of them, where the perturbed branch begins.
-        perturbations: each perturbed branch: what sets it apart, where, and how strongly it guides.
-        tree: where uncond, cond and perturbed part, or what the passes of a step are, in words.
-        sites: modules whose rows are changed, with the levels they go through.
-        calls: what each model call runs on.
-        flops: predicted FLOPs of a step, stock, patched and lower bound; empty where unknown.
-        schedule: the PAG scale from step to step, in words; empty where there is none.
-        size, frames: ``(height, width)`` in pixels, and of a video the frames, the prediction is
-            for.
-        steps: denoiser calls so far, by how they ran.
-        fallbacks: reasons why something ran unshared, and how often.
-        once: modules that run once per call, as they see nothing but the conditioning.
-        launches: what is left out of every step without changing its result, by model.
-        source: where a choice of layers that nobody made comes from: a paper, an issue, or none.
-        findings: what others have put on the models, and what comes of it.
-    """
-
-    pipeline: str
-    denoiser: str
-    is_patched: bool
-    backend: str
-    layers: tuple[str, ...]
-    fork: str | None
-    tree: tuple[str, ...]
-    sites: tuple[str, ...]
-    calls: tuple[ModelCall, ...]
-    flops: tuple[Predicted, ...]
-    size: tuple[int, int]
-    schedule: str = _PIPELINES_SCALE
-    steps: dict[str, int] = field(default_factory=dict)
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    once: tuple[str, ...] = ()
-    launches: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    perturbations: tuple[str, ...] = ()
-    frames: int = 1
-    source: str = ""
-    findings: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain lists, dicts and numbers, ready for JSON."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        state = (
-            f"patched, backend {self.backend}" if self.is_patched else "not patched; if it were:"
-        )
-        lines = [f"{self.pipeline} · {self.denoiser} · {state}", ""]
-        source = f", by default: {self.source}" if self.source else ""
-        if self.layers:
-            lines += [f"perturbed layers ({len(self.layers)}){source}", *_shorten(self.layers), ""]
-            lines += ["perturbation", *[f"  {line}" for line in self.perturbations], ""]
-        title = "branch tree" if self.layers else "passes of a step"
-        lines += [title, *[f"  {line}" for line in self.tree], ""]
-        rows = [(c.model, "on" if c.cfg else "off", str(c.stock), c.patched) for c in self.calls]
-        lines += table(("model call", "CFG", "branches stock", "branches patched"), rows)
-        if self.schedule:
-            lines += ["", f"PAG scale: {self.schedule}"]
-        if self.flops:
-            lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
-            lines += flops_table(
-                [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
-                "CFG",
-            )
-        if self.once:
-            lines += ["", f"once per call: {_summary(self.once)}"]
-        if self.launches:
-            lines += ["", "fewer launches", *[f"  {line}" for line in self.launches]]
-        if self.steps:
-            lines += ["", "steps so far: " + ", ".join(f"{k} {v}" for k, v in self.steps.items())]
-        for reason, times in self.fallbacks.items():
-            lines.append(f"fallback ×{times}: {reason}")
-        if self.findings:
-            lines += ["", "others on the model", *[f"  {line}" for line in self.findings]]
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
 
 
 def explain(
@@ -183,11 +73,12 @@ def explain(
         calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches), sequential)),
         flops=predicted,
         size=(size.height, size.width),
-        schedule=_PIPELINES_SCALE if config.schedule is None else str(config.schedule),
+        schedule=PIPELINES_SCALE if config.schedule is None else str(config.schedule),
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),
         once=tuple(_once(pipe, config)),
         launches=tuple(_launches(pipe, config, installed.same_input())),
+        findings=tuple(_findings(pipe, (*denoiser_names(pipe), "controlnet"), sequential)),
         notes=tuple(notes),
         perturbations=tuple(map(_describe, installed.branches)),
         frames=size.frames,
@@ -218,14 +109,23 @@ def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iter
         for net in [] if model is None else controlnets(model):
             if is_eager(model, net):
                 names = {} if part == "controlnet" else perturbed
-                for line in Lean(net, names, traced=config.traces).summary():
+                for line in _fusion(pipe, net, names, config).summary():
                     yield f"{type(net).__name__}: {line}"
 
 
-def _summary(names: Sequence[str]) -> str:
-    pairs = [name for name in names if name.endswith((".to_k", ".to_v", ".to_kv"))]
-    others = [name for name in names if name not in pairs]
-    return ", ".join([*others, f"{len(pairs)} keys and values of text"] if pairs else others)
+def _fusion(pipe: Any, net: Any, names: dict[str, int], config: PatchConfig) -> Fusion:
+    """What ran in the latest call of a patched pipeline, or would run."""
+    ran = getattr(getattr(pipe, "_pag_fast", None), "fusion_of", lambda _: None)(net)
+    return Fusion(net, names, traced=config.traces) if ran is None else ran
+
+
+def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[str]:
+    """What others have put on the models, and what pag_fast does about it."""
+    for part in parts:
+        model = getattr(pipe, part, None)
+        for net in [] if model is None else controlnets(model):
+            for line in explain_lines(look(net, passes_apart=passes_apart)):
+                yield f"{type(net).__name__}: {line}"
 
 
 def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
@@ -293,40 +193,3 @@ def _predict(
         notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {error})")
         return ()
     return tuple(predicted)
-
-
-def _shorten(names: Sequence[str]) -> list[str]:
-    if len(names) > 8:
-        names = [*names[:4], f"… {len(names) - 6} more", *names[-2:]]
-    return [f"  {name}" for name in names]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a plain-text table: first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "  ".join([first, *rest]).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return [line(header), rule, *map(line, rows)]
-
-
-def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
-    """The FLOP columns that ``explain`` and the ledger share."""
-    return table(
-        (first, "stock", "patched", "lower bound", "stock/patched", "over bound"),
-        [
-            (
-                label,
-                f"{cost.stock / 1e12:.3f}",
-                f"{cost.patched / 1e12:.3f}",
-                f"{cost.bound / 1e12:.3f}" if cost.bound else "–",
-                f"{cost.speedup:.3f}×",
-                f"{100 * (cost.patched / cost.bound - 1):.2f} %" if cost.bound else "–",
-            )
-            for label, cost in costs
-        ],
-    )

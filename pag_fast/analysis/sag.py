@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config import PatchConfig
-from ..fusion import Lean
+from ..fusion import Fusion
 from ..models.registry import has_compiled, uncompiled
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import is_compiled
-from .explain import Explanation, ModelCall
+from .explanation import Explanation, ModelCall
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -61,4 +61,4 @@ def _launches(model: Any, config: PatchConfig) -> Iterator[str]:
     name = type(model).__name__
     yield f"{name}: fused attention in {ATTENTION}, no map stored"
     if config.fewer_launches:
-        yield from (f"{name}: {line}" for line in Lean(model).summary())
+        yield from (f"{name}: {line}" for line in Fusion(model).summary())

@@ -26,7 +26,8 @@ from ..pipelines.registry import host_of
 from ..sag import is_sag
 from ..settings.layers import Layers
 from ..version import __version__
-from .explain import Explanation, explain
+from .explain import explain
+from .explanation import Explanation
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """The relative difference that rounding may make in the few steps of :func:`verify`."""

@@ -11,23 +11,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..sharing.plan import eager_modules, has_diffusers_hooks, replace_forward
+from ..sharing.plan import eager_modules, has_diffusers_hooks
 from ..sharing.rows import BranchState
 from .packed_linears import shared_memory
 from .processors import attention_projections, time_projection
 from .projections import QKV, Group, TimeProjections
 from .unit import UNIT
 
-__all__ = ["Fusion", "Lean"]
+__all__ = ["Fusion"]
 
 Entry = tuple[dict[str, Any], str, Any]
 
@@ -64,25 +62,7 @@ class Fusion:
         self.state = BranchState() if state is None else state
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
-        perturbed = perturbed or {}
-        eager = {name for name, _ in eager_modules(model)}
-        owners = Counter(id(c) for m in model.modules() for c in m._modules.values())
-        layers: list[tuple[nn.Module, str, str]] = []
-        for name, module in model.named_modules():
-            if name in eager:
-                self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
-                names = time_projection(module)
-                # an activation that somebody else runs too has to activate for him
-                if names and all(owners[id(module._modules[x])] == 1 for x in names):
-                    layers.append((module, *names))
-            if traced or name in eager:
-                count = perturbed.get(name, 3)
-                for parts, linears in attention_projections(name, module, count):
-                    if all(owners[id(linear)] == 1 for linear in linears):
-                        ours = name in perturbed
-                        self.groups.append(QKV(self.state, module, parts, perturbed=ours))
-        if len(layers) > 1:
-            self.groups.append(TimeProjections(self.state, layers))
+        self._collect(perturbed or {}, traced)
         self.entries: list[Entry] = []
         self._together: list[Entry] = []  # while nobody needs gradients
         self._apart: list[Entry] = []
@@ -90,6 +70,27 @@ class Fusion:
         self._looked = False
         self._watch = _Watch(model, self.groups, self.divisors)
         self._seen: Any = None
+
+    def _collect(self, perturbed: Mapping[str, int], traced: bool) -> None:
+        """Find everything in the model that could be left out or computed together."""
+        eager = {name for name, _ in eager_modules(self.model)}
+        owners = Counter(id(c) for m in self.model.modules() for c in m._modules.values())
+        layers: list[tuple[nn.Module, str, str]] = []
+        for name, module in self.model.named_modules():
+            if name in eager:
+                self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
+                names = time_projection(module)
+                # an activation that somebody else runs too has to activate for him
+                if names and all(owners[id(module._modules[x])] == 1 for x in names):
+                    layers.append((module, *names))
+            if not (traced or name in eager):
+                continue
+            for parts, linears in attention_projections(name, module, perturbed.get(name, 3)):
+                if all(owners[id(linear)] == 1 for linear in linears):
+                    ours = name in perturbed
+                    self.groups.append(QKV(self.state, module, parts, perturbed=ours))
+        if len(layers) > 1:
+            self.groups.append(TimeProjections(self.state, layers))
 
     # ---- per forward ----
 
@@ -197,37 +198,6 @@ class Fusion:
         if self.divisors:
             lines.append(f"divisions by one left out: {len(self.divisors)}")
         return tuple(lines)
-
-    # ---- for a whole call ----
-
-    def install(self, state: BranchState) -> list[Callable[[], None]]:
-        """Put everything in place for this thread; returns what takes it off again."""
-        self.state = state
-        for group in self.groups:
-            group.use(state)
-        with torch.no_grad():  # pipelines denoise without gradients; members look for themselves
-            self.refresh()
-        self.begin()
-        thread, state.thread = state.thread, get_ident()
-        undo: list[Callable[[], None]] = [partial(setattr, state, "thread", thread)]
-        for own, key, value in self.entries:
-            if key != "forward":
-                before, own[key] = own[key], value
-                undo.append(partial(own.__setitem__, key, before))
-        if self.entries is self._together:
-            for group in self._used:
-                for member in group.members:
-                    undo.append(replace_forward(member.module, member))
-                undo.append(group.forget)
-        return undo
-
-    def check(self) -> None:
-        """A callback may have replaced weights: groups that are no longer joined run apart."""
-        for group in self._used:
-            group.broken = group.broken or not group.packed.intact()
-
-
-Lean = Fusion
 
 
 class _Watch:

@@ -11,7 +11,7 @@ from typing import Any
 from ..models.registry import along_mro, denoiser_name, described
 from .description import PipelineDescription
 
-_OTHERS = ("description", "injected", "mixins", "registry")
+_OTHERS = ("description", "registry")
 PIPELINES: tuple[PipelineDescription, ...] = tuple(
     entry for family in described(__package__, ("PIPELINES",), others=_OTHERS) for entry in family
 )

@@ -20,7 +20,7 @@ from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, is_compiled
 from ..sharing.replacement import Replacement
 from ..sharing.rows import SPLIT, BranchState
-from .instance_patch import InstancePatch
+from .instance_patch import Entry, InstancePatch
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -150,14 +150,7 @@ class Installation:
             self.fusion = Fusion(
                 denoiser, self.same_input(), traced=config.traces, state=self.state
             )
-        hooks = [(module, block.enter, block.leave) for module, block in self.blocks]
-        hooks += self.plan.hooks(self.state, without=self.invariants)
-        self._own = [
-            *[(vars(attention), "processor", self.processors[name])
-              for name, attention in self.attentions.items()],
-            *forward_entries(self.state, hooks),
-            *[(vars(x.module), "forward", x) for x in self.invariants.values()],
-        ]  # fmt: skip
+        self._own = self._entries()
         self._patches: dict[bool, InstancePatch] = {}
         self._placed = [
             p for p in self.processors.values() if any(c is not None for c in p.constants)
@@ -167,6 +160,19 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _entries(self) -> list[Entry]:
+        """Processors and forwards, ready for an instance patch."""
+        hooks = [(module, block.enter, block.leave) for module, block in self.blocks]
+        hooks += self.plan.hooks(self.state, without=self.invariants)
+        return [
+            *[
+                (vars(attention), "processor", self.processors[name])
+                for name, attention in self.attentions.items()
+            ],
+            *forward_entries(self.state, hooks),
+            *[(vars(x.module), "forward", x) for x in self.invariants.values()],
+        ]
 
     def patch(self, *, fused: bool) -> InstancePatch:
         """What is put on the denoiser for a forward; ``fused``: with joined weights.

@@ -309,6 +309,13 @@ class PatchState(BasicState):
             self._fusions[id(controlnet)] = found = key, fusion
         return found[1]
 
+    def fusion_of(self, model: Any) -> Fusion | None:
+        """What was joined in a model in the latest call, if it has run."""
+        if id(model) in self._fusions:
+            return self._fusions[id(model)][1]
+        of_model = [x for (key, *_), (_, x) in self._installed.items() if key == id(model)]
+        return of_model[-1].fusion if of_model else None
+
     def forget_fusion(self, controlnet: Any) -> None:
         """A forward of a ControlNet has ended: free what its products have left."""
         found = self._fusions.get(id(controlnet))

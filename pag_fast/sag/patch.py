@@ -24,13 +24,13 @@ class SagPatch(BasicState):
     """As :class:`pag_fast.runtime.patch_state.PatchState`: settings, steps, what can be reused.
 
     Raises:
-        ValueError: options that mean nothing here, or a pipeline that is not as diffusers wrote it.
+        ValueError: a pipeline that is not as diffusers wrote it.
     """
 
     def __init__(self, pipe: Any, config: PatchConfig) -> None:
         before = getattr(pipe, "_pag_fast", None)
         self.original_class: type = type(pipe) if before is None else before.original_class
-        _check(pipe, self.original_class, config)
+        _check(pipe, self.original_class)
         super().__init__(config)
         # lasting: compiled blocks guard on it
         self.processor = RememberingSelfAttention()
@@ -84,17 +84,7 @@ def _refuse_call_layers(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _check(pipe: Any, cls: type, config: PatchConfig) -> None:
-    if config.layers is not None:
-        raise ValueError(
-            "Self-Attention Guidance perturbs no layers: it blurs what the middle self-attention "
-            f"looks at. Leave out layers for {cls.__name__}."
-        )
-    if config.compilation is not None:
-        raise ValueError(
-            f"{cls.__name__} puts a new hook onto its UNet in every call, for which a compiled "
-            "UNet would be compiled anew: leave out compile."
-        )
+def _check(pipe: Any, cls: type) -> None:
     for name in _METHODS:
         if not getattr(cls, name).__module__.startswith("diffusers."):
             raise ValueError(

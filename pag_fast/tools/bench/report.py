@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...analysis.explain import table as text_table
+from ...analysis.explanation import table as text_table
 from .record import Row
 
 OURS, GREY, DARK = "#2a78d6", "#b9bec6", "#333333"

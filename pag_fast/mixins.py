@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.registry import denoiser_name, uncompiled
-from ..runtime.installation import perturbed_branches
-from ..sag.pipeline import PatchedSagPipeline
-from ..settings.layers import Layers, as_list
-from .registry import denoiser_names, description_of
+from .models.registry import denoiser_name, uncompiled
+from .pipelines.registry import denoiser_names, description_of
+from .runtime.installation import perturbed_branches
+from .sag.pipeline import PatchedSagPipeline
+from .settings.layers import Layers, as_list
 
 if TYPE_CHECKING:
-    from ..runtime.patch_state import PatchState
+    from .runtime.patch_state import PatchState
 
 
 class PatchedPipeline:
