@@ -85,7 +85,7 @@ def kept_bytes(pipe, run) -> int:
         kept = (*session._kept.invariants, *session.controlnets.kept.invariants)
         outputs = [output for invariant in kept for output in invariant.kept.values()]
         tensors = [x for output in outputs for x in _tensors(output.value)]
-        groups = [group for lean in session._leans for _, group in lean._groups]
+        groups = [group for lean in session._leans for group in lean._used]
         times = [group for group in groups if isinstance(group, TimeProjections)]
         tensors += [x for group in times for x in (group._x, *group._wholes.values())]
         sizes.append(sum(x.nbytes for x in tensors))

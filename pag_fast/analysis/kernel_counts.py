@@ -34,6 +34,8 @@ _FREE = (
     "aten::detach",
     "aten::_unsafe_view",
     "aten::lift_fresh",
+    "aten::is_pinned",
+    "aten::set_",
     "aten::promote_types",
 )
 
