@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .models.registry import denoiser_name, uncompiled
-from .pipelines.registry import denoiser_names, description_of
-from .runtime.installation import perturbed_branches
+from .pipelines.registry import description_of
 from .sag.pipeline import PatchedSagPipeline
-from .settings.layers import Layers, as_list
+from .settings.layers import Layers
 
 if TYPE_CHECKING:
     from .runtime.patch_state import PatchState
@@ -65,16 +63,7 @@ class PatchedPipeline:
         if pag_attn_processors is not None:
             _check_processors(pag_attn_processors)
             self._pag_attn_processors = pag_attn_processors
-        config = self._pag_fast.config
-        if config.branches is not None:
-            raise ValueError(
-                "This pipeline was patched with branches, each of which has layers of its own: "
-                "patch it again to change them."
-            )
-        layers = as_list(pag_applied_layers)
-        denoiser = uncompiled(getattr(self, denoiser_name(self)))
-        perturbed_branches(denoiser, layers, config)
-        self.pag_applied_layers = layers
+        self.pag_applied_layers = self._pag_fast.checked_layers(self, pag_applied_layers)
 
     @property
     def pag_attn_processors(self) -> dict[str, Any]:
@@ -91,7 +80,7 @@ class PatchedPipeline:
         super().maybe_free_model_hooks()  # type: ignore[misc]
 
 
-class HostedPipeline:
+class InjectedPipeline:
     """A pipeline without PAG, with the attributes that the PAG pipelines of diffusers have."""
 
     _pag_fast: PatchState
@@ -118,11 +107,7 @@ class HostedPipeline:
 
     def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
         """Choose the perturbed layers; takes every form :func:`pag_fast.patch` takes."""
-        layers = as_list(pag_applied_layers)
-        for name in denoiser_names(self):
-            model = uncompiled(getattr(self, name))
-            perturbed_branches(model, layers, self._pag_fast.config)
-        self._pag_fast.layers = layers
+        self._pag_fast.layers = self._pag_fast.checked_layers(self, pag_applied_layers)
 
     def maybe_free_model_hooks(self) -> None:
         if self._pag_fast.session is not None:
@@ -177,7 +162,7 @@ def mixins(cls: type) -> tuple[type, ...]:
     if description.kind == "sag":
         return (PatchedSagPipeline,)
     if description.kind == "injected":
-        return (HostedPipeline,)
+        return (InjectedPipeline,)
     found: list[type] = [PatchedPipeline]
     if description.rescales_again:
         found.append(RescalesOnce)

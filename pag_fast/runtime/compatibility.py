@@ -119,7 +119,7 @@ def _where(names: list[str]) -> str:
 def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Found]:
     """Everything on one module."""
     own: Any = vars(module)
-    yield from torch_hooks(module)
+    yield from torch_hooks(module, outermost=not name)
     registry = own.get("_diffusers_hook")
     for hook in getattr(registry, "hooks", {}).values():
         yield diffusers_hook(hook, passes_apart=passes_apart)

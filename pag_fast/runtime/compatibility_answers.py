@@ -27,6 +27,7 @@ class Answer(Flag):
     WEIGHTS_APART = auto()
     NOTHING_KEPT = auto()
     MAY_SKIP = auto()
+    RECHECK = auto()
     REFUSE = auto()
 
 

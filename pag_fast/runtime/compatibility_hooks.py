@@ -153,13 +153,33 @@ def accelerate_hooks(hook: Any) -> Iterator[Found]:
         yield unknown(f"accelerate's {cls.__name__}")
 
 
-def torch_hooks(module: nn.Module) -> Iterator[Found]:
-    """What forward hooks and forward pre-hooks of a module ask for."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for hook in hooks.values():
-            found = torch_hook(hook)
-            if found is not None:
-                yield found
+def torch_hooks(module: nn.Module, *, outermost: bool = False) -> Iterator[Found]:
+    """What forward hooks and forward pre-hooks of a module ask for.
+
+    Those of the model itself (``outermost``) see all rows, however few run inside of it.
+    """
+    for hook in module._forward_pre_hooks.values():
+        found = torch_hook(hook)
+        if found is not None:
+            yield _in_front(found) if outermost and found[1] == UNKNOWN else found
+    for hook in module._forward_hooks.values():
+        found = torch_hook(hook)
+        if found is not None:
+            yield _behind(found) if outermost and found[1] == UNKNOWN else found
+
+
+def _in_front(found: Found) -> Found:
+    sentence = (
+        "it may change arguments and weights: they are compared behind it, every step runs every "
+        "row, and no weights are fused or kept."
+    )
+    answer = Answer.RECHECK | Answer.KEEP_ROWS | WEIGHTS
+    return f"{found[0]} in front of the model", answer, sentence
+
+
+def _behind(found: Found) -> Found:
+    sentence = "it gets the output of all branches, so every step runs every row."
+    return f"{found[0]} behind the model", Answer.KEEP_ROWS, sentence
 
 
 def torch_hook(hook: Any) -> Found | None:

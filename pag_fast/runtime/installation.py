@@ -101,6 +101,7 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
+        self.eager = eager
         self.text = family.text
         self.replaces = family.replaces
         self.learned_sigma = family.predicts_variance(denoiser)

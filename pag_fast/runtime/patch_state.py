@@ -196,9 +196,10 @@ class PatchState(BasicState):
         own ``pag_scale`` and ``pag_adaptive_scale``.
         """
         self.check_idle()
-        with_layers = self._call_layers(pipe, kwargs.pop("pag_applied_layers", None))
+        named = kwargs.pop("pag_applied_layers", None)
+        wanted = None if named is None else self.checked_layers(pipe, named)
         before = {name: getattr(self, name) for name in _SCALES}
-        layers = self._set_layers(pipe, with_layers)
+        layers = self._set_layers(pipe, wanted)
         try:
             for name in _SCALES:
                 value = check_scale(name, kwargs.get(name))
@@ -216,14 +217,16 @@ class PatchState(BasicState):
                 setattr(self, name, value)
             self._set_layers(pipe, layers)
 
-    def _call_layers(self, pipe: Any, layers: Any) -> list[str | int] | None:
-        """The layers that a call names, checked; ``None``: those of the patch."""
-        if layers is None:
-            return None
+    def checked_layers(self, pipe: Any, layers: Any) -> list[str | int]:
+        """Layers that somebody has named since patching, as a list.
+
+        Raises:
+            ValueError: a layer that no denoiser has, or a patch whose branches have their own.
+        """
         if self.config.branches is not None:
             raise ValueError(
-                "pag_applied_layers is given, and this pipeline was patched with branches, each of "
-                "which has layers of its own: leave it out, or patch without branches."
+                "This pipeline was patched with branches, each of which has layers of its own: "
+                "patch it again to change them."
             )
         wanted = as_list(layers)
         for name in denoiser_names(pipe):

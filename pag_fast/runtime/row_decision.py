@@ -13,6 +13,7 @@ from ..sharing.arguments import (
     RESIDUALS,
     batched,
     knows_places,
+    latents_of,
 )
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
@@ -55,6 +56,7 @@ class RowDecision:
         self._decided: Slabs = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
         self._concatenated: list[Any] = []
+        self._recheck = False
 
     def same_objects(
         self, call: dict[str, Any], rows: int, local: dict[str, Any], context: str = ""
@@ -97,6 +99,8 @@ class RowDecision:
         reason = ""
         if Answer.UNSHARED in found.answer:
             reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
+        elif Answer.RECHECK in found.answer and not self.installed.eager:
+            reason = "hooks run inside of a compiled model: the branches run apart"
         elif plan.shuffled and knows_places(call):
             reason = (
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
@@ -115,6 +119,32 @@ class RowDecision:
             self._decided_for = layout
         self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
         return self._decided
+
+    def again(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
+        """How many slabs run at each level, from arguments that somebody else has changed.
+
+        Raises:
+            ValueError: other rows than the model was called with, or residuals that were cut to
+                the rows of another decision.
+        """
+        rows = latents_of(call).shape[0]
+        if rows != full * unit:
+            raise ValueError(
+                f"A hook in front of the denoiser hands on {rows} rows where it was given "
+                f"{full * unit}: uncond, cond and perturbed can no longer be told apart. Remove it."
+            )
+        before = self.equality, self.copies, self._recheck
+        self.equality, self.copies, self._recheck = RowEquality(), False, True
+        try:
+            decided = self._decide(call, full, frames, unit)
+        finally:
+            self.equality, self.copies, self._recheck = before
+        if decided != self._decided and call.get(RESIDUALS) is not None:
+            raise ValueError(
+                "A hook in front of the denoiser makes rows differ that were equal, and the "
+                "ControlNet's residuals have been cut already: patch with share_branches=False."
+            )
+        return decided
 
     def _decide(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
         """Compare the rows of the branches."""

@@ -19,15 +19,17 @@ from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.guidance_reuse import Difference
 from ..sharing.row_equality import RowEquality
+from ..sharing.rows import SPLIT
+from .behind_hooks import BehindHooks
 from .compatibility import Answer
 from .controlnets import ControlNets
-from .entry import Entry
+from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
 from .guidance import scale_at, scales_ahead
 from .installation import Installation, is_eager
-from .instance_patch import InstancePatch
+from .instance_patch import Entry, InstancePatch
 from .row_decision import RowDecision, align_residuals
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class Session:
         pipe, self._locals = calling_pipeline()
         return pipe is self.pipe
 
-    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
         found = self.patch.look(self.installed.denoiser)
@@ -147,8 +149,11 @@ class Session:
         perturbs = installed.state.slabs is not None
         installed.state.entered = 0
 
+        behind = self._behind(call, found) if perturbs else []
+
         def make() -> InstancePatch:
-            return installed.patch(fused=fused)
+            patch = installed.patch(fused=fused)
+            return InstancePatch([*patch.entries, *behind]) if behind else patch
 
         out = forward.run(self.owner, make, installed.states, call)
         if self.patch.compilation is not None:
@@ -161,6 +166,21 @@ class Session:
                 "something else on the model passes them over"
             )
         return out
+
+    def _behind(self, call: Call, found: Findings) -> list[Entry]:
+        """What compares rows again behind hooks of others in front of the denoiser."""
+        if Answer.RECHECK not in found.answer or not self.installed.eager:
+            return []
+        state, frames = self.installed.state, frames_of(call)
+        assert self.ran is not None and state.slabs is not None
+        full = state.slabs[SPLIT]
+
+        def again(arrived: Call) -> None:
+            state.slabs = self._rows.again(arrived, full, frames, self.unit)
+
+        replacement = BehindHooks(state, self.installed.denoiser, again)
+        replacement.expect(call)
+        return [(vars(self.installed.denoiser), "forward", replacement)]
 
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
         """Decide what this forward runs on, and give its arguments those rows."""
