@@ -285,3 +285,26 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
 def test_cards_are_those_of_described_pipelines():
     assert {card.pipeline for card in CARDS.values()} <= set(BY_NAME)
     assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 9
+
+
+# ---- what a stream holds ----
+
+
+def test_text_and_padding_stay_where_they_are():
+    """A picture of Lumina 2 with shuffled tokens does not depend on its neighbour's prompt."""
+    name = "Lumina2Pipeline"
+    pipe = pag_fast.patch(tiny_hosts.build(name), ["layers.1"], perturbation="shuffle")
+    both = tiny_hosts.call_kwargs(name, pipe, batch=2)
+
+    def run(*rows):
+        kwargs = {
+            key: value[list(rows)] if isinstance(value, torch.Tensor) else value
+            for key, value in both.items()
+        }
+        kwargs["generator"] = [torch.Generator().manual_seed(row) for row in rows]
+        return tiny_hosts.latents(pipe, kwargs)
+
+    together, first, second = run(0, 1), run(0), run(1)
+    assert torch.allclose(together, torch.cat([first, second]), atol=1e-5)
+    pag_fast.unpatch(pipe)
+    assert not torch.allclose(run(0), first, atol=1e-3), "shuffling makes no difference"
