@@ -22,7 +22,7 @@ from pag_fast.tools.load import EMOJI
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'
 SIZE = {"height": 16, "width": 16}
-HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if not spec.like]
+HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if spec.brings_a_model]
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,15 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
         return latents(pipe, kwargs)
 
 
-@pytest.mark.parametrize(
-    ("layers", "cfg", "batch"), [("middle", True, 2), ("middle", False, 1), ("all", True, 1)]
-)
-@pytest.mark.parametrize("name", HOSTS)
+def _everywhere():
+    """Every pipeline with a fork in the middle, without CFG, and with every layer perturbed."""
+    settings = [("middle", True, 2), ("middle", False, 1), ("all", True, 1)]
+    for name in HOSTS:
+        for layers, cfg, batch in settings:
+            yield name, layers, cfg, batch
+
+
+@pytest.mark.parametrize(("name", "layers", "cfg", "batch"), _everywhere())
 def test_equals_three_separate_forwards(name, layers, cfg, batch):
     pipe = _pipe(name)
     layers = HOSTS[name].layers[layers]

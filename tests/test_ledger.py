@@ -151,7 +151,7 @@ _SHALLOW = {
     "HunyuanVideoPipeline": {"num_layers": 3, "num_single_layers": 3},
     "Lumina2Pipeline": {"num_layers": 4},
 }
-HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if not spec.like]
+HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if spec.brings_a_model]
 _ELSEWHERE_IN_HOSTS = [
     ("FluxPipeline", r"^transformer_blocks\.1\."),
     ("FluxPipeline", r"single_transformer_blocks\.[12]\."),

@@ -69,7 +69,7 @@ def test_no_row_is_computed_for_two_branches(name, cfg, layers):
 
 @pytest.mark.parametrize("layers", ["middle", "last"])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
-@pytest.mark.parametrize("name", [n for n, spec in tiny_hosts.HOSTS.items() if not spec.like])
+@pytest.mark.parametrize("name", [n for n, spec in tiny_hosts.HOSTS.items() if spec.brings_a_model])
 def test_no_row_is_computed_for_two_branches_of_a_host(name, cfg, layers):
     pipe = tiny_hosts.build(name)
     chosen = tiny_hosts.HOSTS[name].layers["middle"]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .layout import IMAGE, IMAGE_ALONE, TEXT, Stream, argument_order
+from .layout import IMAGE_ALONE, TEXT, Stream, argument_order
 from .plan import BranchPlan
 from .rows import SPLIT, BranchState
 
@@ -70,7 +70,7 @@ class PerturbedBlock:
         shuffled: ``(perturbation, index)`` of every block in a run that ends here and that the one
             perturbed branch leaves as a permutation of cond.
         streams: names of the arguments that a block hands on, in the order of its outputs.
-        mixed: the stream holds text, image and padding of each sample (Lumina 2).
+        holds_text: text is in front of the image, in one sequence with it, and padding behind.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class PerturbedBlock:
         runs: int = SPLIT,
         shuffled: Sequence[tuple[BlockAction, int]] = (),
         streams: Sequence[str] = ("hidden_states",),
-        mixed: bool = False,
+        holds_text: bool = False,
     ) -> None:
         self.state = state
-        self.mixed = mixed
         self.arrives = arrives
         self.runs = runs
         self.index = index
         self.shuffled = tuple(shuffled)
         self.streams = tuple(streams)
+        self.holds_text = holds_text
         self.branches = len(actions)
         self.skipped = tuple([i for i, action in enumerate(actions) if skips(action)])
         self.orders = tuple([(i, a) for i, a in enumerate(actions) if a is not None and a.shuffles])
@@ -121,26 +121,14 @@ class PerturbedBlock:
         clock = self.state.clock_on(hidden)
         for branch, perturbation in self.orders:
             at = branch - self.branches
-            parts[at] = self._ordered(parts[at], perturbation, clock)
+            tokens = self.state.num_image if self.holds_text else hidden.shape[1]
+            order = perturbation.permutation(tokens, self.index, clock)
+            parts[at] = self._in_order(parts[at], order)
         hidden = torch.cat(parts)
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
-
-    def _ordered(
-        self, x: torch.Tensor, perturbation: BlockAction, clock: torch.Tensor
-    ) -> torch.Tensor:
-        """``x`` with its image tokens in another order; text and padding stay where they are."""
-        contexts, image = self.state.num_contexts, self.state.num_image
-        if not self.mixed or not contexts:
-            return x.index_select(1, perturbation.permutation(x.shape[1], self.index, clock))
-        order = perturbation.permutation(image, self.index, clock)
-        x = x.clone()
-        # the samples of a branch have the text lengths of the call's rows, in turn
-        for row, text in zip(x, contexts * (x.shape[0] // len(contexts)), strict=True):
-            row[text : text + image] = row[text : text + image].index_select(0, order)
-        return x
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Append, or put back, the rows of the branches that have not come through the block."""
@@ -173,6 +161,17 @@ class PerturbedBlock:
             return x[-unit:]
         start = x.shape[0] - (self.branches - branch) * unit
         return x[start : start + unit]
+
+    def _in_order(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """``x`` with its image tokens in another order; text and padding stay where they are."""
+        if not self.holds_text:
+            return x.index_select(1, order)
+        rows, lengths = [], self.state.num_contexts
+        for index, row in enumerate(x.split(1)):
+            start = lengths[index % len(lengths)]
+            text, image, padding = row.tensor_split((start, start + order.shape[0]), dim=1)
+            rows.append(torch.cat([text, image.index_select(1, order), padding], dim=1))
+        return torch.cat(rows)
 
     def _put_back(
         self, x: torch.Tensor, kept: list[torch.Tensor], runs: int, full: int
@@ -239,7 +238,9 @@ def perturbed_blocks(
             runs=runs,
             shuffled=run,
             streams=argument_order(returned),
-            mixed=any({TEXT, IMAGE} <= set(stream.tokens) for stream in returned),
+            holds_text=any(
+                stream.argument == "hidden_states" and TEXT in stream.tokens for stream in returned
+            ),
         )
         made.append((module, block))
     return made

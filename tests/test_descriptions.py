@@ -1,0 +1,310 @@
+"""One description per model and per pipeline: complete, true to diffusers, and each of them run."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, replace
+
+import diffusers
+import pytest
+import tiny
+import tiny_hosts
+import torch
+
+import pag_fast
+from pag_fast import PatchConfig
+from pag_fast.analysis.published import CARDS, find_card, meta_model
+from pag_fast.models import registry as models
+from pag_fast.models.inputs import forward_kwargs
+from pag_fast.models.layer_names import self_attentions, transformer_blocks
+from pag_fast.pipelines.description import PipelineDescription, check_options
+from pag_fast.pipelines.registry import (
+    HOSTS,
+    PAG_PIPELINES,
+    PIPELINES,
+    SAG_PIPELINES,
+    denoiser_names,
+    describe_pipeline,
+    description_of,
+    host_of,
+)
+from pag_fast.settings.compile_config import CompileConfig
+
+MODELS = {
+    "ControlNetModel": lambda: tiny.controlnet(xl=False),
+    "UNet2DConditionModel": tiny.unet,
+    "UNetMotionModel": tiny.motion_unet,
+    "SD3Transformer2DModel": lambda: tiny.sd3(sd35=True),
+    "HunyuanDiT2DModel": tiny.hunyuan,
+    "PixArtTransformer2DModel": tiny.pixart,
+    "SanaTransformer2DModel": tiny.sana,
+    "FluxTransformer2DModel": tiny_hosts.flux,
+    "QwenImageTransformer2DModel": tiny_hosts.qwen,
+    "WanTransformer3DModel": tiny_hosts.wan,
+    "LTXVideoTransformer3DModel": tiny_hosts.ltx,
+    "CogVideoXTransformer3DModel": tiny_hosts.cogvideox,
+    "HunyuanVideoTransformer3DModel": tiny_hosts.hunyuan_video,
+    "Lumina2Transformer2DModel": tiny_hosts.lumina2,
+}
+DENOISERS = {entry.name: entry for entry in models.DESCRIPTIONS}
+BY_NAME = {entry.name: entry for entry in PIPELINES}
+
+
+# ---- models ----
+
+
+def test_every_model_has_a_tiny_one():
+    described = [entry.name for entry in (*models.DESCRIPTIONS, *models.CONTROLNETS)]
+    assert len(set(described)) == len(described)
+    assert set(described) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_description_fits_its_class(name):
+    """Blocks, arguments and processors are those of diffusers."""
+    model, entry = MODELS[name](), DENOISERS[name]
+    forward = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    assert entry.text - {"image_embeds"} <= set(forward)
+    assert set(forward_kwargs(model, rows=2, height=64, width=64)) <= set(forward)
+    blocks = [model.get_submodule(block) for block in transformer_blocks(model)]
+    kinds = {type(block).__name__ for block in blocks} - {"AnimateDiffTransformer3D"}
+    assert kinds == entry.skippable_blocks - {"FreeNoiseTransformerBlock"}
+    for block in blocks:
+        parameters = inspect.signature(inspect.unwrap(type(block).forward)).parameters
+        assert {stream.argument for stream in entry.streams(block)} <= set(parameters)
+    own = {type(module.processor).__name__ for module in self_attentions(model).values()}
+    assert own <= (entry.replaces or own)
+    for processor in entry.stock_processors or ():
+        assert hasattr(diffusers.models.attention_processor, processor)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "FluxTransformer2DModel"])
+def test_streams_are_in_the_order_of_outputs(name):
+    """What diffusers says of a block's outputs, where it says something."""
+    helpers = pytest.importorskip("diffusers.hooks._helpers")
+    model, entry = MODELS[name](), DENOISERS[name]
+    helpers._register_transformer_blocks_metadata()
+    for path in transformer_blocks(model):
+        block = model.get_submodule(path)
+        metadata = helpers.TransformerBlockRegistry.get(type(block))
+        order = [stream.argument for stream in entry.streams(block)]
+        assert order[metadata.return_hidden_states_index] == "hidden_states"
+        assert order[metadata.return_encoder_hidden_states_index] == "encoder_hidden_states"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_repeated_blocks_are_those_of_diffusers(name):
+    model = MODELS[name]()
+    kinds = {type(module).__name__ for module in model.modules()}
+    found = models.repeated_blocks(model)
+    assert kinds & set(found)
+    theirs = getattr(model, "_repeated_blocks", None)
+    assert not theirs or list(found) == theirs
+
+
+def test_a_subclass_is_described_by_its_base():
+    model = MODELS["WanTransformer3DModel"]()
+    # FSDP and users do so
+    model.__class__ = type("FSDPWanTransformer3DModel", (type(model),), {})
+    assert models.describe(model) is DENOISERS["WanTransformer3DModel"]
+    assert set(forward_kwargs(model, rows=1, height=64, width=64)) >= {"timestep"}
+    block = model.blocks[0]
+    block.__class__ = type("FSDPWanTransformerBlock", (type(block),), {})
+    assert models.describe(model).streams(block)[0].argument == "hidden_states"
+
+
+def test_unknown_classes_are_named():
+    with pytest.raises(ValueError, match="Linear is none of the supported denoisers: Cog"):
+        models.describe(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"No inputs are known for Linear; known are .*ControlNet"):
+        forward_kwargs(torch.nn.Linear(2, 2), rows=1, height=8, width=8)
+
+
+def test_a_file_that_describes_nothing_is_an_error():
+    with pytest.raises(ImportError, match=r"description defines neither DESCRIPTION nor CONTROLN"):
+        tuple(models.described("pag_fast.models", ("DESCRIPTION", "CONTROLNET"), others=()))
+
+
+# ---- pipelines ----
+
+
+def test_every_pipeline_has_a_tiny_one():
+    assert len(BY_NAME) == len(PIPELINES)
+    assert set(PAG_PIPELINES) == set(tiny.PIPELINES)
+    assert set(SAG_PIPELINES) == {"StableDiffusionSAGPipeline"}
+    supported = set(pag_fast.supported_pipelines())
+    assert set(HOSTS) & supported == set(tiny_hosts.HOSTS)
+    assert supported <= set(BY_NAME)
+
+
+@pytest.mark.parametrize("name", [*PAG_PIPELINES, *HOSTS])
+def test_a_published_model_has_the_default_layers(name):
+    entry = BY_NAME[name]
+    card = find_card(name)
+    assert card.documented_layers == entry.layers and entry.source
+    assert pag_fast.models.layer_names.resolve(meta_model(card), entry.layers)
+    assert card.sequential == entry.sequential
+
+
+@pytest.mark.parametrize("name", [n for n in BY_NAME if n in pag_fast.supported_pipelines()])
+def test_guidance_is_that_of_the_pipeline(name):
+    """Its source says whether what CFG returns is scaled by a norm or a deviation."""
+    entry, cls = BY_NAME[name], getattr(diffusers, name)
+    arguments = inspect.signature(cls.__call__).parameters
+    if entry.kind != "injected":
+        assert entry.guidance == "linear"
+        return
+    source = inspect.getsource(cls.__call__)
+    norms = "rescale_noise_cfg" in source or "torch.norm(" in source
+    assert norms == (entry.guidance == "normalised")
+    assert not entry.normalised_by or entry.normalised_by in arguments
+    by = "guidance_rescale" if "guidance_rescale" in arguments else entry.normalised_by
+    assert entry.normalised_by == by
+
+
+def test_normalised_calls():
+    flux, qwen = HOSTS["FluxPipeline"], HOSTS["QwenImagePipeline"]
+    assert not flux.is_normalised({}) and qwen.is_normalised({})
+    sdxl, lumina = HOSTS["StableDiffusionXLPipeline"], HOSTS["Lumina2Pipeline"]
+    assert not sdxl.is_normalised({"guidance_rescale": 0.0})
+    assert not sdxl.is_normalised({"guidance_rescale": None})
+    assert sdxl.is_normalised({"guidance_rescale": 0.5})
+    assert lumina.is_normalised({"cfg_normalization": True})
+    assert not lumina.is_normalised({"cfg_normalization": False})
+
+
+@pytest.mark.parametrize("name", tiny_hosts.HOSTS)
+def test_passes_are_as_described(name):
+    """How many rows a call of the denoiser has, and how often it is called in a step."""
+    pipe, entry = tiny_hosts.build(name), HOSTS[name]
+    (attribute, *_) = denoiser_names(pipe)
+    rows, model = [], getattr(pipe, attribute)
+
+    def record(_, args, kwargs):
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        rows.append(sample.shape[0])
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=1))
+    handle.remove()
+    assert rows == ([1, 1] if entry.passes == "apart" else [2])
+
+
+def test_subclasses_and_strangers():
+    base = diffusers.StableDiffusionPipeline
+    mine = type("Mine", (base,), {})
+    assert description_of(mine) is BY_NAME["StableDiffusionPipeline"]
+    # a name says nothing
+    named = type("MyPAGPipeline", (base,), {})
+    assert description_of(named) is BY_NAME["StableDiffusionPipeline"]
+    from diffusers.pipelines.pag.pag_utils import PAGMixin
+
+    twice = type("NewPipeline", (base, PAGMixin), {})
+    assert description_of(twice) is None, "it has PAG, and nobody has said how"
+    pag = type("Mine", (diffusers.StableDiffusionPAGPipeline,), {})
+    assert description_of(pag) is BY_NAME["StableDiffusionPAGPipeline"]
+    assert host_of(tiny.build("SanaPAGPipeline")) is None
+    with pytest.raises(ValueError, match="DDPMPipeline is not a pipeline that pag_fast can patch"):
+        describe_pipeline(diffusers.DDPMPipeline.__new__(diffusers.DDPMPipeline))
+
+
+# ---- options ----
+
+_SET = {
+    "layers": ["mid"],
+    "perturbation": "blur",
+    "branches": [pag_fast.Branch(["mid"], "identity", 1.0)],
+    "pag_scale": 2.0,
+    "pag_adaptive_scale": 0.1,
+    "schedule": pag_fast.Schedule(start=0.5),
+    "rescale_mode": "partial",
+    "rescale": 0.5,
+    "backend": "torch",
+    "share_branches": False,
+    "cache_conditioning": False,
+    "fewer_launches": False,
+    "compile": True,
+    "reuse": pag_fast.Reuse(every=2),
+    "exact_layers": True,
+    "strict": True,
+}
+
+
+def _refused(entry: PipelineDescription) -> set[str]:
+    refused = set()
+    for option, value in _SET.items():
+        more = {"rescale_mode": {"rescale": 0.5}, "rescale": {"rescale_mode": "partial"}}
+        config = replace(PatchConfig(), **{option: value}, **more.get(option, {}))
+        try:
+            check_options(entry, config)
+        except ValueError as error:
+            refused.add(option)
+            assert option in str(error) or option == "rescale"
+    return refused
+
+
+def test_every_option_is_taken_or_refused():
+    assert set(_SET) == {field.name for field in fields(PatchConfig)}
+    for entry in PIPELINES:
+        check_options(entry, PatchConfig())
+        expected = {
+            "injected": set(),
+            "pag": {"pag_scale", "pag_adaptive_scale"},
+            "sag": set(_SET) - {"backend", "cache_conditioning", "fewer_launches", "strict"},
+        }[entry.kind]
+        assert _refused(entry) == expected == set(_SET) - entry.options, entry.name
+
+
+def test_refusals_are_sentences():
+    sag, pag = BY_NAME["StableDiffusionSAGPipeline"], BY_NAME["StableDiffusionPAGPipeline"]
+    with pytest.raises(ValueError, match=r"has no use for reuse=.*takes backend, cache_cond"):
+        check_options(sag, PatchConfig(reuse=pag_fast.Reuse(every=2)))
+    with pytest.raises(ValueError, match="perturbs no layers"):
+        check_options(sag, PatchConfig(layers=["mid"]))
+    with pytest.raises(ValueError, match="compiled anew: leave out compile"):
+        check_options(sag, PatchConfig(compile=CompileConfig()))
+    with pytest.raises(ValueError, match=r"takes it in every call: pipe\(prompt, pag_scale=2\.0\)"):
+        check_options(pag, PatchConfig(pag_scale=2.0))
+
+
+@pytest.mark.parametrize("mode", ["cfg", "full", "snf"])
+def test_rescale_modes_that_need_uncond_next_to_cond(mode):
+    strength = None if mode == "snf" else 0.5
+    config = PatchConfig(rescale_mode=mode, rescale=strength)
+    for entry in PIPELINES:
+        if entry.kind == "sag":
+            continue
+        if entry.passes == "together":
+            check_options(entry, config)
+            continue
+        with pytest.raises(ValueError, match=f"rescale_mode='{mode}' needs the unconditional"):
+            check_options(entry, config)
+        check_options(entry, PatchConfig(rescale_mode="partial", rescale=0.5))
+
+
+def test_cards_are_those_of_described_pipelines():
+    assert {card.pipeline for card in CARDS.values()} <= set(BY_NAME)
+    assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 9
+
+
+# ---- what a stream holds ----
+
+
+def test_text_and_padding_stay_where_they_are():
+    """A picture of Lumina 2 with shuffled tokens does not depend on its neighbour's prompt."""
+    name = "Lumina2Pipeline"
+    pipe = pag_fast.patch(tiny_hosts.build(name), ["layers.1"], perturbation="shuffle")
+    both = tiny_hosts.call_kwargs(name, pipe, batch=2)
+
+    def run(*rows):
+        kwargs = {
+            key: value[list(rows)] if isinstance(value, torch.Tensor) else value
+            for key, value in both.items()
+        }
+        kwargs["generator"] = [torch.Generator().manual_seed(row) for row in rows]
+        return tiny_hosts.latents(pipe, kwargs)
+
+    together, first, second = run(0, 1), run(0), run(1)
+    assert torch.allclose(together, torch.cat([first, second]), atol=1e-5)
+    pag_fast.unpatch(pipe)
+    assert not torch.allclose(run(0), first, atol=1e-3), "shuffling makes no difference"
