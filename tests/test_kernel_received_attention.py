@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launches import launches  # noqa: F401
-from numerics import assert_close_as_torch
+from numerics import assert_close_as_torch, received_rounding
 from pag_fast_kernels import received_attention
 from pag_fast_kernels.launch import INTERPRETED
 
@@ -21,7 +21,8 @@ def _check(q, k, scale=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = received_attention(q, k, scale=scale)
     truth = reference.received_attention(q.double(), k.double(), scale=scale)
-    assert_close_as_torch(out, reference.received_attention(q, k, scale=scale), truth)
+    torchs = reference.received_attention(q, k, scale=scale)
+    assert_close_as_torch(out, torchs, truth, received_rounding(q, k, scale))
     return out
 
 
@@ -64,3 +65,19 @@ def test_the_map_is_never_written(tokens, launches, monkeypatch):  # noqa: F811
     q, k = torch.randn(2, 3, tokens, 2, 16).unbind()
     ops.received_attention(q, k, backend="triton")
     assert made == [(3, tokens)] + [(3, 2, tokens)] * (tokens > 64)
+
+
+def test_steep_scores_catch_a_fault(launches):  # noqa: F811
+    """The bound grows with the scores' rounding, not with the scores: 1e-4 of the scale shows."""
+    launches.append("none needed")
+    q, k, _ = torch.randn(4, 90, 3, 2, 40).unbind(2)
+    q, k = 30 * q[:2], 30 * k[:2]
+    truth = reference.received_attention(q.double(), k.double(), scale=1.0)
+    torchs = reference.received_attention(q, k, scale=1.0)
+    rounding = received_rounding(q, k, 1.0)
+    assert rounding.max() < 0.01 * truth.max()
+    for wrong in ((q, k.roll(1, 2), 1.0), (q, k, 1 - 1e-4), (q[:, :-1], k[:, :-1], 1.0)):
+        out = reference.received_attention(*(x.double() for x in wrong[:2]), scale=wrong[2])
+        out = torch.nn.functional.pad(out, (0, 90 - out.shape[1])).float()
+        with pytest.raises(AssertionError, match="error"):
+            assert_close_as_torch(out, torchs, truth, rounding)
