@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wallclock test-oldest check format demo ledger bench compare \
+.PHONY: help venv test test-oldest check format demo ledger bench compare \
 	counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -26,13 +26,8 @@ $(STAMP): $(PACKAGE) constraints/dev.txt constraints/addons.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps -r constraints/addons.txt
 	@touch $@
 
-test: test-fast test-wallclock ## Run every test
-
-test-fast: $(STAMP) ## Run the tests that do not measure time, two at a time
-	$(PYTEST) -q -n 2 -m 'not wallclock'
-
-test-wallclock: $(STAMP) ## Run the tests that measure time, alone
-	$(BIN)/python -m pytest -q -m wallclock
+test: $(STAMP) ## Run every test, two at a time
+	$(PYTEST) -q -n 2
 
 $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -40,7 +35,7 @@ $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffusers and transformers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 -m 'not wallclock'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .

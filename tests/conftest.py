@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pag_fast.ops import backend
+from pag_fast.runtime.entry import Entry
 
 # an older Triton has no interpreter that works with today's NumPy, and runs no kernel of ours
 if not backend._installed():
@@ -50,14 +51,19 @@ def snapshot() -> Callable[[Any], dict[Any, Any]]:
         for part, component in pipe.components.items():
             if isinstance(component, torch.nn.Module):
                 for name, module in component.named_modules():
+                    names, call = set(vars(module)), module._compiled_call_impl
+                    if isinstance(call, Entry) and hasattr(pipe, "_pag_fast"):
+                        # it stands in front of the model from patch to unpatch
+                        call = call.displaced
+                        names -= {"_compiled_call_impl"} if call is None else set()
                     seen[part, name] = (
                         type(module),
-                        set(vars(module)),
+                        names,
                         vars(module).get("forward"),
                         getattr(module, "processor", None),
                         tuple(module._forward_pre_hooks.values()),
                         tuple(module._forward_hooks.values()),
-                        module._compiled_call_impl,
+                        call,
                     )
         return seen
 

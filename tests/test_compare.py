@@ -124,7 +124,6 @@ def test_other_refusals(compare):
         assert compare(fine, strange)[0] == 2
 
 
-@pytest.mark.wallclock
 def test_a_planted_slowdown_is_caught(compare):
     """A patched pipeline whose denoiser waits for a tenth of its time; the same without passes.
 

@@ -17,7 +17,7 @@ from tiny import PIPELINES, build, call_kwargs, latents
 import pag_fast
 from pag_fast.cli import main
 from pag_fast.models.layer_names import self_attentions
-from pag_fast.pipelines import injected as hosts
+from pag_fast.pipelines import registry as hosts
 from pag_fast.tools.load import EMOJI
 
 # a tiny VAE has a factor of 2, so that a size in pixels is twice the latents'

@@ -50,7 +50,9 @@ def test_equals_a_slow_pipeline_that_reuses(way, name, cfg):
     reuse = Reuse(drift=0.3) if way == "drift" else Reuse(every=3)
 
     def kwargs():
-        return call_kwargs(name, pipe, cfg=cfg, steps=7, batch=2)
+        # every picture drifts by itself, and the slow pipeline asks about all of them at once
+        batch = 1 if way == "drift" else 2
+        return call_kwargs(name, pipe, cfg=cfg, steps=7, batch=batch)
 
     truth = _slow(pipe, name, kwargs(), fresh)
     layers = HOSTS[name].layers["middle"]
@@ -65,6 +67,24 @@ def test_equals_a_slow_pipeline_that_reuses(way, name, cfg):
     assert torch.equal(lossy, again)
     assert relative(lossy, truth) < 1e-5
     assert relative(lossy, exact) > 1e-3
+
+
+def test_a_picture_drifts_by_itself():
+    name = "StableDiffusionPipeline"
+    pipe = pag_fast.patch(build(name), HOSTS[name].layers["middle"], reuse=Reuse(drift=0.3))
+    both = call_kwargs(name, pipe, steps=7, batch=2)
+
+    def rows(which):
+        one = {
+            k: v[which] if isinstance(v, torch.Tensor) and v.shape[:1] == (2,) else v
+            for k, v in both.items()
+        }
+        return latents(pipe, one)
+
+    together = rows([0, 1])
+    assert pipe._pag_fast.steps["difference reused"]
+    for index in (0, 1):
+        assert relative(together[index], rows([index])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("reuse", [Reuse(every=1), Reuse(drift=0.0)])

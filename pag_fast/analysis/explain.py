@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Size
@@ -124,7 +126,9 @@ def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[s
     for part in parts:
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
-            for line in explain_lines(look(net, passes_apart=passes_apart)):
+            with torch.no_grad():  # as pipelines run their models
+                found = look(net, passes_apart=passes_apart)
+            for line in explain_lines(found):
                 yield f"{type(net).__name__}: {line}"
 
 

@@ -66,7 +66,7 @@ class PerturbedProcessor:
         slabs = None if state is None else state.slabs
         if state is None or slabs is None:
             return total, 0
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             if state.thread not in (0, get_ident()):  # somebody else's: his rows all attend
                 return total, 0
             state.entered += 1

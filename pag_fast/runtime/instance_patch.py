@@ -28,6 +28,8 @@ class InstancePatch:
         for entry in entries:
             found.setdefault((id(entry[0]), entry[1]), entry)
         self.entries = list(found.values())
+        # the third says whether the object has to know what it takes the place of
+        self._entries = [(*entry, isinstance(entry[2], Replacement)) for entry in self.entries]
 
     @classmethod
     def nothing(cls) -> InstancePatch:
@@ -36,22 +38,28 @@ class InstancePatch:
 
     def on(self) -> list[Any]:
         """Set every attribute; returns what :meth:`off` needs."""
-        before: list[Any] = []
-        for own, name, value in self.entries:
-            old = own.get(name, MISSING)
+        before: list[Any] = [MISSING] * len(self._entries)
+        index = 0
+        # operators, as a call for each of hundreds of entries would show in every forward
+        for own, name, value, knows in self._entries:
+            old = own[name] if name in own else MISSING  # noqa: SIM401
             if old is value:
                 # somebody has put back what he had captured in the middle of an earlier forward
-                old = value.came_back() if isinstance(value, Replacement) else value
-            elif isinstance(value, Replacement):
+                old = value.came_back() if knows else value
+            elif knows and old is not value.displaced:
                 value.displace(old)
-            before.append(old)
+            before[index] = old
             own[name] = value
+            index += 1  # noqa: SIM113
         return before
 
     def off(self, before: list[Any]) -> None:
         """Put everything back; what somebody else has set meanwhile stays."""
-        for (own, name, value), old in zip(self.entries, before, strict=True):
-            if own.get(name, MISSING) is not value:
+        index = 0
+        for own, name, value, _ in self._entries:
+            old = before[index]
+            index += 1
+            if name not in own or own[name] is not value:
                 continue
             if old is MISSING:
                 del own[name]

@@ -126,41 +126,45 @@ class WeightSignature:
 
     def __init__(self, module: nn.Module) -> None:
         self._root = module
-        self._found: list[tuple[nn.Module, int]] = []
+        self._found: list[tuple[nn.Module, int, bool]] = []
+        self._held: list[torch.Tensor] = []
 
     def take(self) -> list[Any] | None:
         """What there is now; ``None`` where changes do not show: offloaded, inference tensors."""
-        self._found = [(m, len(m._modules)) for m in self._root.modules()]
-        now = self._now()
-        tensors = [x for x in now if isinstance(x, torch.Tensor)]
-        shown = all(not x.is_inference() and x.device.type != "meta" for x in tensors)
-        return now if shown else None
+        self._found = [(m, len(m._modules), type(m) is not nn.Linear) for m in self._root.modules()]
+        tensors = [
+            x
+            for module, _, _ in self._found
+            for x in (*module._parameters.values(), *module._buffers.values())
+            if x is not None
+        ]
+        if any(x.is_inference() or x.device.type == "meta" for x in tensors):
+            return None
+        # an address is compared only as long as nothing else can have got it
+        self._held = tensors
+        return self._now()
 
     def same(self, before: list[Any]) -> bool:
         """Whether nothing has changed since :meth:`take` returned ``before``."""
-        if any(len(module._modules) != count for module, count in self._found):
-            return False
-        now = self._now()
-        return len(now) == len(before) and all(
-            a is b or (not isinstance(a, torch.Tensor) and a == b)
-            for a, b in zip(now, before, strict=True)
-        )
+        return self._now() == before
 
     def _now(self) -> list[Any]:
         found: list[Any] = [torch.is_autocast_enabled(), torch.is_grad_enabled()]
-        for module, _ in self._found:
+        for module, children, settings in self._found:
             own = module.__dict__
+            if len(own["_modules"]) != children:
+                return []
             for tensors in (own["_parameters"], own["_buffers"]):
-                for x in tensors.values():
+                for name in tensors:
+                    x = tensors[name]
                     if x is not None:
-                        found += (x, 0 if x.is_inference() else x._version, x.data_ptr())
-            if type(module) is nn.Linear:
-                continue
-            for name, value in own.items():
-                if isinstance(value, bool | int | float | str):
-                    found.append(value)
-                elif name in _ADAPTERS:
-                    found.append(dict(value) if isinstance(value, dict) else str(value))
+                        found += (id(x), x._version if not x.is_inference() else -1, x.data_ptr())
+            if settings:
+                for name, value in own.items():
+                    if isinstance(value, bool | int | float | str):
+                        found.append(value)
+                    elif name in _ADAPTERS:
+                        found.append(dict(value) if isinstance(value, dict) else str(value))
         return found
 
 

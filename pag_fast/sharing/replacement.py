@@ -37,22 +37,18 @@ class Replacement:
         # a bound method is a new object whenever it is asked for, and compiled graphs guard on it
         cls: Any = type(module)
         self._class_forward: Callable[..., Any] = cls.forward.__get__(module)
-        self._original: Callable[..., Any] = self._class_forward if own is MISSING else own
+        # what stood there when this object was last put on
+        self.original: Callable[..., Any] = self._class_forward if own is MISSING else own
         # what runs for whoever has captured this object while it was on
-        self._base = self._original
+        self._base = self.original
         self._entered = False
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """What stood there when this object was last put on."""
-        return self._original
 
     def displace(self, before: Any) -> None:
         """Note what this object takes the place of: the instance's own forward, or ``MISSING``."""
         if before is self.displaced or before is self:
             return
         self.displaced = before
-        self._original = self._class_forward if before is MISSING else before
+        self.original = self._class_forward if before is MISSING else before
         # what has been put there since may wrap this object, and so must not be its base
         if before is MISSING:
             self._base = self._class_forward
@@ -68,7 +64,9 @@ class Replacement:
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # while a compiler traces, the owner's forward runs
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # while a compiler traces, the owner's forward runs
             return self.run(*args, **kwargs)
         if self._entered or self.state.thread != get_ident():
             return self._base(*args, **kwargs)
