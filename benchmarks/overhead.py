@@ -2,8 +2,9 @@
 
 Python and C calls (``call`` and ``c_call`` events of ``sys.setprofile``) of one step of a tiny
 pipeline, patched minus stock: an integer where a time would depend on the machine. Compares them
-with ``benchmarks/overhead.json``, the counts of commit c28533a; ``--tree`` counts another checkout
-instead of this one, so that both can be printed side by side.
+with ``benchmarks/overhead.json``, which ``--update`` writes; ``--tree`` counts another checkout
+instead of this one, so that both can be printed side by side. Commit c28533a, which looked at
+nothing that others put on a model, added 412 (SD), 363 (SDXL), 67 (SD3) and 308 (Flux): the aim.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pag_fast.runtime.compilation import (
     _check_compiler,
     _repeated,
 )
+from pag_fast.sharing.plan import compiled_call
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
 # test_compile.py has every family, compiled by the user
@@ -124,11 +125,11 @@ def test_regional_compiles_blocks_only():
     pipe = build(UNET)
     stock = latents(pipe, call_kwargs(UNET, pipe))
     pag_fast.patch(pipe, compile=CompileConfig(backend="eager", regional=True))
-    compiled = {type(m).__name__ for m in pipe.unet.modules() if m._compiled_call_impl is not None}
+    compiled = {type(m).__name__ for m in pipe.unet.modules() if compiled_call(m) is not None}
     assert compiled == {"BasicTransformerBlock"}
     assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
     pag_fast.unpatch(pipe)
-    assert all(m._compiled_call_impl is None for m in pipe.unet.modules())
+    assert all(compiled_call(m) is None for m in pipe.unet.modules())
 
 
 # a pipeline of each denoiser, and the blocks that are compiled in it
@@ -164,7 +165,7 @@ def test_regional_of_every_family(name):
     eager = module.latents(pipe, module.call_kwargs(name, pipe))
     pag_fast.patch(pipe, layers, compile=CompileConfig(backend="eager", regional=True))
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    compiled = [m for m in denoiser.modules() if m._compiled_call_impl is not None]
+    compiled = [m for m in denoiser.modules() if compiled_call(m) is not None]
     assert {type(m).__name__ for m in compiled} == REPEATED[name]
     assert relative(module.latents(pipe, module.call_kwargs(name, pipe)), eager) < 1e-5
     assert graphs() > 0
@@ -226,11 +227,11 @@ def test_settings_that_come_back_are_compiled_again():
     pipe = pag_fast.patch(build(UNET), compile=EAGER)
     stock = latents(pipe, call_kwargs(UNET, pipe))
     with pag_fast.patched(pipe):
-        assert pipe.unet._compiled_call_impl is None
+        assert compiled_call(pipe.unet) is None
     latents(pipe, call_kwargs(UNET, pipe))
-    assert pipe.unet._compiled_call_impl is not None
+    assert compiled_call(pipe.unet) is not None
     pag_fast.patch(pipe)
-    assert pipe.unet._compiled_call_impl is None
+    assert compiled_call(pipe.unet) is None
     assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
 
 
@@ -239,20 +240,20 @@ def test_a_model_put_in_its_place_is_compiled_in_its_place():
     first, other = pipe.unet, build(UNET)
     pipe.unet = other.unet
     latents(pipe, call_kwargs(UNET, pipe))
-    assert first._compiled_call_impl is None
-    assert other.unet._compiled_call_impl is not None
+    assert compiled_call(first) is None
+    assert compiled_call(other.unet) is not None
     pag_fast.unpatch(pipe)
-    assert other.unet._compiled_call_impl is None
+    assert compiled_call(other.unet) is None
 
 
 def test_what_the_user_has_compiled_stays_the_users():
     pipe = build(UNET)
     pipe.unet.compile(backend="eager", fullgraph=True)
-    own = pipe.unet._compiled_call_impl
+    own = compiled_call(pipe.unet)
     with pag_fast.patched(pipe, compile=EAGER):
-        assert pipe.unet._compiled_call_impl is own
+        assert compiled_call(pipe.unet) is own
         latents(pipe, call_kwargs(UNET, pipe))
-    assert pipe.unet._compiled_call_impl is own
+    assert compiled_call(pipe.unet) is own
 
 
 def test_cuda_graphs_hand_out_copies_and_mark_steps(monkeypatch):

@@ -107,9 +107,9 @@ def test_predicted_rows_are_the_rows_that_run():
     name = "StableDiffusionPAGPipeline"
     pipe, rows = pag_fast.patch(build(name)), {}
     watched = {
-        "merged": pipe.unet.down_blocks[0].resnets[0],
-        "shared": pipe.unet.down_blocks[1].resnets[0],
-        "split": pipe.unet.up_blocks[-1].resnets[-1],
+        "merged": pipe.unet.down_blocks[0].resnets[0].conv1,
+        "shared": pipe.unet.down_blocks[1].resnets[0].conv1,
+        "split": pipe.unet.up_blocks[-1].resnets[-1].conv1,
     }
     for label, module in watched.items():
         module.register_forward_hook(

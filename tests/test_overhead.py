@@ -17,7 +17,7 @@ BEFORE = json.loads(TABLE.read_text("utf-8"))
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_patched_step_makes_no_more_calls_than_it_did(name):
-    """Calls and C calls per step, patched minus stock, of commit c28533a."""
+    """Calls and C calls per step, patched minus stock, against the committed table."""
     found = collect([name])[name]
     assert found["patched"] != found["stock"], "nothing was patched"
     assert added(found) <= added(BEFORE[name]), f"{found}, was {BEFORE[name]}"

@@ -79,6 +79,7 @@ def test_a_picture_drifts_by_itself():
             k: v[which] if isinstance(v, torch.Tensor) and v.shape[:1] == (2,) else v
             for k, v in both.items()
         }
+        one["generator"] = [torch.Generator().manual_seed(7 + index) for index in which]
         return latents(pipe, one)
 
     together = rows([0, 1])

@@ -12,7 +12,8 @@ from torch import nn
 from ..models.registry import controlnets, has_compiled, repeated_blocks
 from ..pipelines.registry import denoiser_names
 from ..settings.compile_config import CompileConfig
-from ..sharing.plan import has_diffusers_hooks
+from ..sharing.plan import compiled_call, has_diffusers_hooks
+from .entry import Entry
 
 
 class Compilation:
@@ -40,13 +41,13 @@ class Compilation:
 
     def _compile(self, model: Any) -> None:
         chosen = list(_repeated(model)) if self.config.regional else [model]
-        chosen = [module for module in chosen if module._compiled_call_impl is None]
+        chosen = [module for module in chosen if compiled_call(module) is None]
         if self.config.channels_last and hasattr(model, "down_blocks"):
             self._undo.append(_channels_last(model))
         mode = "reduce-overhead" if self.config.cuda_graphs else None
         for module in chosen:
             module.compile(fullgraph=True, dynamic=False, backend=self.config.backend, mode=mode)
-            self._undo.append(partial(vars(module).pop, "_compiled_call_impl", None))
+            self._undo.append(partial(_uncompile, module))
 
     def covers(self, pipe: Any) -> bool:
         """Whether the pipeline still has the models that were compiled."""
@@ -75,6 +76,15 @@ class Compilation:
         if not self.config.cuda_graphs:
             return out
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, out)
+
+
+def _uncompile(module: nn.Module) -> None:
+    """Take off what ``module.compile()`` has made, behind an entry of ours, too."""
+    found = vars(module).get("_compiled_call_impl")
+    if isinstance(found, Entry):
+        found.displaced = None
+    else:
+        vars(module).pop("_compiled_call_impl", None)
 
 
 def enough_graphs() -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from ... import PatchConfig, patch
 from ...models.registry import controlnets, denoiser_name, uncompiled
+from ...runtime.entry import Entry
 from ..demo import perturbed_layers
 from ..metrics import psnr
 
@@ -58,6 +59,14 @@ class Variant:
 def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute set on the instance for a while, where so far perhaps only its class has it."""
     own = vars(owner)
+    entry = own.get(name)
+    if isinstance(entry, Entry):  # of a patched pipeline: it stays in front
+        displaced, entry.displaced = entry.displaced, value
+        try:
+            yield
+        finally:
+            entry.displaced = displaced
+        return
     before = {name: own[name]} if name in own else {}
     own[name] = value
     try:
