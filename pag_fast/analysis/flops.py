@@ -116,7 +116,9 @@ def patched_step(
 
     handle = model.register_forward_pre_hook(prepare, with_kwargs=True)
     try:
-        with as_in_a_forward(installation.patch(fused=True), installation.state):
+        with torch.no_grad():  # as pipelines run: weights that need gradients are apart
+            patch = installation.patch(fused=True)
+        with as_in_a_forward(patch, installation.state):
             yield installation.state, full
     finally:
         handle.remove()
@@ -146,7 +148,8 @@ def controlnet_step(
     entries += [(vars(x.module), "forward", x) for x in kept.values()]
     if eager:
         fusion = Fusion(model, traced=False, state=state)
-        fusion.refresh()
+        with torch.no_grad():
+            fusion.refresh()
         fusion.begin()
         entries += fusion.entries
     with as_in_a_forward(InstancePatch(entries), state):

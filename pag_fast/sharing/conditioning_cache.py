@@ -130,7 +130,7 @@ class WeightSignature:
         self._held: list[torch.Tensor] = []
 
     def take(self) -> list[Any] | None:
-        """What there is now; ``None`` where changes do not show: offloaded, inference tensors."""
+        """What there is now; ``None`` where changes do not show: inference tensors."""
         self._found = [(m, len(m._modules), type(m) is not nn.Linear) for m in self._root.modules()]
         tensors = [
             x
@@ -138,7 +138,7 @@ class WeightSignature:
             for x in (*module._parameters.values(), *module._buffers.values())
             if x is not None
         ]
-        if any(x.is_inference() or x.device.type == "meta" for x in tensors):
+        if any(x.is_inference() for x in tensors):
             return None
         # an address is compared only as long as nothing else can have got it
         self._held = tensors
