@@ -81,15 +81,19 @@ def kept_bytes(pipe, run) -> int:
     """
     sizes, original = [], Session.combine
 
-    def combine(session, *args):
-        kept = (*session._kept.invariants, *session.controlnets.kept.invariants)
+    def combine(session, *args, **kwargs):
+        caches = [c for c in (session._kept, session.controlnets._kept) if c is not None]
+        kept = [invariant for cache in caches for invariant in cache.invariants]
         outputs = [output for invariant in kept for output in invariant.kept.values()]
         tensors = [x for output in outputs for x in _tensors(output.value)]
-        groups = [group for lean in session._leans for group in lean._used]
+        fusions = [session.installed.fusion, *[f for _, f in session.patch._fusions.values()]]
+        groups = [group for f in fusions if f is not None for group in f._used]
         times = [group for group in groups if isinstance(group, TimeProjections)]
-        tensors += [x for group in times for x in (group._x, *group._wholes.values())]
+        tensors += [
+            x for group in times for x in (group._x, *group._wholes.values()) if x is not None
+        ]
         sizes.append(sum(x.nbytes for x in tensors))
-        return original(session, *args)
+        return original(session, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(Session, "combine", combine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -40,7 +41,8 @@ class Doorkeeper:
     """
 
     def __init__(self, state: BasicState, part: str, *, asked: bool = True) -> None:
-        self.state = state
+        # the entry holds this object, and a pipeline that nobody has any more is to be let go
+        self._state = weakref.ref(state)
         self.part = part
         self.asked = asked
 
@@ -49,7 +51,8 @@ class Doorkeeper:
         return self._running().owner
 
     def _running(self) -> Any:
-        return self.state.running.get(self.part)
+        state = self._state()
+        return None if state is None else state.running.get(self.part)
 
     def owns(self) -> bool:
         running = self._running() if self.asked else None
@@ -80,6 +83,7 @@ class BasicState:
         self.steps: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self._entries: dict[str, list[tuple[Entry, Doorkeeper]]] = {}
+        weakref.finalize(self, _leave_all, self._entries).atexit = False
         self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
 
     def check_idle(self) -> None:
@@ -357,6 +361,13 @@ class PatchState(BasicState):
         for _, fusion in self._fusions.values():
             fusion.release()
         self._controlnets = None
+
+
+def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
+    """A patched pipeline is gone without having been unpatched: its models are nobody's again."""
+    for held in entries.values():
+        for entry, keeper in held:
+            entry.remove(keeper)
 
 
 def _end(sessions: list[Session], whole: bool) -> None:
