@@ -183,13 +183,6 @@ FAULTS = [
         _tests("defects", "sana or Sana"),
     ),
     Fault(
-        "rows begin a block late",
-        f"{_SHARING}dit_plan.py",
-        "last = index == fork_index - 1 and not behind",
-        "last = index == fork_index - 1",
-        _NAIVE,
-    ),
-    Fault(
         "28 % of 25 steps is step 8",
         _SCHEDULES,
         "math.ceil(edge * count - 1e-9)",

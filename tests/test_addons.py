@@ -68,7 +68,10 @@ def test_is_found(addon: str, name: str) -> None:
     assert watch.look(pipe.unet) == ()
     ADDONS[addon](pipe)
     findings = look(pipe.unet)
-    assert findings and all(addon in f.what and f.answer == UNKNOWN for f in findings)
+    assert findings and all(addon in f.what for f in findings)
+    # hooks of the model itself see every row: what they hand on is compared again
+    inside = [f for f in findings if not f.what.endswith(" the model")]
+    assert inside and all(f.answer == UNKNOWN for f in inside)
     assert watch.look(pipe.unet) == findings
 
 

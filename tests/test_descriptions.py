@@ -96,10 +96,10 @@ def test_streams_are_in_the_order_of_outputs(name):
 def test_repeated_blocks_are_those_of_diffusers(name):
     model = MODELS[name]()
     kinds = {type(module).__name__ for module in model.modules()}
-    found = models.repeated_blocks(model)
+    found = models.repeated_blocks(type(model))
     assert kinds & set(found)
     theirs = getattr(model, "_repeated_blocks", None)
-    assert not theirs or list(found) == theirs
+    assert not theirs or found >= set(theirs)
 
 
 def test_a_subclass_is_described_by_its_base():

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pag_fast
 from pag_fast.fusion.projections import TimeProjections
-from pag_fast.runtime.session import Session
+from pag_fast.runtime.installation import Installation
 from pag_fast.sharing.conditioning_cache import _tensors
 
 NAMES = [
@@ -79,24 +79,26 @@ def kept_bytes(pipe, run) -> int:
 
     Nothing at real sizes, but not at these.
     """
-    sizes, original = [], Session.combine
+    sizes, left = [], Installation.left
 
-    def combine(session, *args, **kwargs):
+    def measured(installed):
+        session = pipe._pag_fast.session
+        if session is None or not hasattr(session, "_kept"):
+            return left(installed)
         caches = [c for c in (session._kept, session.controlnets._kept) if c is not None]
         kept = [invariant for cache in caches for invariant in cache.invariants]
         outputs = [output for invariant in kept for output in invariant.kept.values()]
         tensors = [x for output in outputs for x in _tensors(output.value)]
-        fusions = [session.installed.fusion, *[f for _, f in session.patch._fusions.values()]]
+        fusions = [installed.fusion, *[f for _, f in pipe._pag_fast._fusions.values()]]
         groups = [group for f in fusions if f is not None for group in f._used]
         times = [group for group in groups if isinstance(group, TimeProjections)]
-        tensors += [
-            x for group in times for x in (group._x, *group._wholes.values()) if x is not None
-        ]
+        held = [x for group in times for x in (group._x, *group._wholes.values())]
+        tensors += [x for x in held if x is not None]
         sizes.append(sum(x.nbytes for x in tensors))
-        return original(session, *args, **kwargs)
+        return left(installed)
 
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(Session, "combine", combine)
+        patching.setattr(Installation, "left", measured)
         run()
     assert max(sizes) > 0
     return max(sizes)

@@ -153,14 +153,16 @@ class Installation:
             )
         self._own = self._entries()
         self._patches: dict[bool, InstancePatch] = {}
-        self._placed = [
-            p for p in self.processors.values() if any(c is not None for c in p.constants)
-        ]
+        self._placed = self._with_constants()
         self._random = any(branch.perturbation.random for branch in self.branches)
-        # what reads the state, and may have one of its own
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _with_constants(self) -> list[PerturbedProcessor]:
+        """The processors whose perturbations have numbers that must be on the device."""
+        made = self.processors.values()
+        return [p for p in made if any(c is not None for c in p.constants)]
 
     def _entries(self) -> list[Entry]:
         """Processors and forwards, ready for an instance patch."""
