@@ -101,6 +101,7 @@ def test_fusing_while_patched():
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
 
 
+@observing  # each row by itself
 class QuantizedLinear(torch.nn.Module):
     """A linear layer as quantization libraries make them: not ``nn.Linear``, int8 weights."""
 
@@ -178,7 +179,7 @@ def test_an_image_prompt_is_projected_once_per_call():
     watched = [m for n, m in pipe.unet.named_modules() if re.search(r"to_[kv]_ip\.0$", n)]
     for module in [*watched, pipe.unet.encoder_hid_proj.image_projection_layers[0]]:
         forward = module.forward
-        module.forward = lambda x, f=forward: calls.append(1) or f(x)
+        module.forward = observing(lambda x, f=forward: calls.append(1) or f(x))
     image = [torch.randn(2, 1, 6)]
 
     def run(**options):
