@@ -102,6 +102,7 @@ def test_fusing_while_patched():
 
 
 @observing  # each row by itself
+@observing  # as the libraries that pag_fast knows: each row by itself
 class QuantizedLinear(torch.nn.Module):
     """A linear layer as quantization libraries make them: not ``nn.Linear``, int8 weights."""
 
