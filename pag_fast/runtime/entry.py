@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .frames import running_pipeline
 from .instance_patch import InstancePatch
 
 NAME = "_compiled_call_impl"
@@ -54,6 +55,8 @@ class Lease:
         self._held: list[tuple[InstancePatch, list[Any]]] = []
         self._depth = 0
         self._passing: Counter[int] = Counter()
+        # threads that want the model for themselves: forwards that overlap without end let them in
+        self._wanted: Counter[int] = Counter()
         self._progress = 0
 
     @contextmanager
@@ -61,7 +64,12 @@ class Lease:
         """The model for this thread alone, with what ``make`` returns on it."""
         me = get_ident()
         with self._changed:
-            self._wait(owner, lambda: self._holder in (0, me) and not self._others_pass(me))
+            self._wanted[me] += 1
+            try:
+                self._wait(owner, lambda: self._holder in (0, me) and not self._others_pass(me))
+            finally:
+                self._wanted -= Counter({me: 1})
+                self._changed.notify_all()
             self._holder, before, self._owner = me, self._owner, owner
             self._depth += 1
         try:
@@ -81,13 +89,11 @@ class Lease:
                 self._moved()
 
     @contextmanager
-    def share(
-        self, owner: str = "a forward that pag_fast has nothing to do with"
-    ) -> Iterator[None]:
+    def share(self) -> Iterator[None]:
         """The model as it is without us."""
         me = get_ident()
         with self._changed:
-            self._wait(owner, lambda: self._holder in (0, me))
+            self._wait("", lambda: self._holder == me or not self._holder and self._admits(me))
             self._passing[me] += 1
         try:
             with self._suspended():
@@ -118,6 +124,18 @@ class Lease:
     def _others_pass(self, me: int) -> bool:
         return any(thread != me for thread in self._passing)
 
+    def _admits(self, me: int) -> bool:
+        """Whether a stock forward may begin; one inside of another of its thread has to."""
+        return me in self._passing or not self._wanted
+
+    def _user(self) -> str:
+        """Who runs the model, in words."""
+        if self._holder:
+            return self._owner
+        me = get_ident()
+        names = [running_pipeline(thread) for thread in self._passing if thread != me]
+        return next(filter(None, names), "another thread")
+
     def _moved(self) -> None:
         self._progress += 1
         self._changed.notify_all()
@@ -125,15 +143,15 @@ class Lease:
     def _wait(self, owner: str, free: Callable[[], bool]) -> None:
         seen, since = self._progress, time.monotonic()
         while not free():
-            self._changed.wait(1.0)
+            self._changed.wait(min(1.0, PATIENCE))
             if self._progress != seen:
                 seen, since = self._progress, time.monotonic()
             elif time.monotonic() - since > PATIENCE:
+                owner = owner or running_pipeline(get_ident()) or "A forward outside of pipelines"
                 raise ValueError(
-                    f"{owner} has waited {PATIENCE:g} s for a model that "
-                    f"{self._owner or 'another thread'} is running: two pipelines that share a "
-                    "model may run in turns, but neither from another thread inside of a forward "
-                    "of the other. Give each a model of its own."
+                    f"{owner} has waited {PATIENCE:g} s for a model that {self._user()} is "
+                    "running: two pipelines that share a model may run in turns, but neither from "
+                    "another thread inside of a forward of the other. Give each a model of its own."
                 )
 
 
@@ -209,7 +227,10 @@ class Entry:
     ) -> Any:
         """One forward with what ``make`` returns on the model, while nobody else runs it."""
         with ExitStack() as stack:
-            # in one order for everybody, so that nobody waits for somebody who waits for him
+            # in one order for everybody, so that nobody waits for somebody who waits for him:
+            # stock forwards enter the whole model first, too
+            if self.inner:
+                stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
             for entry in sorted(self.inner, key=id):
                 stack.enter_context(entry._lent(owner))
             stack.enter_context(self.lease.hold(owner, make))

@@ -62,6 +62,7 @@ class Session:
         self.cfg = False
         self.unit = 0
         self.forwards = 0
+        self.running_forward = False
         self.controlnets = ControlNets(self)
         self._locals: dict[str, Any] = {}
         self._scales: dict[Any, Any] = {}
@@ -124,10 +125,14 @@ class Session:
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of this call's denoising loop."""
-        if not self.pag:
+        # what a hook in the middle of our forward runs is nobody's
+        if not self.pag or self.running_forward:
             return False
-        pipe, self._locals = calling_pipeline()
-        return pipe is self.pipe
+        pipe, found = calling_pipeline()
+        if pipe is not self.pipe:
+            return False
+        self._locals = found
+        return True
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
@@ -135,12 +140,14 @@ class Session:
         found = self.patch.look(self.installed.denoiser)
         found.refuse()
         self.forwards += 1
+        self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
             return self._combined(self._run(forward, call, found))
         finally:
-            self.installed.left()
+            self.running_forward = False
             self._locals = {}
+            self.installed.left()
 
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         """The model on ``call``; the perturbed layers it comes through are counted."""
