@@ -9,7 +9,7 @@ from slow import FixedJoint, FixedSana
 from tiny import build, call_kwargs, latents
 
 import pag_fast
-from pag_fast.sharing.row_equality import Premise
+from pag_fast.sharing.row_equality import RowEquality
 
 _NORMED = {
     "SanaPAGPipeline": (
@@ -45,7 +45,7 @@ def test_queries_and_keys_have_norms_of_their_own(name, cfg):
 def test_conditioning_that_was_written_into_does_not_lead():
     """Self-Attention Guidance's degraded pass: the guided pass's first rows, unless changed."""
     text = torch.randn(4, 3, 2)
-    premise = Premise()
+    premise = RowEquality()
     premise.same_objects({"encoder_hidden_states": text}, 4)
     assert premise.leads({"encoder_hidden_states": text[:2]})
     assert not premise.leads({"encoder_hidden_states": text[:2].clone()})
