@@ -38,7 +38,7 @@ class Claim(Protocol):
         """Whether the forward that begins now, in this thread, is his."""
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it, with :meth:`Entry.run`."""
+        """Run it, with :meth:`Entry.run`; nobody else has the model meanwhile."""
 
 
 class Lease:
@@ -73,13 +73,8 @@ class Lease:
             self._holder, before, self._owner = me, self._owner, owner
             self._depth += 1
         try:
-            with self._suspended():
-                patch = make()
-                self._held.append((patch, patch.on()))
-                try:
-                    yield
-                finally:
-                    patch.off(self._held.pop()[1])
+            with self._suspended(), self.wearing(make):
+                yield
         finally:
             with self._changed:
                 self._depth -= 1
@@ -87,6 +82,16 @@ class Lease:
                 if not self._depth:
                     self._holder = 0
                 self._moved()
+
+    @contextmanager
+    def wearing(self, make: Callable[[], InstancePatch]) -> Iterator[None]:
+        """With what ``make`` returns on the model, which this thread holds already."""
+        patch = make()
+        self._held.append((patch, patch.on()))
+        try:
+            yield
+        finally:
+            patch.off(self._held.pop()[1])
 
     @contextmanager
     def share(self) -> Iterator[None]:
@@ -214,26 +219,31 @@ class Entry:
             return self.below(*args, **kwargs)
         for claim in tuple(self.claims):
             if claim.owns():
-                return claim.forward(self, args, kwargs)
+                with self.alone(claim.owner):
+                    return claim.forward(self, args, kwargs)
         with self.lease.share():
             return self.below(*args, **kwargs)
 
-    def run(
-        self,
-        owner: str,
-        make: Callable[[], InstancePatch],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """One forward with what ``make`` returns on the model, while nobody else runs it."""
+    @contextmanager
+    def alone(self, owner: str) -> Iterator[None]:
+        """The model, and what it consists of, for this thread alone and as it is without us.
+
+        Everybody who is going to change the model looks at it in here, too: in the middle of a
+        forward of another thread it would be found with things on that are not its own.
+        """
         with ExitStack() as stack:
             # in one order for everybody, so that nobody waits for somebody who waits for him:
             # stock forwards enter the whole model first, too
-            if self.inner:
-                stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
+            stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
             for entry in sorted(self.inner, key=id):
                 stack.enter_context(entry._lent(owner))
-            stack.enter_context(self.lease.hold(owner, make))
+            yield
+
+    def run(
+        self, make: Callable[[], InstancePatch], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One forward of the model, inside of :meth:`alone`, with what ``make`` returns on it."""
+        with self.lease.wearing(make):
             return self.below(*args, **kwargs)
 
     @contextmanager

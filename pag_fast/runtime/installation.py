@@ -18,9 +18,10 @@ from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, is_compiled
-from ..sharing.replacement import Replacement
+from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
-from .instance_patch import Entry, InstancePatch
+from .instance_patch import Entry, InstancePatch, came_back
+from .undoing import undo_all
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -136,6 +137,10 @@ class Installation:
             )
             for name in self.attentions
         }
+        for name, attention in self.attentions.items():
+            own = attention.processor
+            found = own.displaced if isinstance(own, PerturbedProcessor) else own
+            self.processors[name].displaced = found
         self.blocks = perturbed_blocks(
             denoiser,
             self.plan,
@@ -217,10 +222,10 @@ class Installation:
         """After a forward: what is on the model then does nothing."""
         self.state.thread = 0
         self.state.slabs = None
-        if self.fusion is not None:
-            self.fusion.forget()
-        for _, block in self.blocks:
-            block.forget()
+        if self.fusion is None and not self.blocks:
+            return
+        fusions = [] if self.fusion is None else [self.fusion.forget]
+        undo_all(*fusions, *[block.forget for _, block in self.blocks])
 
     def forget(self) -> None:
         """After a call: nothing of it is kept."""
@@ -228,7 +233,15 @@ class Installation:
         self.state.clock = None
 
     def release(self) -> None:
-        """Give joined weights memory of their own again."""
+        """Give joined weights memory of their own again; nothing of ours stays on the model."""
+        for own, name, value in self._own:
+            # somebody has put back what he had captured in the middle of a forward
+            if own.get(name) is value:
+                before = came_back(value)
+                if before is MISSING:
+                    del own[name]
+                else:
+                    own[name] = before
         if self.fusion is not None:
             self.fusion.release()
 

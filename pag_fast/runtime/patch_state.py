@@ -79,6 +79,7 @@ class BasicState:
     def __init__(self, config: PatchConfig) -> None:
         self.config = config
         self.session: Any = None
+        self._call = Lock()
         self.running: dict[str, Any] = {}
         self.steps: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -86,13 +87,40 @@ class BasicState:
         weakref.finalize(self, _leave_all, self._entries).atexit = False
         self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
 
-    def check_idle(self) -> None:
-        """Raises ValueError while a call runs."""
-        if self.session is not None:
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """The time of one call. Raises ValueError while another one runs."""
+        if not self._call.acquire(blocking=False):
             raise ValueError(
                 "This pipeline is already running: a patched pipeline cannot be called from its "
                 "own callback or from a second thread."
             )
+        try:
+            yield
+        finally:
+            self._call.release()
+
+    def check_idle(self, what: str) -> None:
+        """Raises ValueError for something that cannot be done while a call runs."""
+        if self._call.locked():
+            raise ValueError(
+                f"This pipeline is running and cannot be {what} now: do that before or after its "
+                "call, not in a callback or from another thread."
+            )
+
+    @contextmanager
+    def alone(self, part: str, owner: str) -> Iterator[None]:
+        """The model of a part for this thread alone, for a look at it as it is without us."""
+        with self._entries[part][0][0].alone(owner):
+            yield
+
+    def passed_by(self, pipe: Any) -> str:
+        """A part of the pipeline whose model we do not stand in front of, if any."""
+        for part, held in self._entries.items():
+            entry = held[0][0]
+            if getattr(pipe, part, None) is not entry.model or not entry.is_in_front():
+                return part
+        return ""
 
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time, raise if strict."""
@@ -130,8 +158,7 @@ class BasicState:
 
     def release(self) -> None:
         """Leave the models as they were found."""
-        for part in tuple(self._entries):
-            self.leave(part)
+        undo_all(*[partial(self.leave, part) for part in tuple(self._entries)])
 
 
 class PatchState(BasicState):
@@ -188,6 +215,16 @@ class PatchState(BasicState):
             self.leave(part)
         for part in parts:
             self.enter(pipe, part)
+        self._let_go([uncompiled(getattr(pipe, part)) for part in parts])
+
+    def _let_go(self, models: list[Any]) -> None:
+        """Keep nothing of models that the pipeline has no more: their weights are theirs again."""
+        nets = [net for model in models for net in controlnets(model)]
+        gone = [key for key in self._installed if key[0] not in map(id, models)]
+        undo = [self._installed.pop(key)[1].release for key in gone]
+        lost = [key for key in self._fusions if key not in map(id, nets)]
+        undo += [self._fusions.pop(key)[1].release for key in lost]
+        undo_all(*undo)
 
     # ---- a call ----
 
