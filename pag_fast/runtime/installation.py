@@ -21,7 +21,6 @@ from ..sharing.plan import BranchPlan, is_compiled
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
 from .instance_patch import Entry, InstancePatch, came_back
-from .undoing import undo_all
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -222,10 +221,12 @@ class Installation:
         """After a forward: what is on the model then does nothing."""
         self.state.thread = 0
         self.state.slabs = None
-        if self.fusion is None and not self.blocks:
-            return
-        fusions = [] if self.fusion is None else [self.fusion.forget]
-        undo_all(*fusions, *[block.forget for _, block in self.blocks])
+        try:
+            if self.fusion is not None:
+                self.fusion.forget()
+        finally:
+            for _, block in self.blocks:
+                block.forget()
 
     def forget(self) -> None:
         """After a call: nothing of it is kept."""

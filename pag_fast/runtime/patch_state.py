@@ -6,7 +6,9 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +28,7 @@ from .findings import Findings
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .session import Session
+from .undoing import undo_after_error, undo_all
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
@@ -186,6 +189,8 @@ class PatchState(BasicState):
         self._fusions: dict[int, tuple[Any, Fusion]] = {}
         self._controlnets: tuple[Any, InstalledControlNets] | None = None
         self.compilation: Compilation | None = None
+        # what is perturbed behind a running call that has named layers for itself
+        self.lasting_layers: Any = None
 
     @property
     def described(self) -> type:
@@ -236,11 +241,18 @@ class PatchState(BasicState):
         Takes ``pag_applied_layers`` for this call alone, and for a pipeline that has no PAG of its
         own ``pag_scale`` and ``pag_adaptive_scale``.
         """
-        self.check_idle()
+        with self.one_call():
+            return self._call_with(pipe, call, args, kwargs)
+
+    def _call_with(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call with the scales and layers that it names, which are the patch's afterwards."""
         named = kwargs.pop("pag_applied_layers", None)
         wanted = None if named is None else self.checked_layers(pipe, named)
         before = {name: getattr(self, name) for name in _SCALES}
         layers = self._set_layers(pipe, wanted)
+        self.lasting_layers = layers
         try:
             for name in _SCALES:
                 value = check_scale(name, kwargs.get(name))
@@ -256,7 +268,11 @@ class PatchState(BasicState):
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
-            self._set_layers(pipe, layers)
+            now = self.layers if self.host is not None else pipe.pag_applied_layers
+            # a callback may have chosen others, for the calls that follow
+            if now is wanted:
+                self._set_layers(pipe, layers)
+            self.lasting_layers = None
 
     def checked_layers(self, pipe: Any, layers: Any) -> list[str | int]:
         """Layers that somebody has named since patching, as a list.
@@ -293,7 +309,6 @@ class PatchState(BasicState):
         self.enter_models(pipe)
         regional = self.compilation is not None and self.compilation.config.regional
         sessions: list[Session] = []
-        whole = False
         try:
             for session in self._sessions(pipe):
                 sessions.append(session)
@@ -307,11 +322,18 @@ class PatchState(BasicState):
                 result = call(*args, **kwargs)
             if not sessions[0].freed:
                 pipe.maybe_free_model_hooks()
-            whole = True
-        finally:
-            self.session = None
-            self.running = {}
-            _end(sessions, whole)
+            part = self.passed_by(pipe)
+            if part:
+                self.fall_back(
+                    f"the {part} was compiled or replaced during the call: what ran since then ran "
+                    "without PAG"
+                )
+        except BaseException:
+            self.session, self.running = None, {}
+            undo_after_error(*[partial(x.end, whole=False) for x in reversed(sessions)])
+            raise
+        self.session, self.running = None, {}
+        undo_all(*[partial(x.end, whole=True) for x in reversed(sessions)])
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
@@ -389,15 +411,13 @@ class PatchState(BasicState):
 
     def release(self) -> None:
         """Leave the models as they were found."""
-        super().release()
+        undo: list[Callable[[], object]] = [super().release]
         if self.compilation is not None:
-            self.compilation.undo()
-            self.compilation = None
-        for _, installed in self._installed.values():
-            installed.release()
-        for _, fusion in self._fusions.values():
-            fusion.release()
-        self._controlnets = None
+            undo.append(self.compilation.undo)
+        undo += [installed.release for _, installed in self._installed.values()]
+        undo += [fusion.release for _, fusion in self._fusions.values()]
+        self._controlnets = self.compilation = None
+        undo_all(*undo)
 
 
 def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
@@ -405,18 +425,6 @@ def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
     for held in entries.values():
         for entry, keeper in held:
             entry.remove(keeper)
-
-
-def _end(sessions: list[Session], whole: bool) -> None:
-    """End every session, whatever the others do; the first error is the one that is raised."""
-    errors: list[BaseException] = []
-    for session in reversed(sessions):
-        try:
-            session.end(whole=whole)
-        except BaseException as error:
-            errors.append(error)
-    if errors and whole:
-        raise errors[0]
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:
