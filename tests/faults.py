@@ -173,14 +173,14 @@ FAULTS = [
         f"{_PROCESSORS}rows.py",
         "torch.cat([out[:missing], out])",
         "torch.cat([out[-missing:], out])",
-        _tests("parity", "all and StableDiffusionPAGPipeline"),
+        _tests("kernel_pipelines", "all and StableDiffusionPAGPipeline"),
     ),
     Fault(
         "Sana's keys with the queries' norm",
         f"{_PROCESSORS}linear.py",
         "key = attn.norm_k(key)",
         "key = attn.norm_q(key)",
-        _tests("defects", "sana or Sana"),
+        _tests("survivors"),
     ),
     Fault(
         "28 % of 25 steps is step 8",
@@ -208,7 +208,7 @@ FAULTS = [
         f"{_SHARING}row_equality.py",
         "and len(first) <= len(x) and version == own",
         "and len(first) <= len(x)",
-        _tests("sag"),
+        _tests("survivors"),
     ),
     Fault(
         "a stored map's heads are summed",

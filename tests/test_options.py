@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import re
 import types
 from dataclasses import fields
 from decimal import Decimal
@@ -21,6 +22,11 @@ from pag_fast import Branch, CompileConfig, PatchConfig, Reuse, Schedule
 from pag_fast.perturbations import BlurredMap, BlurredQueries, NoisyScores, SoftIdentity
 from pag_fast.settings.checks import edge, number, whole_number
 from pag_fast.settings.layers import as_list
+
+
+def _id(value):
+    """The value in the name of its test: without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Two(IntEnum):
@@ -187,7 +193,7 @@ def test_scales_of_a_call():
         *([None], [3.5], [b"mid"], [True], [["mid"]], [("mid",)], [], ()),
         *(x for x in [numpy.array(["mid"]), torch.tensor([1]), memoryview(b"mid")]),
     ],
-    ids=repr,
+    ids=_id,
 )
 def test_bad_layers_are_a_sentence(layers):
     for take in (as_list, PatchConfig, Branch, lambda x: pag_fast.patch(_unet(), x)):
