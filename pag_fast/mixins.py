@@ -74,19 +74,6 @@ class PatchedPipeline:
         installed = session.installed
         return {f"{name}.processor": found for name, found in installed.processors.items()}
 
-    @property
-    def do_perturbed_attention_guidance(self) -> bool:
-        """Whether the call has a perturbed branch.
-
-        Behind the loop the pipeline asks, to put processors back that it has read in front of it:
-        when another thread may have been in the model. The session has its own.
-        """
-        session = self._pag_fast.session
-        if session is not None and session.pag and session.freed:
-            session.put_processors_back()
-            return False
-        return bool(super().do_perturbed_attention_guidance)  # type: ignore[misc]
-
     def maybe_free_model_hooks(self) -> None:
         if self._pag_fast.session is not None:
             self._pag_fast.session.freed = True

@@ -68,7 +68,7 @@ class Perturbed:
         check_processors(attentions, family.replaces)
         self._sequence = family.sequence
         self.state = BranchState()
-        # nobody attends
+        # no row attends: the batch holds perturbed rows alone
         self.state.slabs = (0, 0, 1)
         self.changes = [
             Processed(attention, family.processor(self.state, SPLIT, backend))

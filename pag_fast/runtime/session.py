@@ -85,8 +85,6 @@ class Session:
         self.refuse_two_rescales()
         with self.patch.alone(self.denoiser, self.owner):
             self.patch.look(model).refuse()
-            attentions = (module for module in model.modules() if hasattr(module, "get_processor"))
-            self._processors = [(module, module.processor) for module in attentions]
             eager = is_eager(denoiser, model)
             self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
@@ -94,13 +92,6 @@ class Session:
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
-
-    def put_processors_back(self) -> None:
-        """As PAG pipelines do behind their loop, while nobody else is in the model."""
-        with self.patch.alone(self.denoiser, self.owner):
-            for attention, processor in self._processors:
-                if attention.processor is not processor:
-                    attention.set_processor(processor)
 
     def end(self, *, whole: bool) -> None:
         """The call is over; ``whole``: the pipeline has returned its result by itself.
