@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Condition, get_ident
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -24,6 +25,11 @@ PATIENCE = 60.0
 """Seconds that a forward waits for the model while nothing moves on."""
 
 Run = Callable[..., Any]
+
+
+# the user's module.compile() takes an entry's place, and two for one model would not exclude
+# each other
+_MADE: WeakKeyDictionary[nn.Module, ref[Entry]] = WeakKeyDictionary()
 
 
 class Claim(Protocol):
@@ -154,12 +160,17 @@ class Entry:
         self.inside = 0
         self._own: Run = model._call_impl
         object.__setattr__(model, NAME, self)
+        _MADE[model] = ref(self)
 
     @staticmethod
     def of(model: nn.Module) -> Entry:
         """The entry of a model, put in place where there is none."""
-        found = vars(model).get(NAME)
-        return found if isinstance(found, Entry) else Entry(model)
+        made = _MADE.get(model)
+        found = None if made is None else made()
+        if found is None or not (found.claims or found.is_in_front):
+            return Entry(model)
+        found.front()
+        return found
 
     def add(self, claim: Claim) -> None:
         """Ask ``claim`` about every call; the latest is asked first."""
@@ -171,7 +182,7 @@ class Entry:
         """Forget ``claim``; with the last one the model is as it was found."""
         if claim in self.claims:
             self.claims.remove(claim)
-        if not self.claims and vars(self.model).get(NAME) is self:
+        if not self.claims and self.is_in_front:
             if self.displaced is None:
                 object.__delattr__(self.model, NAME)
             else:
@@ -183,6 +194,11 @@ class Entry:
         if found is not self:
             self.displaced = found
             object.__setattr__(self.model, NAME, self)
+
+    @property
+    def is_in_front(self) -> bool:
+        """Whether calls of the model come here; they do not once the user has compiled it."""
+        return vars(self.model).get(NAME) is self
 
     @property
     def below(self) -> Run:
