@@ -81,6 +81,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     if before is not None:
         new.inherit(before)
         before.release()
+    new.recall(pipe)
     new.compile(pipe)
     _put_on(pipe, new)
     if own is not None and host is None:
@@ -130,6 +131,8 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
             before.enter_models(pipe)
+            if isinstance(before, PatchState):
+                before.recall(pipe)
             if before.host is None and layers_before is not None:
                 pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 

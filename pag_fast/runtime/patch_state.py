@@ -25,6 +25,7 @@ from .entry import Entry
 from .findings import Findings
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
+from .retained import leave_behind, take_over
 from .session import Session
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
@@ -113,7 +114,7 @@ class BasicState:
     def enter(self, pipe: Any, part: str) -> None:
         """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""
         model = getattr(pipe, part)
-        wanted = [model, *getattr(uncompiled(model), "nets", ())]
+        wanted = _models(model)
         held = self._entries.get(part, [])
         if [id(entry.model) for entry, _ in held] != [id(m) for m in wanted]:
             self.leave(part)
@@ -175,6 +176,10 @@ class PatchState(BasicState):
             self._installed, before._installed = before._installed, {}
             self._fusions, before._fusions = before._fusions, {}
             self.compilation, before.compilation = before.compilation, None
+
+    def recall(self, pipe: Any) -> None:
+        """Take over what earlier patches with these settings have left with compiled models."""
+        take_over(self, [m for part in self.parts(pipe) for m in _models(getattr(pipe, part))])
 
     def parts(self, pipe: Any) -> list[str]:
         """The attributes of the pipeline that hold models we stand in front of."""
@@ -271,6 +276,7 @@ class PatchState(BasicState):
             if not sessions[0].freed:
                 pipe.maybe_free_model_hooks()
             whole = True
+            self._check_entered(pipe, sessions)
         finally:
             self.session = None
             self.running = {}
@@ -278,6 +284,24 @@ class PatchState(BasicState):
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
+
+    def _check_entered(self, pipe: Any, sessions: list[Session]) -> None:
+        """Tell of a denoiser that a callback has taken from us, with steps to come.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        wanted = getattr(pipe, "_num_timesteps", None)
+        if wanted is not None and any(session.steps >= wanted for session in sessions):
+            return
+        for session in sessions:
+            entry = self._entries[session.denoiser][0][0]
+            now = getattr(pipe, session.denoiser, None)
+            if session.pag and (now is not entry.model or not entry.is_in_front):
+                self.fall_back(
+                    f"the {session.denoiser} was replaced or compiled in the middle of a call, and "
+                    "PAG had no effect from there on: do so between two calls"
+                )
 
     def _sessions(self, pipe: Any) -> Iterator[Session]:
         """A session for every denoiser."""
@@ -352,6 +376,7 @@ class PatchState(BasicState):
 
     def release(self) -> None:
         """Leave the models as they were found."""
+        models = [entry.model for held in self._entries.values() for entry, _ in held]
         super().release()
         if self.compilation is not None:
             self.compilation.undo()
@@ -360,7 +385,13 @@ class PatchState(BasicState):
             installed.release()
         for _, fusion in self._fusions.values():
             fusion.release()
+        leave_behind(self, models)
         self._controlnets = None
+
+
+def _models(part: Any) -> list[Any]:
+    """A model of a pipeline and, of a ``MultiControlNetModel``, its nets."""
+    return [part, *getattr(uncompiled(part), "nets", ())]
 
 
 def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
