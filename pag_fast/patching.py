@@ -84,6 +84,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
         new.inherit(before)
         before.release()
     try:
+        new.recall(pipe)
         new.compile(pipe)
     except BaseException:
         if before is not None:  # it goes on, and compiles again in its next call
@@ -141,6 +142,8 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
             pipe.__class__ = _subclass(before.original_class)
             pipe._pag_fast = before  # type: ignore[attr-defined]
             before.enter_models(pipe)
+            if isinstance(before, PatchState):
+                before.recall(pipe)
             if before.host is None and layers_before is not None:
                 pipe.pag_applied_layers = layers_before  # type: ignore[attr-defined]
 

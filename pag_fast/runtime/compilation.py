@@ -13,7 +13,7 @@ from ..models.registry import controlnets, has_compiled, repeated_blocks
 from ..pipelines.registry import denoiser_names
 from ..settings.compile_config import CompileConfig
 from ..sharing.plan import compiled_call, has_diffusers_hooks
-from .entry import Entry
+from .entry import NAME, Entry
 from .undoing import undo_after_error, undo_all
 
 
@@ -52,7 +52,7 @@ class Compilation:
         mode = "reduce-overhead" if self.config.cuda_graphs else None
         for module in chosen:
             module.compile(fullgraph=True, dynamic=False, backend=self.config.backend, mode=mode)
-            self._undo.append(partial(_uncompile, module))
+            self._undo.append(partial(_uncompile, module, compiled_call(module)))
 
     def covers(self, pipe: Any) -> bool:
         """Whether the pipeline still has the models that were compiled."""
@@ -83,13 +83,13 @@ class Compilation:
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, out)
 
 
-def _uncompile(module: nn.Module) -> None:
-    """Take off what ``module.compile()`` has made, behind an entry of ours, too."""
-    found = vars(module).get("_compiled_call_impl")
-    if isinstance(found, Entry):
+def _uncompile(module: nn.Module, made: Any) -> None:
+    """Take off what was ``made`` by compiling; what the user has compiled since stays."""
+    found = vars(module).get(NAME)
+    if isinstance(found, Entry) and found.displaced is made:
         found.displaced = None
-    else:
-        vars(module).pop("_compiled_call_impl", None)
+    elif found is made:
+        vars(module).pop(NAME)
 
 
 def enough_graphs() -> Any:

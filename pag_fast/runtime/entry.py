@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Condition, get_ident
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -26,6 +27,11 @@ PATIENCE = 60.0
 """Seconds that a forward waits for the model while nothing moves on."""
 
 Run = Callable[..., Any]
+
+
+# the user's module.compile() takes an entry's place, and two for one model would not exclude
+# each other
+_MADE: WeakKeyDictionary[nn.Module, ref[Entry]] = WeakKeyDictionary()
 
 
 class Claim(Protocol):
@@ -260,12 +266,17 @@ class Entry:
         object.__setattr__(model, NAME, self)
         if hasattr(model, SETTER):
             object.__setattr__(model, SETTER, ProcessorSetter(model, self.lease))
+        _MADE[model] = ref(self)
 
     @staticmethod
     def of(model: nn.Module) -> Entry:
         """The entry of a model, put in place where there is none."""
-        found = vars(model).get(NAME)
-        return found if isinstance(found, Entry) else Entry(model)
+        made = _MADE.get(model)
+        found = None if made is None else made()
+        if found is None or not (found.claims or found.is_in_front):
+            return Entry(model)
+        found.front()
+        return found
 
     def add(self, claim: Claim) -> None:
         """Ask ``claim`` about every call; the latest is asked first."""
@@ -281,7 +292,7 @@ class Entry:
             return
         if isinstance(vars(self.model).get(SETTER), ProcessorSetter):
             object.__delattr__(self.model, SETTER)
-        if vars(self.model).get(NAME) is self:
+        if self.is_in_front:
             if self.displaced is None:
                 object.__delattr__(self.model, NAME)
             else:
@@ -294,8 +305,9 @@ class Entry:
             self.displaced = found
             object.__setattr__(self.model, NAME, self)
 
+    @property
     def is_in_front(self) -> bool:
-        """Whether the model is entered by us."""
+        """Whether calls of the model come here; they do not once the user has compiled it."""
         return vars(self.model).get(NAME) is self
 
     @property

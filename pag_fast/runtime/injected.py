@@ -66,6 +66,10 @@ class InjectedSession(Session):
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._seen: tuple[Any, list[str]] = (None, [])
 
+    @property
+    def steps(self) -> int:
+        return self.loop.step + 1
+
     def start(self) -> None:
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)

@@ -17,7 +17,7 @@ from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Per
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
-from ..sharing.plan import BranchPlan, is_compiled
+from ..sharing.plan import BranchPlan, compiled_call, is_compiled
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
 from .instance_patch import Entry, InstancePatch, came_back
@@ -101,7 +101,8 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
-        self.eager = eager
+        # hooks on the model itself are seen before a graph is entered
+        self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
         self.learned_sigma = family.predicts_variance(denoiser)

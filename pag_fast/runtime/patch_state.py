@@ -27,6 +27,7 @@ from .entry import Entry
 from .findings import Findings
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
+from .retained import leave_behind, take_over
 from .session import Session
 from .undoing import undo_after_error, undo_all
 
@@ -117,14 +118,6 @@ class BasicState:
         with self._entries[part][0][0].alone(owner):
             yield
 
-    def passed_by(self, pipe: Any) -> str:
-        """A part of the pipeline whose model we do not stand in front of, if any."""
-        for part, held in self._entries.items():
-            entry = held[0][0]
-            if getattr(pipe, part, None) is not entry.model or not entry.is_in_front():
-                return part
-        return ""
-
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time, raise if strict."""
         if self.config.strict:
@@ -144,7 +137,7 @@ class BasicState:
     def enter(self, pipe: Any, part: str) -> None:
         """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""
         model = getattr(pipe, part)
-        wanted = [model, *getattr(uncompiled(model), "nets", ())]
+        wanted = _models(model)
         held = self._entries.get(part, [])
         if [id(entry.model) for entry, _ in held] != [id(m) for m in wanted]:
             self.leave(part)
@@ -207,6 +200,10 @@ class PatchState(BasicState):
             self._installed, before._installed = before._installed, {}
             self._fusions, before._fusions = before._fusions, {}
             self.compilation, before.compilation = before.compilation, None
+
+    def recall(self, pipe: Any) -> None:
+        """Take over what earlier patches with these settings have left with compiled models."""
+        take_over(self, [m for part in self.parts(pipe) for m in _models(getattr(pipe, part))])
 
     def parts(self, pipe: Any) -> list[str]:
         """The attributes of the pipeline that hold models we stand in front of."""
@@ -322,12 +319,7 @@ class PatchState(BasicState):
                 result = call(*args, **kwargs)
             if not sessions[0].freed:
                 pipe.maybe_free_model_hooks()
-            part = self.passed_by(pipe)
-            if part:
-                self.fall_back(
-                    f"the {part} was compiled or replaced during the call: what ran since then ran "
-                    "without PAG"
-                )
+            self._check_entered(pipe, sessions)
         except BaseException:
             self.session, self.running = None, {}
             undo_after_error(*[partial(x.end, whole=False) for x in reversed(sessions)])
@@ -337,6 +329,24 @@ class PatchState(BasicState):
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
+
+    def _check_entered(self, pipe: Any, sessions: list[Session]) -> None:
+        """Tell of a denoiser that a callback has taken from us, with steps to come.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        wanted = getattr(pipe, "_num_timesteps", None)
+        if wanted is not None and any(session.steps >= wanted for session in sessions):
+            return
+        for session in sessions:
+            entry = self._entries[session.denoiser][0][0]
+            now = getattr(pipe, session.denoiser, None)
+            if session.pag and (now is not entry.model or not entry.is_in_front):
+                self.fall_back(
+                    f"the {session.denoiser} was replaced or compiled in the middle of a call, and "
+                    "PAG had no effect from there on: do so between two calls"
+                )
 
     def _sessions(self, pipe: Any) -> Iterator[Session]:
         """A session for every denoiser."""
@@ -411,13 +421,23 @@ class PatchState(BasicState):
 
     def release(self) -> None:
         """Leave the models as they were found."""
+        models = [entry.model for held in self._entries.values() for entry, _ in held]
         undo: list[Callable[[], object]] = [super().release]
         if self.compilation is not None:
             undo.append(self.compilation.undo)
         undo += [installed.release for _, installed in self._installed.values()]
         undo += [fusion.release for _, fusion in self._fusions.values()]
-        self._controlnets = self.compilation = None
-        undo_all(*undo)
+        self.compilation = None
+        try:
+            undo_all(*undo)
+        finally:
+            leave_behind(self, models)
+            self._controlnets = None
+
+
+def _models(part: Any) -> list[Any]:
+    """A model of a pipeline and, of a ``MultiControlNetModel``, its nets."""
+    return [part, *getattr(uncompiled(part), "nets", ())]
 
 
 def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:

@@ -99,7 +99,7 @@ class RowDecision:
         reason = ""
         if Answer.UNSHARED in found.answer:
             reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
-        elif Answer.RECHECK in found.answer and not self.installed.eager:
+        elif Answer.RECHECK in found.answer and not self.installed.hooks_show:
             reason = "hooks run inside of a compiled model: the branches run apart"
         elif plan.shuffled and knows_places(call):
             reason = (

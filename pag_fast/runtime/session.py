@@ -114,6 +114,11 @@ class Session:
         """The ``guidance_rescale`` of the pipeline's call."""
         return float(getattr(self.pipe, "_guidance_rescale", 0.0))
 
+    @property
+    def steps(self) -> int:
+        """How many steps of the call have begun, as far as they came through here."""
+        return self.forwards
+
     def refuse_two_rescales(self) -> None:
         """Raises ValueError where both the call and the patch rescale the guidance."""
         own, mode = self._own_rescale(), self.patch.config.rescale_mode
@@ -185,7 +190,7 @@ class Session:
 
     def _behind(self, call: Call, found: Findings) -> list[Entry]:
         """What compares rows again behind hooks of others in front of the denoiser."""
-        if Answer.RECHECK not in found.answer or not self.installed.eager:
+        if Answer.RECHECK not in found.answer or not self.installed.hooks_show:
             return []
         state, frames = self.installed.state, frames_of(call)
         assert self.ran is not None and state.slabs is not None

@@ -1,0 +1,313 @@
+"""One compiled model, stock and patched in turns at equal shapes: no graph is taken for another."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import tiny
+import tiny_hosts
+import torch
+from numerics import relative
+from tiny_hosts import HOSTS, build, call_kwargs, latents
+from torch._dynamo.testing import CompileCounter
+
+import pag_fast
+from pag_fast.models.registry import uncompiled
+from pag_fast.runtime.compilation import _repeated
+from pag_fast.runtime.entry import Entry
+from pag_fast.sharing.plan import compiled_call
+
+# a UNet and joint attention with CFG in one batch, one without CFG, one with a pass for uncond
+SD, SD3, FLUX, WAN = (
+    "StableDiffusionPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "WanPipeline",
+)
+WAYS = ("in place", "wrapped", "regional", "forward")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    # blocks that share their code have a graph each, and the user has allowed for it
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+
+
+def part_of(pipe):
+    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+
+
+def compile_(pipe, how):
+    """Compile the denoiser; returns what counts its graphs."""
+    counter, part = CompileCounter(), part_of(pipe)
+    model = getattr(pipe, part)
+    if how == "in place":
+        model.compile(fullgraph=True, backend=counter)
+    elif how == "wrapped":
+        setattr(pipe, part, torch.compile(model, fullgraph=True, backend=counter))
+    elif how == "regional":
+        for block in _repeated(model):
+            block.compile(fullgraph=True, backend=counter)
+    else:
+        model.forward = torch.compile(model.forward, fullgraph=True, backend=counter)
+    return counter
+
+
+def calls(name, pipe):
+    """Arguments of a stock and a patched call whose forwards have equally many rows."""
+    rows = 3 if name in (SD, SD3) else 2
+    return call_kwargs(name, pipe, batch=rows, cfg=False), call_kwargs(name, pipe, cfg=rows == 3)
+
+
+def expected(name):
+    """What both calls return without a compiler."""
+    pipe = build(name)
+    stock = latents(pipe, calls(name, pipe)[0])
+    pag_fast.patch(pipe, HOSTS[name].layers["middle"])
+    return stock, latents(pipe, calls(name, pipe)[1])
+
+
+def run(name, pipe, patched):
+    return latents(pipe, calls(name, pipe)[patched])
+
+
+def check(name, pipe, patched, eager):
+    assert relative(run(name, pipe, patched), eager[patched]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((FLUX, how) for how in WAYS),
+        (SD, "in place"),
+        (SD, "regional"),
+        (SD3, "wrapped"),
+        (WAN, "forward"),
+        (WAN, "regional"),
+    ],
+)
+def test_stock_patched_stock_patched(name, how):
+    eager, pipe = expected(name), build(name)
+    counter = compile_(pipe, how)
+    made = []
+    for patched in (False, True, False, True, False):
+        if patched:
+            pag_fast.patch(pipe, HOSTS[name].layers["middle"])
+        check(name, pipe, patched, eager)
+        if patched:
+            assert dict(pipe._pag_fast.steps) == {"shared": 2}
+            pag_fast.unpatch(pipe)
+        made.append(counter.frame_count)
+    # one stock and one patched: what was patched before is patched with the same objects
+    assert made[0] < made[1] == made[-1]
+    assert made[-1] <= (6 if how == "regional" else 2)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_other_pipeline_of_a_compiled_model(how):
+    """Patched all the time; a stock pipeline has the same model, and runs in turns with it."""
+    eager, pipe = expected(FLUX), build(FLUX)
+    counter = compile_(pipe, how)
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    pag_fast.patch(pipe, HOSTS[FLUX].layers["middle"])
+    made = []
+    for patched in (True, False, True, False):
+        check(FLUX, pipe if patched else other, patched, eager)
+        made.append(counter.frame_count)
+    assert made[1] == made[-1]
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_many_turns_are_two_graphs(how):
+    """PyTorch gives a function eight graphs, and ``patched`` is used around single calls."""
+    eager, pipe = expected(FLUX), build(FLUX)
+    counter = compile_(pipe, how)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for _ in range(5):
+            with pag_fast.patched(pipe, HOSTS[FLUX].layers["middle"]):
+                check(FLUX, pipe, True, eager)
+            check(FLUX, pipe, False, eager)
+    assert counter.frame_count == 2
+
+
+def test_what_is_kept_for_graphs_goes_with_them():
+    pipe = build(FLUX)
+    compile_(pipe, "in place")
+    with pag_fast.patched(pipe, HOSTS[FLUX].layers["middle"]):
+        run(FLUX, pipe, True)
+        (kept,) = (weakref.ref(x[1]) for x in pipe._pag_fast._installed.values())
+    gc.collect()
+    assert kept() is not None
+    pipe.transformer._compiled_call_impl = None
+    torch._dynamo.reset()
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_compiled_controlnet_in_turns():
+    name = "StableDiffusionControlNetPipeline"
+    pipe = build(name)
+    kwargs = dict(calls(name, pipe)[1])
+    stock = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
+    graphs = CompileCounter()
+    with pag_fast.patched(pipe):
+        eager = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
+    for part in ("unet", "controlnet"):
+        getattr(pipe, part).compile(backend=graphs, fullgraph=True)
+    made = []
+    for _ in range(3):
+        with pag_fast.patched(pipe):
+            out = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
+            assert relative(out, eager) < 1e-5
+        out = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
+        assert relative(out, stock) < 1e-5
+        made.append(graphs.frame_count)
+    assert made[0] == made[-1]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_compiled_after_patching(how):
+    """The user's module.compile() takes our place: it is behind us in the next call."""
+    eager, pipe = expected(FLUX), build(FLUX)
+    pag_fast.patch(pipe, HOSTS[FLUX].layers["middle"])
+    check(FLUX, pipe, True, eager)
+    counter = compile_(pipe, how)
+    check(FLUX, pipe, True, eager)
+    made = counter.frame_count
+    check(FLUX, pipe, True, eager)
+    assert counter.frame_count == made > 0
+    pag_fast.unpatch(pipe)
+    check(FLUX, pipe, False, eager)
+    check(FLUX, pipe, False, eager)
+    model = uncompiled(pipe.transformer)
+    assert not isinstance(vars(model).get("_compiled_call_impl"), Entry)
+    assert how != "in place" or compiled_call(model) is not None
+
+
+def test_two_patched_pipelines_of_a_model_that_is_compiled_meanwhile():
+    """One entry for both, whatever is put in its place, and the user's graph when both are gone."""
+    eager, pipe = expected(FLUX), build(FLUX)
+    layers = HOSTS[FLUX].layers["middle"]
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    pag_fast.patch(pipe, layers)
+    compile_(pipe, "in place")
+    own = compiled_call(pipe.transformer)
+    pag_fast.patch(other, layers)
+    for _ in range(2):
+        check(FLUX, pipe, True, eager)
+        check(FLUX, other, True, eager)
+    entry = vars(pipe.transformer)["_compiled_call_impl"]
+    assert len(entry.claims) == 2 and entry.displaced is own
+    pag_fast.unpatch(pipe)
+    check(FLUX, other, True, eager)
+    pag_fast.unpatch(other)
+    assert vars(pipe.transformer)["_compiled_call_impl"] is own
+
+
+def test_a_second_pipeline_compiles_and_lets_go():
+    eager, pipe = expected(FLUX), build(FLUX)
+    layers = HOSTS[FLUX].layers["middle"]
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    pag_fast.patch(pipe, layers)
+    pag_fast.patch(other, layers, compile=pag_fast.CompileConfig(backend="eager"))
+    assert compiled_call(pipe.transformer) is not None
+    for _ in range(2):
+        check(FLUX, other, True, eager)
+        check(FLUX, pipe, True, eager)
+    pag_fast.unpatch(other)
+    assert compiled_call(pipe.transformer) is None
+    check(FLUX, pipe, True, eager)
+    pag_fast.unpatch(pipe)
+    assert "_compiled_call_impl" not in vars(pipe.transformer)
+    check(FLUX, pipe, False, eager)
+
+
+def test_what_the_user_compiles_over_ours_stays():
+    pipe = build(FLUX)
+    with pag_fast.patched(pipe, compile=pag_fast.CompileConfig(backend="eager")):
+        compile_(pipe, "in place")
+        own = compiled_call(pipe.transformer)
+        run(FLUX, pipe, True)
+    assert compiled_call(pipe.transformer) is own
+
+
+@pytest.mark.parametrize("how", ["compiled", "replaced"])
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", FLUX])
+def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
+    made = tiny_hosts if name in HOSTS else tiny
+    pipe, other = made.build(name), made.build(name)
+    part = part_of(pipe)
+    own = getattr(pipe, part)
+
+    def callback(pipe, step, timestep, tensors):
+        if step == at and how == "compiled":
+            getattr(pipe, part).compile(backend="eager")
+        elif step == at:
+            setattr(pipe, part, getattr(other, part))
+        return tensors
+
+    kwargs = {"steps": 3, "callback_on_step_end": callback}
+    for at, strict in ((0, False), (2, True), (1, True)):
+        setattr(pipe, part, own)
+        pag_fast.patch(pipe, strict=strict)
+        if at == 2:  # nothing runs after it
+            made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
+        elif strict:
+            with pytest.raises(ValueError, match="replaced or compiled in the middle of a call"):
+                made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
+        else:
+            with pytest.warns(UserWarning, match="replaced or compiled in the middle of a call"):
+                made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
+
+
+@pytest.mark.parametrize("how", [None, *WAYS])
+def test_rows_that_a_hook_in_front_changes(how):
+    """Seen where the hook runs outside of the graph; inside of it the branches run apart."""
+
+    def hook(model, args, kwargs):
+        sample = args[0].clone() if args else kwargs["sample"].clone()
+        sample[-1] += 0.5
+        if args:
+            return (sample, *args[1:]), kwargs
+        return args, {**kwargs, "sample": sample}
+
+    pictures = []
+    for share in (False, True):
+        torch._dynamo.reset()
+        pipe = build(SD)
+        if how is not None:
+            compile_(pipe, how)
+        uncompiled(pipe.unet).register_forward_pre_hook(hook, with_kwargs=True)
+        pag_fast.patch(pipe, HOSTS[SD].layers["middle"], share_branches=share)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pictures.append(run(SD, pipe, True))
+    assert relative(pictures[1], pictures[0]) < 1e-5
+
+
+def test_a_patched_model_inside_of_a_graph_of_the_users():
+    """Traced through the entry it is the stock model, also if it is compiled itself."""
+    pipe = build(SD)
+    unet = pipe.unet
+    x = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 12)
+    stock = unet(*x)[0]
+    pag_fast.patch(pipe)
+    outer = torch.compile(
+        lambda *args: unet(*args, return_dict=False)[0], backend="eager", fullgraph=True
+    )
+    assert torch.equal(outer(*x), stock)
+    run(SD, pipe, True)
+    assert torch.equal(outer(*x), stock)
+    unet.compile(backend="eager", fullgraph=True)
+    run(SD, pipe, True)
+    assert torch.equal(outer(*x), stock)
+    assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*x)[0], stock)
