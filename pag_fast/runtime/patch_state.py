@@ -25,6 +25,7 @@ from .compilation import Compilation, enough_graphs
 from .controlnets import InstalledControlNets
 from .entry import Entry
 from .findings import Findings
+from .frames import know_loops
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
@@ -170,6 +171,7 @@ class PatchState(BasicState):
     ) -> None:
         super().__init__(config)
         self.original_class = original_class
+        know_loops(original_class)
         self.original_layers = original_layers
         self.own_layers = own_layers
         self.host = host
