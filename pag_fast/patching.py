@@ -74,6 +74,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
         perturbed_branches(denoiser, wanted, config)
 
     before = getattr(pipe, "_pag_fast", None)
+    if before is not None:
+        before.check_idle("patched anew")
     chosen = config.layers is not None or config.branches is not None or host is not None
     own = wanted if chosen else None
     cls = type(pipe) if before is None else before.original_class
@@ -81,8 +83,14 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     if before is not None:
         new.inherit(before)
         before.release()
-    new.recall(pipe)
-    new.compile(pipe)
+    try:
+        new.recall(pipe)
+        new.compile(pipe)
+    except BaseException:
+        if before is not None:  # it goes on, and compiles again in its next call
+            before.inherit(new)
+            before.enter_models(pipe)
+        raise
     _put_on(pipe, new)
     if own is not None and host is None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
@@ -106,6 +114,7 @@ def unpatch(pipe: P) -> P:
     found = getattr(pipe, "_pag_fast", None)
     if found is None:
         return pipe
+    found.check_idle("unpatched")
     if found.host is None and hasattr(pipe, "pag_applied_layers"):
         pipe.pag_applied_layers = _users_layers(pipe)
     found.release()
@@ -172,9 +181,12 @@ def _users_layers(pipe: Any) -> Any:
     if host is not None:
         return host.layers
     found = getattr(pipe, "_pag_fast", None)
-    if found is not None and pipe.pag_applied_layers is found.own_layers:
-        return found.original_layers
-    return pipe.pag_applied_layers
+    if found is None:
+        return pipe.pag_applied_layers
+    # a running call may have named others for itself
+    lasting = found.lasting_layers
+    layers = pipe.pag_applied_layers if lasting is None else lasting
+    return found.original_layers if layers is found.own_layers else layers
 
 
 def applied_layers(pipe: Any) -> Any:
@@ -213,7 +225,9 @@ def _reduce(pipe: Any, protocol: Any) -> Any:
     attributes = {name: value for name, value in vars(pipe).items() if name != "_pag_fast"}
     chosen = None
     if isinstance(found, PatchState) and found.config.branches is None:
-        chosen = list(applied_layers(pipe))
+        chosen = list(
+            applied_layers(pipe) if found.lasting_layers is None else found.lasting_layers
+        )
     if "pag_applied_layers" in attributes:
         attributes["pag_applied_layers"] = _users_layers(pipe)
     return _rebuild, (found.original_class, attributes, found.config, chosen)

@@ -50,6 +50,8 @@ class PerturbedProcessor:
         self.constants = [None if c is None else torch.tensor(c) for c in constants]
         scored = [i for i, b in enumerate(self.branches, 1) if b is None or b.needs_scores]
         self._scored = max(scored, default=0)
+        # the attention's own, for whoever finds this one left behind
+        self.displaced: Any = None
 
     def place(self, device: torch.device) -> None:
         """Have the perturbations' numbers on the device that the layer runs on."""

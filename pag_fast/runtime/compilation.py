@@ -14,6 +14,7 @@ from ..pipelines.registry import denoiser_names
 from ..settings.compile_config import CompileConfig
 from ..sharing.plan import compiled_call, has_diffusers_hooks
 from .entry import NAME, Entry
+from .undoing import undo_after_error, undo_all
 
 
 class Compilation:
@@ -31,10 +32,14 @@ class Compilation:
         for model in self.models:
             _check(model, config)
         self._undo: list[Callable[[], None]] = []
-        for part in _parts(pipe):
-            if not has_compiled(part):
-                for model in controlnets(part):
-                    self._compile(model)
+        try:
+            for part in _parts(pipe):
+                if not has_compiled(part):
+                    for model in controlnets(part):
+                        self._compile(model)
+        except BaseException:
+            undo_after_error(self.undo)
+            raise
         self._has_compiler = False
         # shapes that the denoiser has been run on ahead of need
         self.warmed: set[Any] = set()
@@ -57,8 +62,8 @@ class Compilation:
 
     def undo(self) -> None:
         """Take everything off again."""
-        while self._undo:
-            self._undo.pop()()
+        undo, self._undo = reversed(self._undo), []
+        undo_all(*undo)
 
     def check_compiler(self, device: str) -> None:
         """Raises ValueError where nothing could be compiled for ``device``, such as ``"cuda"``."""

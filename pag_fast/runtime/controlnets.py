@@ -107,7 +107,6 @@ class ControlNets:
             call = self.rows(call, rows, installed, found)
             session.advance(self._kept, call, found, same)
             out = forward.run(
-                self.owner,
                 lambda: installed.instance_patch(fused=fused),
                 (installed.state,),
                 call,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..processors.rows import PerturbedProcessor
-from .frames import calling_pipeline
+from .frames import calling_pipeline, running_pipeline
 from .instance_patch import InstancePatch
 
 NAME, SETTER = "_compiled_call_impl", "set_attn_processor"
@@ -45,7 +45,11 @@ class Claim(Protocol):
         """Whether the forward that begins now, in this thread, is his."""
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it, with :meth:`Entry.run`."""
+        """Run it, with :meth:`Entry.run`; nobody else has the model meanwhile."""
+
+
+Owner = str | Claim
+"""Who has a model: in words, or somebody who can say it."""
 
 
 class Lease:
@@ -58,91 +62,156 @@ class Lease:
     def __init__(self) -> None:
         self._changed = Condition()
         self._holder = 0
-        self._owner = ""
-        self._held: list[tuple[InstancePatch, list[Any]]] = []
-        self._depth = 0
+        self._owner: Owner = ""
+        # what each forward of the holder has put on, innermost last; None: nothing yet
+        self._held: list[tuple[InstancePatch, list[Any]] | None] = []
         self._passing: Counter[int] = Counter()
+        # threads that want the model for themselves: forwards that overlap without end let them in
+        self._wanted: Counter[int] = Counter()
+        self._waiting = 0
         self._progress = 0
 
-    @contextmanager
-    def hold(self, owner: str, make: Callable[[], InstancePatch]) -> Iterator[None]:
-        """The model for this thread alone, with what ``make`` returns on it."""
+    # plain methods, as context managers would cost several calls in every forward
+
+    def take(self, owner: Owner) -> Owner:
+        """The model is this thread's, as it is without us; returns what :meth:`give` needs."""
         me = get_ident()
         with self._changed:
-            self._wait(owner, lambda: self._holder in (0, me) and not self._others_pass(me))
-            self._holder, before, self._owner = me, self._owner, owner
-            self._depth += 1
+            if self._holder not in (0, me) or (self._passing and self._others_pass(me)):
+                self._await(owner, me)
+            before = self._owner
+            self._holder, self._owner = me, owner
+        self._suspend()
+        self._held.append(None)
+        return before
+
+    def give(self, before: Owner) -> None:
+        """The opposite of :meth:`take`."""
+        self._held.pop()
+        self._resume()
+        with self._changed:
+            self._owner = before
+            if not self._held:
+                self._holder = 0
+            self._progress += 1
+            if self._waiting:
+                self._changed.notify_all()
+
+    def run(self, patch: InstancePatch, forward: Run, args: Any, kwargs: Any) -> Any:
+        """A forward with ``patch`` on the model, which this thread has taken."""
+        self._held[-1] = patch, patch.on()
         try:
-            with self._suspended():
-                patch = make()
-                self._held.append((patch, patch.on()))
-                try:
-                    yield
-                finally:
-                    patch.off(self._held.pop()[1])
+            return forward(*args, **kwargs)
         finally:
-            with self._changed:
-                self._depth -= 1
-                self._owner = before
-                if not self._depth:
-                    self._holder = 0
-                self._moved()
+            self._take_off()
 
     @contextmanager
-    def share(
-        self, owner: str = "a forward that pag_fast has nothing to do with"
-    ) -> Iterator[None]:
+    def hold(self, owner: Owner, make: Callable[[], InstancePatch]) -> Iterator[None]:
+        """The model for this thread alone, with what ``make`` returns on it."""
+        before = self.take(owner)
+        try:
+            patch = make()
+            if not patch.entries:
+                yield
+                return
+            self._held[-1] = patch, patch.on()
+            try:
+                yield
+            finally:
+                self._take_off()
+        finally:
+            self.give(before)
+
+    def _take_off(self) -> None:
+        worn = self._held[-1]
+        if worn is not None:
+            worn[0].off(worn[1])
+            self._held[-1] = None
+
+    @contextmanager
+    def share(self) -> Iterator[None]:
         """The model as it is without us."""
         me = get_ident()
         with self._changed:
-            self._wait(owner, lambda: self._holder in (0, me))
+            if not self._admits(me):
+                self._wait("", lambda: self._admits(me))
             self._passing[me] += 1
+        mine = self._holder == me
+        if mine:
+            self._suspend()
+            self._held.append(None)
         try:
-            with self._suspended():
-                yield
+            yield
         finally:
+            if mine:
+                self._held.pop()
+                self._resume()
             with self._changed:
-                self._passing[me] -= 1
-                if not self._passing[me]:
-                    del self._passing[me]
-                self._moved()
+                self._passing -= Counter((me,))
+                self._progress += 1
+                if self._waiting:
+                    self._changed.notify_all()
 
-    def held_by_this_thread(self) -> bool:
-        return self._holder == get_ident()
-
-    @contextmanager
-    def _suspended(self) -> Iterator[None]:
+    def _suspend(self) -> None:
         """What an outer forward of this thread has put on is off meanwhile."""
-        if self._holder != get_ident() or not self._held:
-            yield
-            return
-        patch, before = self._held[-1]
-        patch.off(before)
-        try:
-            yield
-        finally:
+        if self._held and self._held[-1] is not None:
+            patch, before = self._held[-1]
+            patch.off(before)
+
+    def _resume(self) -> None:
+        if self._held and self._held[-1] is not None:
+            patch, _ = self._held[-1]
             self._held[-1] = patch, patch.on()
 
     def _others_pass(self, me: int) -> bool:
         return any(thread != me for thread in self._passing)
 
-    def _moved(self) -> None:
-        self._progress += 1
-        self._changed.notify_all()
+    def _admits(self, me: int) -> bool:
+        """Whether a stock forward may begin; one inside of another of its thread has to."""
+        if self._holder:
+            return self._holder == me
+        return me in self._passing or not self._wanted
 
-    def _wait(self, owner: str, free: Callable[[], bool]) -> None:
+    def _user(self) -> str:
+        """Who runs the model, in words."""
+        if self._holder:
+            return _in_words(self._owner)
+        me = get_ident()
+        names = [running_pipeline(thread) for thread in self._passing if thread != me]
+        return next(filter(None, names), "another thread")
+
+    def _await(self, owner: Owner, me: int) -> None:
+        """Wait until the model is free or this thread's."""
+        self._wanted[me] += 1
+        try:
+            self._wait(owner, lambda: self._holder in (0, me) and not self._others_pass(me))
+        finally:
+            self._wanted -= Counter((me,))
+            self._changed.notify_all()
+
+    def _wait(self, owner: Owner, free: Callable[[], bool]) -> None:
         seen, since = self._progress, time.monotonic()
-        while not free():
-            self._changed.wait(1.0)
-            if self._progress != seen:
-                seen, since = self._progress, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
-                raise ValueError(
-                    f"{owner} has waited {PATIENCE:g} s for a model that "
-                    f"{self._owner or 'another thread'} is running: two pipelines that share a "
-                    "model may run in turns, but neither from another thread inside of a forward "
-                    "of the other. Give each a model of its own."
-                )
+        self._waiting += 1
+        try:
+            while not free():
+                self._changed.wait(min(1.0, PATIENCE))
+                if self._progress != seen:
+                    seen, since = self._progress, time.monotonic()
+                elif time.monotonic() - since > PATIENCE:
+                    raise ValueError(
+                        f"{_in_words(owner)} has waited {PATIENCE:g} s for a model that "
+                        f"{self._user()} is running: two pipelines that share a model may run in "
+                        "turns, but neither from another thread inside of a forward of the other. "
+                        "Give each a model of its own."
+                    )
+        finally:
+            self._waiting -= 1
+
+
+def _in_words(owner: Owner) -> str:
+    if isinstance(owner, str):
+        return owner or running_pipeline(get_ident()) or "A forward outside of pipelines"
+    return owner.owner
 
 
 class ProcessorSetter:
@@ -158,8 +227,6 @@ class ProcessorSetter:
 
     def __call__(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
         set_processors = type(self._model).set_attn_processor
-        if self._lease.held_by_this_thread():
-            return set_processors(self._model, processor, *args, **kwargs)
         pipe = calling_pipeline()[0]
         patched = " (patched)" if hasattr(pipe, "_pag_fast") else ""
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
@@ -255,27 +322,40 @@ class Entry:
             return self.below(*args, **kwargs)
         for claim in tuple(self.claims):
             if claim.owns():
-                return claim.forward(self, args, kwargs)
+                if self.inner:
+                    with self.alone(claim):
+                        return claim.forward(self, args, kwargs)
+                before = self.lease.take(claim)
+                try:
+                    return claim.forward(self, args, kwargs)
+                finally:
+                    self.lease.give(before)
         with self.lease.share():
             return self.below(*args, **kwargs)
 
-    def run(
-        self,
-        owner: str,
-        make: Callable[[], InstancePatch],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """One forward with what ``make`` returns on the model, while nobody else runs it."""
+    @contextmanager
+    def alone(self, owner: Owner) -> Iterator[None]:
+        """The model, and what it consists of, for this thread alone and as it is without us.
+
+        Everybody who is going to change the model looks at it in here, too: in the middle of a
+        forward of another thread it would be found with things on that are not its own.
+        """
         with ExitStack() as stack:
-            # in one order for everybody, so that nobody waits for somebody who waits for him
+            # in one order for everybody, so that nobody waits for somebody who waits for him:
+            # stock forwards enter the whole model first, too
+            stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
             for entry in sorted(self.inner, key=id):
                 stack.enter_context(entry._lent(owner))
-            stack.enter_context(self.lease.hold(owner, make))
-            return self.below(*args, **kwargs)
+            yield
+
+    def run(
+        self, make: Callable[[], InstancePatch], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One forward of the model, which is this thread's, with what ``make`` returns on it."""
+        return self.lease.run(make(), self.below, args, kwargs)
 
     @contextmanager
-    def _lent(self, owner: str) -> Iterator[None]:
+    def _lent(self, owner: Owner) -> Iterator[None]:
         """The model is this thread's, as a part of another one that it is entered through."""
         with self.lease.hold(owner, InstancePatch.nothing):
             before, self.inside = self.inside, get_ident()

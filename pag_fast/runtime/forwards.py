@@ -32,7 +32,6 @@ class Forward:
 
     def run(
         self,
-        owner: str,
         make: Callable[[], InstancePatch],
         states: tuple[BranchState, ...],
         call: Call,
@@ -40,7 +39,6 @@ class Forward:
         """Run the model on ``call`` with what ``make`` returns on it.
 
         Args:
-            owner: who runs it, for whoever waits in vain.
             states: what the objects on the model read; they are this thread's meanwhile.
         """
         kwargs = dict(call)
@@ -49,7 +47,7 @@ class Forward:
         for state in states:
             state.thread = me
         try:
-            return self.entry.run(owner, make, args, kwargs)
+            return self.entry.run(make, args, kwargs)
         finally:
             for state in states:
                 state.thread = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ def _is_pipeline(value: Any) -> bool:
         return False
     kinds = [getattr(diffusers, name, None) for name in ("DiffusionPipeline", "ModularPipeline")]
     return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def running_pipeline(thread: int) -> str:
+    """The class of the pipeline that runs in a thread, for errors; empty without one."""
+    for pipe, _, _ in _pipeline_calls(sys._current_frames().get(thread)):
+        return type(pipe).__name__
+    return ""
 
 
 def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, set[CodeType]]]:
@@ -48,11 +56,12 @@ def calling_pipeline() -> tuple[Any, dict[str, Any]]:
 
 
 def _code(callback: Any) -> CodeType | None:
-    function = inspect.unwrap(callback)
-    function = getattr(function, "__func__", function)
-    if not hasattr(function, "__code__"):
+    while isinstance(callback, functools.partial):
+        callback = callback.func
+    function = callback
+    if not hasattr(inspect.unwrap(callback), "__code__"):
         function = getattr(type(callback), "__call__", None)  # noqa: B004
-    return getattr(function, "__code__", None)
+    return getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
 
 
 def call_arguments(pipe: Any, described: Any) -> dict[str, Any] | None:

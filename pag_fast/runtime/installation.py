@@ -18,9 +18,9 @@ from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
-from ..sharing.replacement import Replacement
+from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
-from .instance_patch import Entry, InstancePatch
+from .instance_patch import Entry, InstancePatch, came_back
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -137,6 +137,10 @@ class Installation:
             )
             for name in self.attentions
         }
+        for name, attention in self.attentions.items():
+            own = attention.processor
+            found = own.displaced if isinstance(own, PerturbedProcessor) else own
+            self.processors[name].displaced = found
         self.blocks = perturbed_blocks(
             denoiser,
             self.plan,
@@ -218,10 +222,12 @@ class Installation:
         """After a forward: what is on the model then does nothing."""
         self.state.thread = 0
         self.state.slabs = None
-        if self.fusion is not None:
-            self.fusion.forget()
-        for _, block in self.blocks:
-            block.forget()
+        try:
+            if self.fusion is not None:
+                self.fusion.forget()
+        finally:
+            for _, block in self.blocks:
+                block.forget()
 
     def forget(self) -> None:
         """After a call: nothing of it is kept."""
@@ -229,7 +235,15 @@ class Installation:
         self.state.clock = None
 
     def release(self) -> None:
-        """Give joined weights memory of their own again."""
+        """Give joined weights memory of their own again; nothing of ours stays on the model."""
+        for own, name, value in self._own:
+            # somebody has put back what he had captured in the middle of a forward
+            if own.get(name) is value:
+                before = came_back(value)
+                if before is MISSING:
+                    del own[name]
+                else:
+                    own[name] = before
         if self.fusion is not None:
             self.fusion.release()
 

@@ -34,7 +34,7 @@ class InstancePatch:
     @classmethod
     def nothing(cls) -> InstancePatch:
         """No changes: the model is held for one forward as it is."""
-        return cls(())
+        return _NOTHING
 
     def on(self) -> list[Any]:
         """Set every attribute; returns what :meth:`off` needs."""
@@ -45,7 +45,7 @@ class InstancePatch:
             old = own[name] if name in own else MISSING  # noqa: SIM401
             if old is value:
                 # somebody has put back what he had captured in the middle of an earlier forward
-                old = value.came_back() if knows else value
+                old = came_back(value)
             elif knows and old is not value.displaced:
                 value.displace(old)
             before[index] = old
@@ -65,6 +65,16 @@ class InstancePatch:
                 del own[name]
             else:
                 own[name] = old
+
+
+_NOTHING = InstancePatch(())
+
+
+def came_back(value: Any) -> Any:
+    """What belongs in the place of an object of ours that somebody has put back for good."""
+    if isinstance(value, Replacement):
+        return value.came_back()
+    return getattr(value, "displaced", value)
 
 
 @contextmanager

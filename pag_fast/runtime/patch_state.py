@@ -6,7 +6,9 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +29,7 @@ from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
+from .undoing import undo_after_error, undo_all
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
@@ -80,6 +83,7 @@ class BasicState:
     def __init__(self, config: PatchConfig) -> None:
         self.config = config
         self.session: Any = None
+        self._call = Lock()
         self.running: dict[str, Any] = {}
         self.steps: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -87,13 +91,32 @@ class BasicState:
         weakref.finalize(self, _leave_all, self._entries).atexit = False
         self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
 
-    def check_idle(self) -> None:
-        """Raises ValueError while a call runs."""
-        if self.session is not None:
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """The time of one call. Raises ValueError while another one runs."""
+        if not self._call.acquire(blocking=False):
             raise ValueError(
                 "This pipeline is already running: a patched pipeline cannot be called from its "
                 "own callback or from a second thread."
             )
+        try:
+            yield
+        finally:
+            self._call.release()
+
+    def check_idle(self, what: str) -> None:
+        """Raises ValueError for something that cannot be done while a call runs."""
+        if self._call.locked():
+            raise ValueError(
+                f"This pipeline is running and cannot be {what} now: do that before or after its "
+                "call, not in a callback or from another thread."
+            )
+
+    @contextmanager
+    def alone(self, part: str, owner: str) -> Iterator[None]:
+        """The model of a part for this thread alone, for a look at it as it is without us."""
+        with self._entries[part][0][0].alone(owner):
+            yield
 
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time, raise if strict."""
@@ -131,8 +154,7 @@ class BasicState:
 
     def release(self) -> None:
         """Leave the models as they were found."""
-        for part in tuple(self._entries):
-            self.leave(part)
+        undo_all(*[partial(self.leave, part) for part in tuple(self._entries)])
 
 
 class PatchState(BasicState):
@@ -160,6 +182,8 @@ class PatchState(BasicState):
         self._fusions: dict[int, tuple[Any, Fusion]] = {}
         self._controlnets: tuple[Any, InstalledControlNets] | None = None
         self.compilation: Compilation | None = None
+        # what is perturbed behind a running call that has named layers for itself
+        self.lasting_layers: Any = None
 
     @property
     def described(self) -> type:
@@ -193,6 +217,16 @@ class PatchState(BasicState):
             self.leave(part)
         for part in parts:
             self.enter(pipe, part)
+        self._let_go([uncompiled(getattr(pipe, part)) for part in parts])
+
+    def _let_go(self, models: list[Any]) -> None:
+        """Keep nothing of models that the pipeline has no more: their weights are theirs again."""
+        nets = [net for model in models for net in controlnets(model)]
+        gone = [key for key in self._installed if key[0] not in map(id, models)]
+        undo = [self._installed.pop(key)[1].release for key in gone]
+        lost = [key for key in self._fusions if key not in map(id, nets)]
+        undo += [self._fusions.pop(key)[1].release for key in lost]
+        undo_all(*undo)
 
     # ---- a call ----
 
@@ -204,11 +238,18 @@ class PatchState(BasicState):
         Takes ``pag_applied_layers`` for this call alone, and for a pipeline that has no PAG of its
         own ``pag_scale`` and ``pag_adaptive_scale``.
         """
-        self.check_idle()
+        with self.one_call():
+            return self._call_with(pipe, call, args, kwargs)
+
+    def _call_with(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call with the scales and layers that it names, which are the patch's afterwards."""
         named = kwargs.pop("pag_applied_layers", None)
         wanted = None if named is None else self.checked_layers(pipe, named)
         before = {name: getattr(self, name) for name in _SCALES}
         layers = self._set_layers(pipe, wanted)
+        self.lasting_layers = layers
         try:
             for name in _SCALES:
                 value = check_scale(name, kwargs.get(name))
@@ -224,7 +265,11 @@ class PatchState(BasicState):
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
-            self._set_layers(pipe, layers)
+            now = self.layers if self.host is not None else pipe.pag_applied_layers
+            # a callback may have chosen others, for the calls that follow
+            if now is wanted:
+                self._set_layers(pipe, layers)
+            self.lasting_layers = None
 
     def checked_layers(self, pipe: Any, layers: Any) -> list[str | int]:
         """Layers that somebody has named since patching, as a list.
@@ -261,7 +306,6 @@ class PatchState(BasicState):
         self.enter_models(pipe)
         regional = self.compilation is not None and self.compilation.config.regional
         sessions: list[Session] = []
-        whole = False
         try:
             for session in self._sessions(pipe):
                 sessions.append(session)
@@ -275,12 +319,13 @@ class PatchState(BasicState):
                 result = call(*args, **kwargs)
             if not sessions[0].freed:
                 pipe.maybe_free_model_hooks()
-            whole = True
             self._check_entered(pipe, sessions)
-        finally:
-            self.session = None
-            self.running = {}
-            _end(sessions, whole)
+        except BaseException:
+            self.session, self.running = None, {}
+            undo_after_error(*[partial(x.end, whole=False) for x in reversed(sessions)])
+            raise
+        self.session, self.running = None, {}
+        undo_all(*[partial(x.end, whole=True) for x in reversed(sessions)])
         # pipelines that return latents early forget return_dict
         early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
         return result.to_tuple() if early else result
@@ -299,8 +344,8 @@ class PatchState(BasicState):
             now = getattr(pipe, session.denoiser, None)
             if session.pag and (now is not entry.model or not entry.is_in_front):
                 self.fall_back(
-                    f"the {session.denoiser} was replaced or compiled in the middle of a call, and "
-                    "PAG had no effect from there on: do so between two calls"
+                    f"the {session.denoiser} was compiled or replaced during the call: what ran "
+                    "since then ran without PAG. Do so between two calls"
                 )
 
     def _sessions(self, pipe: Any) -> Iterator[Session]:
@@ -377,16 +422,14 @@ class PatchState(BasicState):
     def release(self) -> None:
         """Leave the models as they were found."""
         models = [entry.model for held in self._entries.values() for entry, _ in held]
-        super().release()
+        undo: list[Callable[[], object]] = [super().release]
         if self.compilation is not None:
-            self.compilation.undo()
-            self.compilation = None
-        for _, installed in self._installed.values():
-            installed.release()
-        for _, fusion in self._fusions.values():
-            fusion.release()
-        leave_behind(self, models)
-        self._controlnets = None
+            undo.append(self.compilation.undo)
+        undo += [installed.release for _, installed in self._installed.values()]
+        undo += [fusion.release for _, fusion in self._fusions.values()]
+        undo.append(partial(leave_behind, self, models))
+        self._controlnets = self.compilation = None
+        undo_all(*undo)
 
 
 def _models(part: Any) -> list[Any]:
@@ -399,18 +442,6 @@ def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
     for held in entries.values():
         for entry, keeper in held:
             entry.remove(keeper)
-
-
-def _end(sessions: list[Session], whole: bool) -> None:
-    """End every session, whatever the others do; the first error is the one that is raised."""
-    errors: list[BaseException] = []
-    for session in reversed(sessions):
-        try:
-            session.end(whole=whole)
-        except BaseException as error:
-            errors.append(error)
-    if errors and whole:
-        raise errors[0]
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

@@ -31,6 +31,7 @@ from .guidance import scale_at, scales_ahead
 from .installation import Installation, is_eager
 from .instance_patch import Entry, InstancePatch
 from .row_decision import RowDecision, align_residuals
+from .undoing import undo_after_error, undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -46,6 +47,7 @@ class Session:
         freed: the pipeline has offloaded its models at the end of the call.
         pag: the pipeline denoises with PAG: forwards of its denoiser are ours.
         forwards: how many forwards were ours so far.
+        running_forward: one of them is running.
     """
 
     installed: Installation
@@ -62,6 +64,7 @@ class Session:
         self.cfg = False
         self.unit = 0
         self.forwards = 0
+        self.running_forward = False
         self.controlnets = ControlNets(self)
         self._locals: dict[str, Any] = {}
         self._scales: dict[Any, Any] = {}
@@ -79,10 +82,11 @@ class Session:
         """
         denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
-        self.patch.look(model).refuse()
         self.refuse_two_rescales()
-        eager = is_eager(denoiser, model)
-        self.installed = self.patch.installation(model, layers, eager=eager)
+        with self.patch.alone(self.denoiser, self.owner):
+            self.patch.look(model).refuse()
+            eager = is_eager(denoiser, model)
+            self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
         self._rows = RowDecision(self.installed, self.patch, RowEquality())
         self.pag, self.cfg = True, cfg
@@ -96,11 +100,10 @@ class Session:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
         self._locals = {}
-        self.controlnets.end()
         if not self.pag:
+            self.controlnets.end()
             return
-        self._kept.forget()
-        self.installed.forget()
+        undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
         if whole and not self.forwards and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
@@ -129,11 +132,12 @@ class Session:
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of this call's denoising loop."""
-        if not self.pag:
+        # what a hook in the middle of our forward runs is nobody's
+        if not self.pag or self.running_forward:
             return False
         pipe, found = calling_pipeline()
         if pipe is not self.pipe:
-            return False  # another thread may be in the middle of a forward of this session
+            return False
         self._locals = found
         return True
 
@@ -143,12 +147,21 @@ class Session:
         found = self.patch.look(self.installed.denoiser)
         found.refuse()
         self.forwards += 1
+        self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
-            return self._combined(self._run(forward, call, found))
-        finally:
-            self.installed.left()
-            self._locals = {}
+            out = self._combined(self._run(forward, call, found))
+        except BaseException:
+            undo_after_error(self._left)
+            raise
+        self._left()
+        return out
+
+    def _left(self) -> None:
+        """The forward is over, one way or another."""
+        self.running_forward = False
+        self._locals = {}
+        self.installed.left()
 
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         """The model on ``call``; the perturbed layers it comes through are counted."""
@@ -163,7 +176,7 @@ class Session:
             patch = installed.patch(fused=fused)
             return InstancePatch([*patch.entries, *behind]) if behind else patch
 
-        out = forward.run(self.owner, make, installed.states, call)
+        out = forward.run(make, installed.states, call)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
         expected = len(installed.attentions)
@@ -386,6 +399,8 @@ class Session:
         useful = noise_pred[:, : channels // 2] if sigma else noise_pred
         config, rescale = self.patch.config, 0.0
         uncond, cond, perturbed, scale = self.predictions(useful)
+        # once: a forward that was not ours is combined as stock does
+        self.ran = None
         if config.rescale_mode is not None:
             rescale = config.rescale or 0.0
         elif uncond is not None and rescales:

@@ -8,6 +8,7 @@ from typing import Any
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..runtime.patch_state import BasicState
+from ..runtime.undoing import undo_after_error, undo_all
 from ..sharing.rows import BranchState
 from .attention import RememberingSelfAttention
 from .session import SagSession
@@ -45,18 +46,22 @@ class SagPatch(BasicState):
         self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
-        self.check_idle()
-        _refuse_call_layers(kwargs)
-        self.enter_models(pipe)
-        session = SagSession(pipe, self)
-        self.session = self.running["unet"] = session
-        try:
-            session.start()
-            return call(*args, **kwargs)
-        finally:
-            self.session = None
-            self.running = {}
+        with self.one_call():
+            _refuse_call_layers(kwargs)
+            self.enter_models(pipe)
+            with self.alone("unet", f"{type(pipe).__name__} (patched)"):
+                session = SagSession(pipe, self)
+                session.start()
+            self.session = self.running["unet"] = session
+            try:
+                result = call(*args, **kwargs)
+            except BaseException:
+                self.session, self.running = None, {}
+                undo_after_error(session.end)
+                raise
+            self.session, self.running = None, {}
             session.end()
+            return result
 
     def fusion(self, model: Any) -> Fusion:
         """What can be joined in the UNet, found anew when something changed."""
@@ -68,8 +73,7 @@ class SagPatch(BasicState):
 
     def release(self) -> None:
         """Leave the UNet as it was found."""
-        super().release()
-        self._release_fusion()
+        undo_all(super().release, self._release_fusion)
 
     def _release_fusion(self) -> None:
         if self._fusion is not None:

@@ -48,6 +48,7 @@ class SagSession:
         self._degrades = False
         self._blur: torch.Tensor | None = None
         self._steps = 0
+        self._running_forward = False
         unet = pipe.unet
         self._model: Any = uncompiled(unet)
         self._attention = self._model.mid_block.attentions[0].transformer_blocks[0].attn1
@@ -78,7 +79,10 @@ class SagSession:
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of this call's denoising loop."""
-        return self._shared is not None and calling_pipeline()[0] is self.pipe
+        # what a hook in the middle of our forward runs is nobody's
+        if self._shared is None or self._running_forward:
+            return False
+        return calling_pipeline()[0] is self.pipe
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A guided or a degraded pass, from its arguments to its output."""
@@ -87,9 +91,13 @@ class SagSession:
         forward = Forward(entry, self._model, args, kwargs)
         found = self.patch.look(self._model)
         found.refuse()
-        call = self._enter(forward.call, shared, found)
-        out = forward.run(self.owner, lambda: self._patch(found), shared.states, call)
-        self._leave(shared)
+        self._running_forward = True
+        try:
+            call = self._enter(forward.call, shared, found)
+            out = forward.run(lambda: self._patch(found), shared.states, call)
+            self._leave(shared)
+        finally:
+            self._running_forward = False
         return out
 
     def _patch(self, found: Findings) -> InstancePatch:
