@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # before anything imports triton, or kernels are compiled instead of interpreted
@@ -36,6 +37,15 @@ def _seed() -> None:
 def _one_thread() -> None:
     # tiny models are slower on several threads, and sums stay in one order
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets() -> Iterator[None]:
+    """The first Accelerator of a process decides on the precision of all that follow."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -262,10 +262,10 @@ def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
         if at == 2:  # nothing runs after it
             made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
         elif strict:
-            with pytest.raises(ValueError, match="replaced or compiled in the middle of a call"):
+            with pytest.raises(ValueError, match="compiled or replaced during the call"):
                 made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
         else:
-            with pytest.warns(UserWarning, match="replaced or compiled in the middle of a call"):
+            with pytest.warns(UserWarning, match="compiled or replaced during the call"):
                 made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
 
 

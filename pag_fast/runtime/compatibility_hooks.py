@@ -185,7 +185,12 @@ def _behind(found: Found) -> Found:
 def torch_hook(hook: Any) -> Found | None:
     """What one hook of PyTorch's kind asks for, if anything."""
     where = origin(hook)
-    if package(where) == "pag_fast" or is_row_wise(hook):
+    # a diffusers pipeline's own hook knows the batch that it makes itself
+    if (
+        package(where) == "pag_fast"
+        or where.startswith("diffusers.pipelines.")
+        or is_row_wise(hook)
+    ):
         return None
     if where.startswith("torch.distributed.tensor"):
         return tensor_parallel()

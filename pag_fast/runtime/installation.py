@@ -124,23 +124,9 @@ class Installation:
         if not config.share_branches:
             order = self.plan.order
             self.plan = BranchPlan(order=order, reason="share_branches is off")
-        known = layers_of(denoiser, self.state)
         traced = not eager or any(map(is_compiled, denoiser.modules()))
         made = family.processor if traced else with_signature(cast(Any, family.processor))
-        self.processors: dict[str, PerturbedProcessor] = {
-            name: made(
-                self.state,
-                self.plan.levels.get(name, SPLIT),
-                config.backend,
-                [self._action(branch, name, AttentionPerturbation) for branch in self.branches],
-                known[name],
-            )
-            for name in self.attentions
-        }
-        for name, attention in self.attentions.items():
-            own = attention.processor
-            found = own.displaced if isinstance(own, PerturbedProcessor) else own
-            self.processors[name].displaced = found
+        self.processors = self._made_processors(made, config.backend)
         self.blocks = perturbed_blocks(
             denoiser,
             self.plan,
@@ -163,6 +149,19 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _made_processors(self, make: Any, backend: str) -> dict[str, PerturbedProcessor]:
+        """The processor of each perturbed attention, which knows the attention's own."""
+        known = layers_of(self.denoiser, self.state)
+        made: dict[str, PerturbedProcessor] = {}
+        for name, attention in self.attentions.items():
+            actions = [self._action(b, name, AttentionPerturbation) for b in self.branches]
+            level = self.plan.levels.get(name, SPLIT)
+            made[name] = make(self.state, level, backend, actions, known[name])
+            own = attention.processor
+            found = own.displaced if isinstance(own, PerturbedProcessor) else own
+            made[name].displaced = found
+        return made
 
     def _with_constants(self) -> list[PerturbedProcessor]:
         """The processors whose perturbations have numbers that must be on the device."""

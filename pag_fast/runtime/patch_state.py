@@ -346,8 +346,8 @@ class PatchState(BasicState):
             now = getattr(pipe, session.denoiser, None)
             if session.pag and (now is not entry.model or not entry.is_in_front):
                 self.fall_back(
-                    f"the {session.denoiser} was replaced or compiled in the middle of a call, and "
-                    "PAG had no effect from there on: do so between two calls"
+                    f"the {session.denoiser} was compiled or replaced during the call: what ran "
+                    "since then ran without PAG. Do so between two calls"
                 )
 
     def _sessions(self, pipe: Any) -> Iterator[Session]:
@@ -429,12 +429,12 @@ class PatchState(BasicState):
             undo.append(self.compilation.undo)
         undo += [installed.release for _, installed in self._installed.values()]
         undo += [fusion.release for _, fusion in self._fusions.values()]
+        undo.append(partial(leave_behind, self, models))
         self.compilation = None
         try:
             undo_all(*undo)
         finally:
-            leave_behind(self, models)
-            self._controlnets = None
+            self._controlnets = None  # what is left behind includes it
 
 
 def _models(part: Any) -> list[Any]:
