@@ -50,11 +50,11 @@ def run_together(*works):
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(90)
     assert not any(thread.is_alive() for thread in threads)
     if errors:
         raise errors[0]
@@ -95,6 +95,18 @@ def test_two_guiders_of_two_threads(second):
 
     run_together(lambda: guide(0, first), lambda: guide(1, second))
     assert snapshot(setup.model) == before
+
+
+def test_a_guider_of_another_thread_between_preparation_and_forward():
+    """It arms and disarms the same denoiser, and the pass that was prepared here stays prepared."""
+    setup, second = case("sd3"), SLG(**SLG_ALWAYS)
+    expected = [denoise(setup, guider) for guider in (PAG(**ALWAYS), second)]
+
+    def other():
+        assert max(differences(denoise(setup, second), expected[1])) == 0
+
+    result = denoise(setup, PAG(**ALWAYS), before_pass=lambda step, branch: run_together(other))
+    assert max(differences(result, expected[0])) == 0
 
 
 def test_an_error_in_one_thread_leaves_the_other_alone():
