@@ -136,7 +136,7 @@ class PatchConfig(Settings):
 
     @property
     def installed(self) -> PatchConfig:
-        """What of it decides which processors, hooks and compiled models there are."""
+        """What of it decides which processors, forwards and compiled models there are."""
         return replace(
             self,
             layers=None,

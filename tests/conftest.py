@@ -56,6 +56,7 @@ def snapshot() -> Callable[[Any], dict[Any, Any]]:
                         # it stands in front of the model from patch to unpatch
                         call = call.displaced
                         names -= {"_compiled_call_impl"} if call is None else set()
+                        names -= {"set_attn_processor"}
                     seen[part, name] = (
                         type(module),
                         names,

@@ -471,9 +471,10 @@ def test_t2i_adapter_residuals():
         pag_fast.patch(pipe)
         enter = pag_fast.runtime.session.Session.enter_denoiser
 
-        def with_residuals(self, call, enter=enter, residuals=residuals):
-            extra = [torch.cat([r] * call["sample"].shape[0]) for r in residuals]
-            return enter(self, {**call, "down_intrablock_additional_residuals": extra})
+        def with_residuals(self, forward, found, enter=enter, residuals=residuals):
+            extra = [torch.cat([r] * forward.call["sample"].shape[0]) for r in residuals]
+            forward.call["down_intrablock_additional_residuals"] = extra
+            return enter(self, forward, found)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pag_fast.runtime.session.Session, "enter_denoiser", with_residuals)

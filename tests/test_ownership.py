@@ -99,6 +99,76 @@ def test_two_threads_on_one_model(pair):
     assert all(len(found) == 4 and max(found) < 1e-6 for found in results.values()), results
 
 
+def _in_threads(*pairs, rounds=4):
+    """The largest difference of each pipeline's pictures from its own, all running at once."""
+    found = [[] for _ in pairs]
+
+    def run(index, make, truth):
+        try:
+            for _ in range(rounds):
+                found[index].append(relative(make(), truth))
+        except Exception as error:
+            found[index].append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(i, make, truth)) for i, (make, truth) in enumerate(pairs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    errors = [x for each in found for x in each if isinstance(x, Exception)]
+    assert not errors, errors
+    return [max(each) for each in found]
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline"])
+def test_two_patched_pipelines_with_passes_apart_in_two_threads(name):
+    layers = tiny_hosts.HOSTS[name].layers["middle"]
+    first = tiny_hosts.build(name)
+    second = type(first)(**{**first.components, "scheduler": copy.deepcopy(first.scheduler)})
+    second.set_progress_bar_config(disable=True)
+    pag_fast.patch(first, layers, pag_scale=3.0)
+    pag_fast.patch(second, layers, pag_scale=2.0)
+
+    def make(pipe):
+        return lambda: tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=3))
+
+    pairs = [(make(pipe), make(pipe)()) for pipe in (first, second)]
+    assert relative(pairs[0][1], pairs[1][1]) > 1e-4
+    assert max(_in_threads(*pairs)) < 1e-6
+
+
+def test_two_patched_pag_pipelines_in_two_threads():
+    """They read the model's processors when a call begins, and set them when it ends."""
+    first = tiny.build(PAG)
+    second = type(first)(**{**first.components, "scheduler": copy.deepcopy(first.scheduler)})
+    second.set_progress_bar_config(disable=True)
+    processors = dict(first.unet.attn_processors)
+
+    def make(pipe):
+        kwargs = tiny.call_kwargs(PAG, pipe, steps=3)
+        kwargs.update(output_type="latent")
+
+        def run():
+            own = {**kwargs}
+            if "generator" in own:
+                own["generator"] = torch.Generator().manual_seed(0)
+            return pipe(**own).images
+
+        return run
+
+    pag_fast.patch(first, "mid", strict=True)
+    pag_fast.patch(second, "up", strict=True)
+    pairs = [(run, run()) for run in map(make, (first, second))]
+    assert relative(pairs[0][1], pairs[1][1]) > 1e-4
+    assert max(_in_threads(*pairs, rounds=8)) < 1e-6
+    pag_fast.unpatch(first)
+    pag_fast.unpatch(second)
+    assert first.unet.attn_processors == processors
+    assert "set_attn_processor" not in vars(first.unet)
+
+
 def test_two_patched_pipelines_on_one_model(pair):
     first, stock, expected, alone = pair
     second = pag_fast.patch(_sibling(first), "up", pag_scale=2.0)
@@ -176,7 +246,7 @@ def test_waiting_in_vain_names_both(pair, monkeypatch):
     begun.wait(10)
     try:
         with pytest.raises(ValueError, match=r"patched.*Somebody's pipeline"):
-            _pag(patched)
+            patched(**tiny.call_kwargs(PAG, patched, steps=3))
     finally:
         over.set()
         thread.join()

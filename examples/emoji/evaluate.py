@@ -27,7 +27,7 @@ from pag_fast.tools.metrics import NearestPicture, prompt_accuracy
 GUIDANCE = (1.0, 2.0, 4.0, 7.0)
 PAG = (0.0, 1.5, 3.0, 5.0)
 LAYERS = (("mid",), ("up_blocks.1",))
-WEIGHTS = (1.0, 0.45)  # of the prompt, see pag_fast.fidelity.generate
+WEIGHTS = (1.0, 0.45)  # of the prompt, see pag_fast.tools.metrics.generate
 RESULT = Path(__file__).parent / "accuracy.json"
 
 

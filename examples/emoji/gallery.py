@@ -2,7 +2,8 @@
 
 Writes ``docs/gallery.png`` and the table in ``docs/gallery.md``: the pictures, and how often the
 nearest training picture is the one that was asked for. Without CFG and with faint prompts (see
-``pag_fast.fidelity.generate``), because that is where this model leaves guidance something to do.
+``pag_fast.tools.metrics.generate``), because that is where this model leaves guidance something to
+do.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Resumption:
                 changes += self.replays
             if self._prepare is not None:
                 self._prepare(model, args, kwargs)
-            # nobody attends
+            # no row attends: the batch holds perturbed rows alone
             self.state.slabs = (0, 0, 1)
             return run(changes, args, kwargs)
         finally:

@@ -1,3 +1,3 @@
-"""What is known about each pipeline class, and the few methods that a patch overrides."""
+"""What is known about each pipeline class."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Diffusers attention processors, one file per attention family.
 
-A perturbed layer carries one of these for the time of a pipeline call. All of them project each
+A perturbed layer carries one of these while a forward of its owner runs. All of them project each
 weight once, compute scores only for the rows that attend, and never concatenate branches.
 """
 

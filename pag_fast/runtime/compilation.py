@@ -150,7 +150,7 @@ def _check_compiler(device: str, config: CompileConfig) -> None:
 
 
 def _repeated(model: Any) -> Iterator[nn.Module]:
-    """The blocks of ``model`` of which it has many alike; not those inside of other ones."""
+    """The blocks that ``model`` repeats, without those inside of other ones."""
     names = repeated_blocks(type(model))
     inside: set[nn.Module] = set()
     for module in model.modules():

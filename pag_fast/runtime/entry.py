@@ -18,9 +18,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from ..processors.rows import PerturbedProcessor
+from .frames import calling_pipeline
 from .instance_patch import InstancePatch
 
-NAME = "_compiled_call_impl"
+NAME, SETTER = "_compiled_call_impl", "set_attn_processor"
 PATIENCE = 60.0
 """Seconds that a forward waits for the model while nothing moves on."""
 
@@ -143,6 +145,41 @@ class Lease:
                 )
 
 
+class ProcessorSetter:
+    """A model's ``set_attn_processor`` while it has an entry: it waits until nobody runs the model.
+
+    PAG pipelines read the processors when a call begins and set them again when it ends. In the
+    middle of a forward in another thread they would read ours, and take ours off.
+    """
+
+    def __init__(self, model: Any, lease: Lease) -> None:
+        self._model = model
+        self._lease = lease
+
+    def __call__(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
+        set_processors = type(self._model).set_attn_processor
+        if self._lease.held_by_this_thread():
+            return set_processors(self._model, processor, *args, **kwargs)
+        pipe = calling_pipeline()[0]
+        patched = " (patched)" if hasattr(pipe, "_pag_fast") else ""
+        owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
+        with self._lease.hold(owner, InstancePatch.nothing):
+            if isinstance(processor, dict):
+                there = self._model.attn_processors
+                processor = {
+                    name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
+                    for name, own in processor.items()
+                }
+            return set_processors(self._model, processor, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # a copy of the model has its own method, and no entry
+        return getattr, (self._model, SETTER)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(memo[id(self._model)], SETTER)
+
+
 class Entry:
     """Stands in front of one model for all patches that have it.
 
@@ -160,6 +197,8 @@ class Entry:
         self.inside = 0
         self._own: Run = model._call_impl
         object.__setattr__(model, NAME, self)
+        if hasattr(model, SETTER):
+            object.__setattr__(model, SETTER, ProcessorSetter(model, self.lease))
         _MADE[model] = ref(self)
 
     @staticmethod
@@ -185,7 +224,11 @@ class Entry:
         """Forget ``claim``; with the last one the model is as it was found."""
         if claim in self.claims:
             self.claims.remove(claim)
-        if not self.claims and self.is_in_front:
+        if self.claims:
+            return
+        if isinstance(vars(self.model).get(SETTER), ProcessorSetter):
+            object.__delattr__(self.model, SETTER)
+        if self.is_in_front:
             if self.displaced is None:
                 object.__delattr__(self.model, NAME)
             else:

@@ -131,8 +131,11 @@ class Session:
         """Whether the forward that begins is one of this call's denoising loop."""
         if not self.pag:
             return False
-        pipe, self._locals = calling_pipeline()
-        return pipe is self.pipe
+        pipe, found = calling_pipeline()
+        if pipe is not self.pipe:
+            return False  # another thread may be in the middle of a forward of this session
+        self._locals = found
+        return True
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class SagSession:
     """The state of one running call.
 
-    The pipeline puts its own processor onto the middle self-attention; the session replaces it when
-    the UNet is first called, and takes everything off on every way out of the call.
+    The pipeline puts its own processor onto the middle self-attention. Each forward of the UNet has
+    ours in its place, and on every way out of the call the pipeline's own is taken off, too.
 
     Attributes:
         images: the IP-Adapter's embeddings of uncond and cond, as they were prepared.

@@ -1,4 +1,4 @@
-"""Row levels of a guided batch, and the forward hooks that move tensors between them.
+"""Row levels of a guided batch, and what moves tensors between them inside of a forward.
 
 A PAG batch is ``[uncond | cond | perturbed]`` (CFG off: ``[cond | perturbed]``), each branch a slab
 of B rows. Until something sets two branches apart their rows are equal, and one slab can stand for
@@ -30,7 +30,7 @@ ROTARY = frozenset({"freqs_cis", "image_rotary_emb", "rotary_emb"})
 
 
 class BranchState:
-    """What one model currently runs: read by hooks and processors, written before each forward.
+    """What one model currently runs: read by what is on it, written before each forward.
 
     Attributes:
         slabs: number of slabs at the levels MERGED, SHARED and SPLIT, e.g. ``(1, 2, 3)``; equal
@@ -133,7 +133,7 @@ class Align:
         have, want, full = slabs[self.arrives], slabs[self.runs], slabs[SPLIT]
         if have == want == full and not self.streams:
             return None
-        # kwargs is this call's own dict, and hooks run in every step: it is changed in place
+        # kwargs is this call's own dict, and this runs in every step: it is changed in place
         if args:
             primary = args[0]
         else:

@@ -117,7 +117,7 @@ def variants(
         stock.pag_applied_layers = layers
         found[NO_PAG + suffix] = Variant(stock, pag_scale=0.0, **options)
         found[STOCK + suffix] = Variant(copy.copy(stock), **options)
-        # each patched copy keeps its own hooks, which its graphs guard on
+        # each patched copy keeps its own forwards, which its graphs guard on
         ours = patch(copy.copy(pipe), config=config)
         found[PATCHED + suffix] = Variant(ours, **options)
     return found
