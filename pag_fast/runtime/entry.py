@@ -270,10 +270,13 @@ class Entry:
 
     @staticmethod
     def of(model: nn.Module) -> Entry:
-        """The entry of a model, put in place where there is none."""
+        """The entry of a model, put in place where there is none.
+
+        One that is off the model, but that a forward still runs through, is put back.
+        """
         made = _MADE.get(model)
         found = None if made is None else made()
-        if found is None or not (found.claims or found.is_in_front):
+        if found is None:
             return Entry(model)
         found.front()
         return found

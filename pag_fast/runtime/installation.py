@@ -94,6 +94,9 @@ class Installation:
     Args:
         eager: the denoiser is not compiled (:func:`is_eager`): what depends on the conditioning
             alone can be kept from step to step, and launches that change nothing left out.
+
+    Attributes:
+        hooks_show: hooks on the denoiser itself run outside of its graph, if it has one.
     """
 
     def __init__(
@@ -101,7 +104,6 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
-        # hooks on the model itself are seen before a graph is entered
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
