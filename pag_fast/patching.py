@@ -117,9 +117,11 @@ def unpatch(pipe: P) -> P:
     found.check_idle("unpatched")
     if found.host is None and hasattr(pipe, "pag_applied_layers"):
         pipe.pag_applied_layers = _users_layers(pipe)
-    found.release()
-    pipe.__class__ = found.original_class
-    del pipe._pag_fast  # type: ignore[attr-defined]
+    try:
+        found.release()
+    finally:
+        pipe.__class__ = found.original_class
+        del pipe._pag_fast  # type: ignore[attr-defined]
     return pipe
 
 

@@ -53,6 +53,12 @@ class PerturbedProcessor:
         # the attention's own, for whoever finds this one left behind
         self.displaced: Any = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of a model that is made in the middle of our forward has its own processors."""
+        return (
+            (_unchanged, (self.displaced,)) if self.displaced else super().__reduce_ex__(protocol)
+        )
+
     def place(self, device: torch.device) -> None:
         """Have the perturbations' numbers on the device that the layer runs on."""
         for index, constant in enumerate(self.constants):
@@ -219,6 +225,10 @@ def _rows(rows: Rows, start: int, stop: int) -> Rows:
     mask = rows.mask(some)
     query, key, value = rows.query[some], rows.key[some], rows.value[some]
     return dataclasses.replace(rows, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -10,6 +10,16 @@ from types import CodeType, FrameType
 from typing import Any
 
 _CALLBACKS = ("callback_on_step_end", "callback")
+# of pipelines whose __call__ is a function of another name, such as one that was copied
+_LOOPS: set[CodeType] = set()
+
+
+def know_loops(cls: type) -> None:
+    """Recognise the ``__call__`` of a class of pipelines, whatever its function is called."""
+    for base in cls.__mro__:
+        code = _code(vars(base).get("__call__"))
+        if code is not None and code.co_name != "__call__" and code.co_argcount:
+            _LOOPS.add(code)
 
 
 def _is_pipeline(value: Any) -> bool:
@@ -32,8 +42,9 @@ def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, s
     inside: set[CodeType] = set()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
-            pipe = frame.f_locals.get("self")
+        named = code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
+        if named or code in _LOOPS:
+            pipe = frame.f_locals.get(code.co_varnames[0])
             if _is_pipeline(pipe):
                 yield pipe, frame, inside
         inside.add(code)

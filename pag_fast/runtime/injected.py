@@ -65,6 +65,9 @@ class InjectedSession(Session):
         # d, of the step that it belongs to
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._seen: tuple[Any, list[str]] = (None, [])
+        # of schedulers that do not count their steps: the loop's own, and how many there were
+        self._timestep: Any = None
+        self._turn = 0
 
     @property
     def steps(self) -> int:
@@ -97,12 +100,16 @@ class InjectedSession(Session):
 
     def _step_key(self, call: Call) -> Any:
         """Another value in every step."""
-        index = self._locals.get("i")
-        if isinstance(index, int):
-            return index
-        index = getattr(self.pipe.scheduler, "step_index", None)
-        timestep = call["timestep"]
-        return float(timestep.flatten()[0]) if index is None else index
+        # a loop that was copied may count by another name, and have an i of its own
+        index, stepped = self._locals.get("i"), getattr(self.pipe.scheduler, "step_index", None)
+        timestep = self._locals.get("t")
+        if hasattr(self.pipe.scheduler, "step_index"):
+            timestep = None
+        elif timestep is not self._timestep:
+            self._timestep, self._turn = timestep, self._turn + 1
+        if isinstance(index, int) or stepped is not None or timestep is not None:
+            return index if isinstance(index, int) else None, stepped, self._turn
+        return float(call["timestep"].flatten()[0])
 
     def _pass_of(self, call: Call) -> str:
         """Which pass a forward is: by its arguments, by whose text it gets, or by its place.
@@ -133,12 +140,16 @@ class InjectedSession(Session):
         text = call.get("encoder_hidden_states")
         if not isinstance(text, torch.Tensor):
             return ""
-        own = self._locals
-        for name, found in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
-            embeds = own.get(name)
-            if isinstance(embeds, torch.Tensor) and embeds.data_ptr() == text.data_ptr():
-                return found
-        return ""
+        found = []
+        for name, branch in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
+            embeds = self._locals.get(name)
+            if not isinstance(embeds, torch.Tensor) or embeds.data_ptr() != text.data_ptr():
+                continue
+            # a negative prompt may be a view of the prompt
+            if embeds.shape == text.shape:
+                found.append(branch)
+        # one tensor for both tells nothing
+        return found[0] if len(found) == 1 else ""
 
     def layout(self, rows: int) -> tuple[str, ...]:
         both = not self.host.sequential and self._has_both(rows)

@@ -25,6 +25,7 @@ from .compilation import Compilation, enough_graphs
 from .controlnets import InstalledControlNets
 from .entry import Entry
 from .findings import Findings
+from .frames import know_loops
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
@@ -170,6 +171,7 @@ class PatchState(BasicState):
     ) -> None:
         super().__init__(config)
         self.original_class = original_class
+        know_loops(original_class)
         self.original_layers = original_layers
         self.own_layers = own_layers
         self.host = host
@@ -427,9 +429,12 @@ class PatchState(BasicState):
             undo.append(self.compilation.undo)
         undo += [installed.release for _, installed in self._installed.values()]
         undo += [fusion.release for _, fusion in self._fusions.values()]
-        undo.append(partial(leave_behind, self, models))
-        self._controlnets = self.compilation = None
-        undo_all(*undo)
+        self.compilation = None
+        try:
+            undo_all(*undo)
+        finally:
+            leave_behind(self, models)
+            self._controlnets = None
 
 
 def _models(part: Any) -> list[Any]:

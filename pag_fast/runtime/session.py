@@ -104,7 +104,7 @@ class Session:
             self.controlnets.end()
             return
         undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
-        if whole and not self.forwards and not getattr(self.pipe, "_interrupt", False):
+        if whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"

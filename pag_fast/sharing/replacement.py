@@ -59,6 +59,12 @@ class Replacement:
         self.displace(before)
         return before
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of a model that is made in the middle of our forward has its own forwards."""
+        if self._base is self._class_forward:
+            return _forward_of_class, (self.module,)
+        return _unchanged, (self._base,)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does in its owner's forward."""
         raise NotImplementedError
@@ -75,3 +81,11 @@ class Replacement:
             return self.run(*args, **kwargs)
         finally:
             self._entered = False
+
+
+def _forward_of_class(module: Any) -> Any:
+    return type(module).forward.__get__(module)
+
+
+def _unchanged(value: Any) -> Any:
+    return value

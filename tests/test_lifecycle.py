@@ -1,0 +1,476 @@
+"""What a patched pipeline does in each of its states: patched, running, in a forward, failed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import diffusers
+import pytest
+import tiny
+import tiny_hosts
+import torch
+from numerics import observing, relative
+
+import pag_fast
+from pag_fast.fusion.packed_linears import _WHOLES
+from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.injected import InjectedSession
+from pag_fast.runtime.installation import Installation
+from pag_fast.runtime.session import Session
+
+SD, PAG, FLUX = "StableDiffusionPipeline", "StableDiffusionPAGPipeline", "FluxPipeline"
+SAG, CONTROL = "StableDiffusionSAGPipeline", "StableDiffusionControlNetPipeline"
+NAMES = pytest.mark.parametrize("name", [SD, PAG])
+
+
+class Injected(Exception):
+    pass
+
+
+def _build(name):
+    if name == SAG:
+        parts = dict(tiny_hosts.build(SD).components)
+        pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+    return (tiny if name in tiny.PIPELINES else tiny_hosts).build(name)
+
+
+def _run(pipe, **extra):
+    name = type(pipe).__name__
+    module = tiny if name in tiny.PIPELINES else tiny_hosts
+    kwargs = module.call_kwargs(SD if name == SAG else name, pipe, **extra)
+    return pipe(**kwargs).images
+
+
+def _patch(pipe, **options):
+    name = type(pipe).__name__
+    if name == SAG:
+        return pag_fast.patch(pipe, **options)
+    if name == FLUX:
+        options.setdefault("layers", [r"^transformer_blocks\.1\."])
+    options.setdefault("layers", "mid")
+    if name != PAG:
+        options.setdefault("pag_scale", 2.0)
+    return pag_fast.patch(pipe, **options)
+
+
+def _callback(run, step=0):
+    def callback(pipe, i, t, tensors):
+        if i == step:
+            run()
+        return {}
+
+    return {"callback_on_step_end": callback}
+
+
+def _inner(pipe):
+    return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
+
+
+def _in_forward(pipe, run):
+    """A call in the middle of whose first forward ``run`` is called."""
+    seen = []
+
+    @observing
+    def hook(*_):
+        if not seen:
+            seen.append(1)
+            handle.remove()  # a copy of the model would have the hook, too
+            run()
+
+    handle = _inner(pipe).register_forward_hook(hook)
+    try:
+        return _run(pipe)
+    finally:
+        handle.remove()
+        assert seen
+
+
+# ---- unpatch, patch and patched while a call runs ----
+
+
+@pytest.mark.parametrize("when", ["between forwards", "in a forward"])
+@pytest.mark.parametrize("what", ["unpatch", "patch", "patched", "end of patched"])
+@NAMES
+def test_a_running_pipeline_is_neither_unpatched_nor_patched(name, what, when, snapshot):
+    pipe = _patch(_build(name))
+    alone, before, seen = _run(pipe), snapshot(pipe), []
+    state = pipe._pag_fast
+
+    def change():
+        with pytest.raises(ValueError, match=r"is running and cannot be (un)?patched"):
+            if what == "unpatch":
+                pag_fast.unpatch(pipe)
+            elif what == "patch":
+                pag_fast.patch(pipe, "up")
+            elif what == "patched":
+                with pag_fast.patched(pipe, "up"):
+                    pass
+            else:
+                context.__exit__(None, None, None)
+        seen.append(1)
+
+    if what == "end of patched":
+        context = pag_fast.patched(pipe, "mid", **({} if name == PAG else {"pag_scale": 2.0}))
+        context.__enter__()
+        state = pipe._pag_fast
+    got = _in_forward(pipe, change) if when == "in a forward" else _run(pipe, **_callback(change))
+    assert seen
+    assert relative(got, alone) < 1e-6
+    assert pipe._pag_fast is state
+    assert snapshot(pipe) == before
+    assert torch.equal(_run(pipe), alone)
+
+
+def test_a_running_sag_pipeline_is_not_unpatched():
+    pipe, seen = _patch(_build(SAG)), []
+    alone = _run(pipe)
+
+    def callback(step, timestep, latents):
+        with pytest.raises(ValueError, match="is running and cannot be unpatched"):
+            pag_fast.unpatch(pipe)
+        with pytest.raises(ValueError, match="already running"):
+            _run(pipe)
+        seen.append(step)
+
+    assert torch.equal(_run(pipe, callback=callback), alone)
+    assert seen
+
+
+# ---- copies ----
+
+COPIES = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.save": lambda x: _saved(x),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+def _saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", [SD, PAG, FLUX, SAG])
+def test_a_copy_is_patched_and_its_own(name, way):
+    pipe = _build(name)
+    stock = _run(pipe)
+    _patch(pipe)
+    expected = _run(pipe)
+    twin = COPIES[way](pipe)
+    assert type(twin) is type(pipe)
+    assert twin._pag_fast is not pipe._pag_fast
+    assert relative(_run(twin), expected) < 1e-5
+    pag_fast.unpatch(twin)
+    assert relative(_run(twin), stock) < 1e-5
+    assert relative(_run(pipe), expected) < 1e-5
+    pag_fast.unpatch(pipe)
+    assert relative(_run(pipe), stock) < 1e-5
+
+
+@pytest.mark.parametrize("when", ["between forwards", "in a forward"])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_made_while_a_call_runs(way, when):
+    pipe = _patch(_build(SD), layers="up")
+    expected, made = _run(pipe), []
+
+    def take():
+        made.append(COPIES[way](pipe))
+        made.append(COPIES[way](pipe.unet))
+
+    if when == "in a forward":
+        got = _in_forward(pipe, take)
+    else:
+        # layers of the call are not the copy's
+        _run(pipe, pag_applied_layers="mid", **_callback(take))
+        got = expected
+    assert relative(got, expected) < 1e-6
+    assert relative(_run(made[0]), expected) < 1e-5
+    if len(made) > 1:
+        assert not isinstance(vars(made[1]).get("_compiled_call_impl"), Entry)
+        assert relative(_forward(made[1]), _forward(pipe.unet)) < 1e-6
+    assert relative(_run(pipe), expected) < 1e-5
+
+
+def _forward(unet, rows=1):
+    source = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(s, generator=source) for s in ((rows, 4, 8, 8), (rows, 5, 12)))
+    with torch.no_grad():
+        return unet(x, 7, encoder_hidden_states=text).sample
+
+
+@NAMES
+def test_layers_of_a_call_are_not_a_copys(name):
+    pipe = _build(name)
+    _patch(pipe, layers="up")
+    expected, made = _run(pipe), []
+    users = list(pipe.pag_applied_layers)
+    take = _callback(lambda: made.append(pickle.loads(pickle.dumps(pipe))))
+    _run(pipe, pag_applied_layers=["mid"], **take)
+    assert list(pipe.pag_applied_layers) == list(made[0].pag_applied_layers) == users
+    assert relative(_run(made[0]), expected) < 1e-5
+    stock = _build(name)
+    assert getattr(pag_fast.unpatch(made[0]), "pag_applied_layers", None) == getattr(
+        stock, "pag_applied_layers", None
+    )
+    # what a callback chooses is for the calls that follow, whatever this one has named
+    choose = _callback(lambda: pipe.set_pag_applied_layers(["mid"]))
+    _run(pipe, pag_applied_layers=["down"], **choose)
+    assert list(pipe.pag_applied_layers) == ["mid"]
+
+
+@NAMES
+def test_a_saved_pipeline_is_stocks(name, tmp_path):
+    pipe, stock = _build(name), _build(name)
+    expected = _run(stock)
+    _patch(pipe)
+    _run(pipe)
+    pipe.save_pretrained(tmp_path)
+    missing = {part: x for part, x in stock.components.items() if x is None}
+    there = getattr(diffusers, name).from_pretrained(tmp_path, **missing)
+    there.set_progress_bar_config(disable=True)
+    assert type(there) is getattr(diffusers, name)
+    assert relative(_run(there), expected) < 1e-6
+    saved = {f.name for f in tmp_path.rglob("*.json")}
+    assert "model_index.json" in saved
+    assert "pag_fast" not in (tmp_path / "model_index.json").read_text("utf-8")
+
+
+def test_a_setting_that_cannot_be_pickled_is_named():
+    pipe = _patch(_build(SD), schedule=pag_fast.Schedule(per_step=lambda step: 1.0))
+    expected = _run(pipe)
+    for way in (pickle.dumps, _saved):
+        with pytest.raises(ValueError, match=r"per_step=.* cannot be pickled"):
+            way(pipe)
+    assert torch.equal(_run(pipe), expected)
+
+
+# ---- compiled and replaced models ----
+
+
+def _as_compiled(module):
+    """What ``module.compile()`` sets."""
+    module._compiled_call_impl = lambda *args, **kwargs: module._call_impl(*args, **kwargs)
+
+
+@NAMES
+def test_a_model_compiled_while_patched(name):
+    """Real compilers: test_compile.py."""
+    pipe = _build(name)
+    stock = _run(pipe)
+    _patch(pipe)
+    expected = _run(pipe)
+    _as_compiled(pipe.unet)
+    assert relative(_run(pipe), expected) < 1e-5
+    assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
+    pag_fast.unpatch(pipe)
+    # the user's own is back
+    assert not isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
+    assert vars(pipe.unet)["_compiled_call_impl"] is not None
+    assert relative(_run(pipe), stock) < 1e-5
+
+
+BYPASSES = {
+    "compiled": lambda pipe: _as_compiled(pipe.unet),
+    "replaced": lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet)),
+}
+
+
+@pytest.mark.parametrize("how", BYPASSES)
+@NAMES
+def test_a_model_that_passes_us_by_in_the_middle_of_a_call_is_told(name, how):
+    pipe = _patch(_build(name))
+    expected = _run(pipe)
+    with pytest.warns(UserWarning, match="the unet was replaced or compiled in the middle"):
+        _run(pipe, steps=3, **_callback(lambda: BYPASSES[how](pipe)))
+    assert relative(_run(pipe), expected) < 1e-5
+    strict = _patch(_build(name), strict=True)
+    with pytest.raises(ValueError, match="replaced or compiled in the middle"):
+        _run(strict, steps=3, **_callback(lambda: BYPASSES[how](strict)))
+    assert relative(_run(strict), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [SD, PAG, SAG])
+def test_a_replaced_model_is_let_go_at_the_next_call(name):
+    pipe = _patch(_build(name))
+    expected, old = _run(pipe), pipe.unet
+    parameters = list(old.parameters())
+    joined = any(w.contains(p) for w in list(_WHOLES.values()) for p in parameters)
+    assert joined or name == SAG
+    pipe.unet = copy.deepcopy(old)
+    assert relative(_run(pipe), expected) < 1e-5
+    assert "_compiled_call_impl" not in vars(old)
+    assert not any(w.contains(p) for w in list(_WHOLES.values()) for p in parameters)
+    assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
+    gone = weakref.ref(old)
+    del old, parameters
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_replaced_controlnet_is_let_go_at_the_next_call():
+    pipe = _patch(_build(CONTROL))
+    expected, old = _run(pipe), pipe.controlnet
+    pipe.controlnet = copy.deepcopy(old)
+    assert relative(_run(pipe), expected) < 1e-5
+    assert "_compiled_call_impl" not in vars(old)
+    gone = weakref.ref(old)
+    del old
+    gc.collect()
+    assert gone() is None
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["enter_denoiser", "_combined", "_run", "forward", "combine"])
+@NAMES
+def test_an_error_anywhere(name, where, error, snapshot, monkeypatch):
+    pipe = _patch(_build(name))
+    expected, before = _run(pipe), snapshot(pipe)
+    kind = InjectedSession if name == SD else Session
+    if where == "combine" and name == SD:
+        kind, where = InjectedSession, "predictions"
+
+    def fail(*args, **kwargs):
+        raise error("injected")
+
+    with monkeypatch.context() as context, pytest.raises(error, match="injected"):
+        context.setattr(kind, where, fail)
+        _run(pipe)
+    assert snapshot(pipe) == before
+    assert pipe._pag_fast.session is None
+    assert torch.equal(_run(pipe), expected)
+    pag_fast.unpatch(pipe)
+    assert "_compiled_call_impl" not in vars(pipe.unet)
+
+
+UNDOING = [(Installation, "left"), (Installation, "forget"), (Session, "end")]
+
+
+@pytest.mark.parametrize(("kind", "method"), UNDOING, ids=lambda x: str(getattr(x, "__name__", x)))
+@NAMES
+def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, monkeypatch):
+    pipe = _patch(_build(name))
+    expected, before = _run(pipe), snapshot(pipe)
+    own = getattr(kind, method)
+
+    def fail(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        raise RuntimeError("in undoing")
+
+    @observing
+    def first(*_):
+        raise Injected("injected")
+
+    handle = _inner(pipe).register_forward_hook(first)
+    with monkeypatch.context() as context:
+        context.setattr(kind, method, fail)
+        with pytest.raises(Injected):
+            _run(pipe)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="in undoing"):
+            _run(pipe)
+    assert snapshot(pipe) == before
+    assert torch.equal(_run(pipe), expected)
+
+
+def test_unpatching_goes_on_when_a_part_of_it_fails(monkeypatch):
+    pipe = _patch(_build(CONTROL))
+    _run(pipe)
+
+    def fail(self):
+        raise RuntimeError("in undoing")
+
+    with monkeypatch.context() as context, pytest.raises(RuntimeError, match="in undoing"):
+        context.setattr(Installation, "release", fail)
+        pag_fast.unpatch(pipe)
+    assert type(pipe) is diffusers.StableDiffusionControlNetPipeline
+    for model in (pipe.unet, pipe.controlnet):
+        assert "_compiled_call_impl" not in vars(model)
+
+
+# ---- failing patches ----
+
+BAD = {
+    "layers": {"layers": ["nothing"]},
+    "option": {"layers": "mid", "pag_scale": float("nan")},
+    "compiler": {"layers": "mid", "compile": pag_fast.CompileConfig(backend="eager")},
+    "mode": {"layers": "mid", "rescale": 0.5, "rescale_mode": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", [SD, PAG, CONTROL])
+def test_a_failing_patch_leaves_the_earlier_one(name, bad, snapshot, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Injected("injected")
+
+    # nothing else in this test compiles anything
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    pipe = _patch(_build(name))
+    expected, before, state = _run(pipe), snapshot(pipe), pipe._pag_fast
+    with pytest.raises(Exception, match=r"."):
+        pag_fast.patch(pipe, **BAD[bad])
+    assert pipe._pag_fast is state
+    assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
+    assert snapshot(pipe) == before
+    assert relative(_run(pipe), expected) < 1e-5
+    with pytest.raises(Exception, match=r"."), pag_fast.patched(pipe, **BAD[bad]):
+        pass
+    assert pipe._pag_fast is state
+    assert relative(_run(pipe), expected) < 1e-5
+    pag_fast.unpatch(pipe)
+    assert "_compiled_call_impl" not in vars(pipe.unet)
+
+
+def test_a_failing_compilation_leaves_nothing_compiled(monkeypatch):
+    """Two models to compile, and the second fails."""
+    pipe = _build(CONTROL)
+    expected = _run(pipe)
+
+    def fail(*args, **kwargs):
+        raise Injected("injected")
+
+    monkeypatch.setattr(pipe.controlnet, "compile", fail)
+    with pytest.raises(Injected):
+        pag_fast.patch(pipe, "mid", compile=pag_fast.CompileConfig(backend="eager"))
+    assert not hasattr(pipe, "_pag_fast")
+    assert vars(pipe.unet).get("_compiled_call_impl") is None
+    assert torch.equal(_run(pipe), expected)
+
+
+# ---- what others capture in the middle of our forward ----
+
+
+@NAMES
+def test_captured_processors_do_not_stay(name, snapshot):
+    """Whoever reads processors in our forward and sets them afterwards sets ours."""
+    pipe = _build(name)
+    stock, before = _run(pipe), snapshot(pipe)
+    _patch(pipe)
+    expected, held = _run(pipe), []
+    attentions = [m for m in pipe.unet.modules() if hasattr(m, "get_processor")]
+
+    def capture():
+        held.extend((m, m.processor) for m in attentions)
+
+    _in_forward(pipe, capture)
+    for module, processor in held:
+        module.processor = processor
+    assert relative(_run(pipe), expected) < 1e-6
+    for module, processor in held:
+        module.processor = processor
+    pag_fast.unpatch(pipe)
+    assert snapshot(pipe) == before
+    assert torch.equal(_run(pipe), stock)
