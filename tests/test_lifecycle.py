@@ -290,11 +290,11 @@ BYPASSES = {
 def test_a_model_that_passes_us_by_in_the_middle_of_a_call_is_told(name, how):
     pipe = _patch(_build(name))
     expected = _run(pipe)
-    with pytest.warns(UserWarning, match="the unet was replaced or compiled in the middle"):
+    with pytest.warns(UserWarning, match="the unet was compiled or replaced during the call"):
         _run(pipe, steps=3, **_callback(lambda: BYPASSES[how](pipe)))
     assert relative(_run(pipe), expected) < 1e-5
     strict = _patch(_build(name), strict=True)
-    with pytest.raises(ValueError, match="replaced or compiled in the middle"):
+    with pytest.raises(ValueError, match="compiled or replaced during the call"):
         _run(strict, steps=3, **_callback(lambda: BYPASSES[how](strict)))
     assert relative(_run(strict), expected) < 1e-5
 

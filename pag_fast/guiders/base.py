@@ -230,14 +230,11 @@ class ResumedGuidance(_Base):
         """
         assert self._pass is not None
         model, branch, traced = self._pass
-        resumption, owner = self._resumptions[model], f"{type(self).__name__} of a modular pipeline"
+        resumption = self._resumptions[model]
 
         def run(changes: Sequence[Change], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if changes:
-                patch = InstancePatch([change.entry() for change in changes])
-                return entry.run(owner, lambda: patch, args, kwargs)
-            with entry.lease.share(owner):
-                return entry.below(*args, **kwargs)
+            patch = InstancePatch([change.entry() for change in changes])
+            return entry.run(lambda: patch, args, kwargs)
 
         found = Findings(self._compatibility.look(model))
         found.refuse()

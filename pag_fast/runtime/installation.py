@@ -139,10 +139,7 @@ class Installation:
             )
             for name in self.attentions
         }
-        for name, attention in self.attentions.items():
-            own = attention.processor
-            found = own.displaced if isinstance(own, PerturbedProcessor) else own
-            self.processors[name].displaced = found
+        self._note_displaced()
         self.blocks = perturbed_blocks(
             denoiser,
             self.plan,
@@ -165,6 +162,13 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _note_displaced(self) -> None:
+        """Tell each processor what it takes the place of."""
+        for name, attention in self.attentions.items():
+            own = attention.processor
+            found = own.displaced if isinstance(own, PerturbedProcessor) else own
+            self.processors[name].displaced = found
 
     def _with_constants(self) -> list[PerturbedProcessor]:
         """The processors whose perturbations have numbers that must be on the device."""
