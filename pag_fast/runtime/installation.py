@@ -115,11 +115,7 @@ class Installation:
             name: module for name, module in self_attentions(denoiser).items() if name in names
         }
         check_processors(self.attentions, self.replaces)
-        blocks = {
-            name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
-            for name in transformer_blocks(denoiser)
-            if name in names
-        }
+        blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches, blocks=blocks
         )
@@ -162,6 +158,14 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _block_actions(self, names: set[str]) -> dict[str, list[Any]]:
+        """What happens to each branch in each block that is perturbed as a whole."""
+        return {
+            name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
+            for name in transformer_blocks(self.denoiser)
+            if name in names
+        }
 
     def _note_displaced(self) -> None:
         """Tell each processor what it takes the place of."""
