@@ -231,8 +231,12 @@ def test_a_second_pipeline_compiles_and_lets_go():
     check(FLUX, pipe, False, eager)
 
 
-def test_what_the_user_compiles_over_ours_stays():
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_the_user_compiles_over_ours_stays(shared):
     pipe = build(FLUX)
+    other = type(pipe)(**pipe.components)
+    if shared:  # its entry stays on the model
+        pag_fast.patch(other)
     with pag_fast.patched(pipe, compile=pag_fast.CompileConfig(backend="eager")):
         compile_(pipe, "in place")
         own = compiled_call(pipe.transformer)

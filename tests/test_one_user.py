@@ -592,3 +592,16 @@ def test_a_second_call_of_one_pipeline_is_refused():
     assert ran
     assert all(torch.equal(x, alone) for x in ran)
     assert all("already running" in x for x in got if isinstance(x, str))
+
+
+@pytest.mark.parametrize("name", [SD, PAG])
+def test_a_wrapped_model_has_its_methods(name):
+    """``torch.compile(pipe.unet)`` has none of its own; PAG pipelines set processors in a call."""
+    pipe = _module(name).build(name)
+    expected = pipe.unet.attn_processors
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    _patched(pipe, name)
+    pipe.unet.set_attn_processor(pipe.unet.attn_processors)
+    assert pipe.unet.attn_processors == expected
+    pag_fast.unpatch(pipe)
+    assert "set_attn_processor" not in vars(pipe.unet)

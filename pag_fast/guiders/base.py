@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -12,9 +13,13 @@ from torch import nn
 
 from .. import ops
 from ..models.registry import uncompiled
+from ..runtime.compatibility import Answer, Compatibility
+from ..runtime.entry import Entry
+from ..runtime.findings import Findings
+from ..runtime.instance_patch import InstancePatch
 from ..sharing.plan import compiled_call
-from .arming import Armed, Run, release
-from .resumption import COND, PERTURBED, UNCOND, Resumption
+from .arming import Armed, release
+from .resumption import COND, PERTURBED, UNCOND, Change, Resumption
 
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance as _Base
@@ -22,6 +27,9 @@ else:
     _Base = object
 
 logger = logging.getLogger(__name__)
+
+# what has to see every module run in every pass
+_WHOLE = (Answer.UNSHARED, Answer.KEEP_ROWS, Answer.NOTHING_KEPT)
 
 
 class ResumedGuidance(_Base):
@@ -43,6 +51,7 @@ class ResumedGuidance(_Base):
     _armed: Armed | None
     _pass: tuple[nn.Module, str, bool] | None
     _warned: set[str]
+    _compatibility: Compatibility
 
     def _begin(
         self,
@@ -213,11 +222,23 @@ class ResumedGuidance(_Base):
         if found is None:
             self._resumptions[model] = self._make(model)
 
-    def _forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The denoiser's forward in the pass that was prepared last."""
+    def _forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The denoiser's forward in the pass that was prepared last.
+
+        Raises:
+            ValueError: something on the denoiser that leaves no right answer.
+        """
         assert self._pass is not None
         model, branch, traced = self._pass
         resumption = self._resumptions[model]
+
+        def run(changes: Sequence[Change], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            patch = InstancePatch([change.entry() for change in changes])
+            return entry.run(lambda: patch, args, kwargs)
+
+        found = Findings(self._compatibility.look(model))
+        found.refuse()
+        whole = [answer for answer in _WHOLE if answer in found.answer]
         try:
             out = resumption.forward(
                 model,
@@ -227,12 +248,13 @@ class ResumedGuidance(_Base):
                 kwargs,
                 traced=traced,
                 resumed=self._is_slg_enabled(),
+                apart=found.why(whole[0]) if whole else "",
             )
         except BaseException:
             resumption.forget()
             raise
         if branch == PERTURBED and resumption.reason and resumption.records:
-            self._warn(f"The perturbed pass runs as a whole: {resumption.reason}.")
+            self._warn(f"The perturbed pass runs as a whole: {resumption.reason}")
         return out
 
     def _disarm(self) -> None:
@@ -258,4 +280,6 @@ def _runtime() -> dict[str, Any]:
         "_armed": None,
         "_pass": None,
         "_warned": set(),
+        # what others have put on them; every pass is a forward of its own
+        "_compatibility": Compatibility(passes_apart=True),
     }

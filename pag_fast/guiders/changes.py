@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch import nn
 from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
 from ..runtime.installation import check_processors
-from ..runtime.instance_patch import InstancePatch
+from ..runtime.instance_patch import Entry
 from ..sharing.plan import argument_names
 from ..sharing.rows import SPLIT, BranchState
-from .recording import Replacement
+from .recording import Intercepted
 
 
 class Processed:
@@ -25,26 +23,28 @@ class Processed:
         self.attention = attention
         self.processor = processor
 
-    def install(self) -> Callable[[], None]:
-        """Put the processor on; returns what puts the former one back."""
-        patch = InstancePatch([(vars(self.attention), "processor", self.processor)])
-        return partial(patch.off, patch.on())
+    def entry(self) -> Entry:
+        """The processor, ready for an instance patch."""
+        return vars(self.attention), "processor", self.processor
 
 
-class Skipped(Replacement):
+class Skipped(Intercepted):
     """A module that returns what it is given.
 
     Args:
+        state: of the model, which says whose forward runs.
         module: the module that does not run.
         returns: names of the arguments that take the place of its outputs, in order.
     """
 
-    def __init__(self, module: nn.Module, returns: tuple[str, ...]) -> None:
-        super().__init__(module)
+    def __init__(self, state: BranchState, module: nn.Module, returns: tuple[str, ...]) -> None:
+        super().__init__(state, module)
         self.returns = returns
         self._names = argument_names(module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.slabs is None:  # somebody has kept it from a perturbed forward
+            return self._base(*args, **kwargs)
         found: list[torch.Tensor | None] = []
         for name in self.returns:
             if name in kwargs:
@@ -59,19 +59,26 @@ class Skipped(Replacement):
 class Perturbed:
     """Attentions of one model that run on the rows of the perturbed branch alone.
 
+    Args:
+        state: of the model; a resumption gives it the slabs of the perturbed forward.
+
     Raises:
         ValueError: an attention whose processor does what ours does not.
     """
 
-    def __init__(self, model: nn.Module, attentions: dict[str, Any], backend: str = "auto") -> None:
+    def __init__(
+        self,
+        state: BranchState,
+        model: nn.Module,
+        attentions: dict[str, Any],
+        backend: str = "auto",
+    ) -> None:
         family = family_of(model)
         check_processors(attentions, family.replaces)
         self._sequence = family.sequence
-        self.state = BranchState()
-        # no row attends: the batch holds perturbed rows alone
-        self.state.slabs = (0, 0, 1)
+        self.state = state
         self.changes = [
-            Processed(attention, family.processor(self.state, SPLIT, backend))
+            Processed(attention, family.processor(state, SPLIT, backend))
             for attention in attentions.values()
         ]
 
@@ -82,7 +89,7 @@ class Perturbed:
             self.state.num_contexts, self.state.num_image = self._sequence(model, call)
 
 
-def skipped_block(block: nn.Module) -> Skipped:
+def skipped_block(state: BranchState, block: nn.Module) -> Skipped:
     """A transformer block that leaves its streams alone, in the order in which it returns them."""
     hidden, context = "hidden_states", "encoder_hidden_states"
     order: dict[int | None, str] = {0: hidden}
@@ -99,19 +106,19 @@ def skipped_block(block: nn.Module) -> Skipped:
     if metadata is None and hidden not in names:
         hidden = names[0]
         order = {0: hidden}
-    return Skipped(block, tuple(order[index] for index in sorted(order)))  # type: ignore[type-var]
+    return Skipped(state, block, tuple(order[index] for index in sorted(order)))  # type: ignore[type-var]
 
 
-def skipped_attention(attention: nn.Module) -> Skipped:
+def skipped_attention(state: BranchState, attention: nn.Module) -> Skipped:
     """An attention that returns its input; joint attention returns that of both streams."""
     joint = any(getattr(attention, name, None) is not None for name in ("add_q_proj", "add_k_proj"))
     context = ("encoder_hidden_states",) if joint else ()
-    return Skipped(attention, ("hidden_states", *context))
+    return Skipped(state, attention, ("hidden_states", *context))
 
 
-def skipped_feed_forward(module: nn.Module) -> Skipped:
+def skipped_feed_forward(state: BranchState, module: nn.Module) -> Skipped:
     """A feed-forward that returns its input."""
-    return Skipped(module, (argument_names(module)[0],))
+    return Skipped(state, module, (argument_names(module)[0],))
 
 
 def _metadata(block: nn.Module) -> Any:

@@ -14,6 +14,7 @@ from ..models.registry import family_of
 from ..ops import check_backend
 from ..settings.layers import as_list
 from ..sharing.resume import known_modules
+from ..sharing.rows import BranchState
 from .base import ResumedGuidance
 from .changes import Perturbed
 from .resumption import Resumption
@@ -103,6 +104,7 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
             model, self.layers, self.skip_layer_config, exact=self.exact_layers
         )
         known = known_modules(model, family.plan(model, set(attentions), merge=False))
-        perturbed = Perturbed(model, attentions, self.backend)
+        state = BranchState()
+        perturbed = Perturbed(state, model, attentions, self.backend)
         modules = {**{item.name: item.module for item in known}, **attentions}
-        return Resumption(known, perturbed.changes, modules, perturbed.prepare)
+        return Resumption(state, known, perturbed.changes, modules, perturbed.prepare)

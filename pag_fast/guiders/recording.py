@@ -8,51 +8,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.instance_patch import Entry
+from ..sharing.plan import compiled_call
+from ..sharing.replacement import MISSING, Replacement
 from ..sharing.resume import Known
+from ..sharing.rows import BranchState
 
 
-class Replacement:
+class Intercepted(Replacement):
     """What is put in the place of one module's call while a denoiser runs.
 
     A module that is compiled by itself is intercepted in front of its graph, others at their
     ``forward``, which is traced where the whole model is compiled.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._bound: Callable[..., Any] = module.forward
-        self._seen: Any = vars(module).get("forward")
-        self.original: Callable[..., Any] = self._bound
+    def __init__(self, state: BranchState, module: nn.Module) -> None:
+        super().__init__(state, module)
+        self._place = "forward"
 
-    def install(self) -> Callable[[], None]:
-        """Put it on the module; returns what puts back the very objects that were there."""
+    def entry(self) -> Entry:
+        """Itself, ready for an instance patch."""
         own = vars(self.module)
-        name = "forward" if own.get("_compiled_call_impl") is None else "_compiled_call_impl"
-        before = own.get(name)
-        if name == "forward":
-            # a method is another object whenever it is asked for, and compiled graphs guard on it
-            if before is not self._seen:
-                self._bound, self._seen = self.module.forward, before
-            self.original = self._bound
-        else:
-            self.original = own[name]
-        own[name] = self
-
-        def restore() -> None:
-            if vars(self.module).get(name) is not self:
-                return
-            if before is None:
-                del vars(self.module)[name]
-            else:
-                vars(self.module)[name] = before
-
-        return restore
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        place = "forward" if compiled_call(self.module) is None else "_compiled_call_impl"
+        if place != self._place:
+            # what was noted of the other place is nothing to go back to here
+            self._place = place
+            self.displaced = own.get(place, MISSING)
+            self.original = self._class_forward if self.displaced is MISSING else self.displaced
+            self._base = self.original
+        return own, place, self
 
 
-class Record(Replacement):
+class Record(Intercepted):
     """Runs the module and keeps what a resumed forward needs of its output.
 
     Attributes:
@@ -60,13 +47,13 @@ class Record(Replacement):
         versions: of the kept tensors, outside of compiled graphs.
     """
 
-    def __init__(self, known: Known) -> None:
-        super().__init__(known.module)
+    def __init__(self, state: BranchState, known: Known) -> None:
+        super().__init__(state, known.module)
         self.kept = known.kept
         self.value: Any = None
         self.versions: list[int] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         out = self.original(*args, **kwargs)
         self.value = _walk(out, self.kept, _outline)[0]
         if not torch.compiler.is_compiling():
@@ -86,14 +73,16 @@ class Record(Replacement):
         return value
 
 
-class Replay(Replacement):
+class Replay(Intercepted):
     """Returns what a :class:`Record` holds, once, without running the module."""
 
     def __init__(self, record: Record) -> None:
-        super().__init__(record.module)
+        super().__init__(record.state, record.module)
         self.record = record
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.slabs is None:  # somebody has kept it from a perturbed forward
+            return self._base(*args, **kwargs)
         record = self.record
         value = record.value
         if not torch.compiler.is_compiling():  # free as soon as the model frees it

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..runtime.instance_patch import Entry
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.resume import Known
+from ..sharing.rows import BranchState
 from .recording import Record, Replay
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
@@ -19,16 +21,22 @@ COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
 class Change(Protocol):
     """What makes a forward the perturbed one."""
 
-    def install(self) -> Callable[[], None]:
-        """Put it on the model; returns what takes it off again."""
+    def entry(self) -> Entry:
+        """What is put on the model, ready for an instance patch."""
+
+
+Run = Callable[[Sequence[Change], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs the model on ``args`` and ``kwargs`` with changes on it."""
 
 
 class Resumption:
     """Runs a denoiser's forwards of one guided step; between them nothing of it is changed.
 
-    The objects that are put on the model are made once, as compiled graphs guard on them.
+    The objects that are put on the model are made once, as compiled graphs guard on them, and do
+    something only in the thread whose forward runs.
 
     Args:
+        state: of the model: what all these objects read.
         known: what need not run again in the perturbed forward.
         changes: what is perturbed.
         modules: every module of the model that was looked at, by name.
@@ -37,12 +45,14 @@ class Resumption:
 
     def __init__(
         self,
+        state: BranchState,
         known: Sequence[Known],
         changes: Sequence[Change],
         modules: dict[str, nn.Module],
         prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
-        self.records = [Record(item) for item in known]
+        self.state = state
+        self.records = [Record(state, item) for item in known]
         self.replays = [Replay(record) for record in self.records]
         self.changes = changes
         self.modules = modules
@@ -74,75 +84,98 @@ class Resumption:
         self,
         model: nn.Module,
         branch: str,
-        run: Callable[..., Any],
+        run: Run,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
         traced: bool,
         resumed: bool,
+        apart: str = "",
     ) -> Any:
-        """``run(*args, **kwargs)`` as the forward of one branch.
+        """The forward of one branch.
 
         Args:
+            run: runs the model with what it is given on it, while nobody else does.
             traced: the model is compiled as a whole. All forwards but the perturbed one then run
                 with the same changes, so that they share a graph.
             resumed: a perturbed forward follows cond's in this step.
+            apart: why no forward may be taken over from another one, if there is a reason.
         """
-        if branch == PERTURBED:
-            return self._perturbed(model, run, args, kwargs)
+        me = get_ident()
+        self.state.thread = me
+        try:
+            if branch == PERTURBED:
+                return self._perturbed(model, run, args, kwargs, apart)
+            return self._recorded(branch, run, args, kwargs, traced, resumed and not apart)
+        finally:
+            self.state.thread = 0
+
+    def _recorded(
+        self,
+        branch: str,
+        run: Run,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        traced: bool,
+        resumed: bool,
+    ) -> Any:
         wanted = resumed and branch == COND and self._is_usable()
         if not wanted and not traced:
-            return run(*args, **kwargs)
+            return run((), args, kwargs)
         # a pass of several forwards, over windows of a video say, has more than one state to keep
         repeated = self._has_run
         if wanted:
             self.forget()
             self._has_run = True
-        with ExitStack() as stack:
-            stack.callback(self._drop)
-            for record in self.records:
-                stack.callback(record.install())
+        try:
             # some models take things out of their arguments
             inputs = _leaves((args, kwargs))
-            out = run(*args, **kwargs)
+            out = run(self.records, args, kwargs)
             intact = traced or all(record.is_intact() for record in self.records)
             if wanted and intact and not repeated:
                 self._values = [record.take() for record in self.records]
                 self._inputs = inputs
+        finally:
+            self._drop()
         return out
 
     def _perturbed(
         self,
         model: nn.Module,
-        run: Callable[..., Any],
+        run: Run,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        apart: str,
     ) -> Any:
         values = self._values
-        self.reason = self._why_not(args, kwargs)
-        with ExitStack() as stack:
-            stack.callback(self.forget)
+        self.reason = self._why_not(args, kwargs, apart)
+        changes: list[Change] = list(self.changes)
+        try:
             if not self.reason:
                 assert values is not None
                 for record in self.records:
                     record.value = values.pop(0)
-                for replay in self.replays:
-                    stack.callback(replay.install())
-            for change in self.changes:
-                stack.callback(change.install())
+                changes += self.replays
             if self._prepare is not None:
                 self._prepare(model, args, kwargs)
-            return run(*args, **kwargs)
+            # no row attends: the batch holds perturbed rows alone
+            self.state.slabs = (0, 0, 1)
+            return run(changes, args, kwargs)
+        finally:
+            self.state.slabs = None
+            self.forget()
 
-    def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any], apart: str) -> str:
         """Why the perturbed forward has to run from its beginning, or ``""``."""
         if not self._is_usable():
-            return "hooks of diffusers run with the modules in front, or the model is in training"
+            return "hooks of diffusers run with the modules in front, or the model is in training."
+        if apart:
+            return apart
         if self._values is None:
-            return "nothing usable was recorded in cond's forward"
+            return "nothing usable was recorded in cond's forward."
         same = _same(self._inputs, _leaves((args, kwargs)), values=not self._compared)
         self._compared = True
-        return "" if same else "it was called with other arguments than cond's"
+        return "" if same else "it was called with other arguments than cond's."
 
     def _is_usable(self) -> bool:
         """Whether a forward may be taken over from another: no dropout, no hooks that expect it."""

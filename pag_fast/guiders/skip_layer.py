@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.registry import family_of
 from ..sharing.resume import Known, known_modules
+from ..sharing.rows import BranchState
 from .base import ResumedGuidance
 from .changes import Perturbed, skipped_attention, skipped_block, skipped_feed_forward
 from .resumption import Change, Resumption
@@ -86,13 +87,14 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
     def _make(self, model: nn.Module) -> Resumption:
         configs = self.skip_layer_config or [skipped_blocks(model)]
         changes: list[Change] = []
+        state = BranchState()
         modules: dict[str, nn.Module] = {}
         scores: dict[str, nn.Module] = {}
         for config in configs:
             for name, block in blocks_of(model, config).items():
                 modules[name] = block
                 attentions = attentions_in(model, [name])
-                found = _changes(config, block, attentions)
+                found = _changes(state, config, block, attentions)
                 if config.skip_attention_scores:
                     scores.update(attentions)
                 if not found and not (config.skip_attention_scores and attentions):
@@ -100,28 +102,31 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
                 changes += found
         prepare = None
         if scores:
-            perturbed = Perturbed(model, scores)
+            perturbed = Perturbed(state, model, scores)
             changes += perturbed.changes
             prepare = perturbed.prepare
         known = _known(model, modules)
         modules.update({item.name: item.module for item in known})
-        return Resumption(known, changes, modules, prepare)
+        return Resumption(state, known, changes, modules, prepare)
 
 
 def _changes(
-    config: LayerSkipConfig, block: nn.Module, attentions: dict[str, nn.Module]
+    state: BranchState,
+    config: LayerSkipConfig,
+    block: nn.Module,
+    attentions: dict[str, nn.Module],
 ) -> list[Change]:
     """What a configuration asks to be left out of one block."""
     from diffusers.hooks._common import _FEEDFORWARD_CLASSES
 
     if config.skip_attention and config.skip_ff:
-        return [skipped_block(block)]
+        return [skipped_block(state, block)]
     changes: list[Change] = []
     if config.skip_attention:
-        changes += [skipped_attention(module) for module in attentions.values()]
+        changes += [skipped_attention(state, module) for module in attentions.values()]
     if config.skip_ff:
         found = [m for m in block.modules() if isinstance(m, _FEEDFORWARD_CLASSES)]
-        changes += [skipped_feed_forward(module) for module in found]
+        changes += [skipped_feed_forward(state, module) for module in found]
     return changes
 
 

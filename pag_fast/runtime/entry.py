@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from ..models.registry import uncompiled
 from ..processors.rows import PerturbedProcessor
 from .frames import calling_pipeline, running_pipeline
 from .instance_patch import InstancePatch
@@ -226,7 +227,9 @@ class ProcessorSetter:
         self._lease = lease
 
     def __call__(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
-        set_processors = type(self._model).set_attn_processor
+        # what torch.compile(model) returns has the method of the model inside of it
+        inner = uncompiled(self._model)
+        set_processors = type(inner).set_attn_processor
         pipe = calling_pipeline()[0]
         patched = " (patched)" if hasattr(pipe, "_pag_fast") else ""
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
@@ -237,7 +240,7 @@ class ProcessorSetter:
                     name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
                     for name, own in processor.items()
                 }
-            return set_processors(self._model, processor, *args, **kwargs)
+            return set_processors(inner, processor, *args, **kwargs)
 
     def __reduce__(self) -> Any:
         # a copy of the model has its own method, and no entry
@@ -270,10 +273,13 @@ class Entry:
 
     @staticmethod
     def of(model: nn.Module) -> Entry:
-        """The entry of a model, put in place where there is none."""
+        """The entry of a model, put in place where there is none.
+
+        One that is off the model, but that a forward still runs through, is put back.
+        """
         made = _MADE.get(model)
         found = None if made is None else made()
-        if found is None or not (found.claims or found.is_in_front):
+        if found is None:
             return Entry(model)
         found.front()
         return found

@@ -94,6 +94,9 @@ class Installation:
     Args:
         eager: the denoiser is not compiled (:func:`is_eager`): what depends on the conditioning
             alone can be kept from step to step, and launches that change nothing left out.
+
+    Attributes:
+        hooks_show: hooks on the denoiser itself run outside of its graph, if it has one.
     """
 
     def __init__(
@@ -101,7 +104,6 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
-        # hooks on the model itself are seen before a graph is entered
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
@@ -113,20 +115,27 @@ class Installation:
             name: module for name, module in self_attentions(denoiser).items() if name in names
         }
         check_processors(self.attentions, self.replaces)
-        blocks = {
-            name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
-            for name in transformer_blocks(denoiser)
-            if name in names
-        }
+        blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches, blocks=blocks
         )
         if not config.share_branches:
             order = self.plan.order
             self.plan = BranchPlan(order=order, reason="share_branches is off")
+        known = layers_of(denoiser, self.state)
         traced = not eager or any(map(is_compiled, denoiser.modules()))
         made = family.processor if traced else with_signature(cast(Any, family.processor))
-        self.processors = self._made_processors(made, config.backend)
+        self.processors: dict[str, PerturbedProcessor] = {
+            name: made(
+                self.state,
+                self.plan.levels.get(name, SPLIT),
+                config.backend,
+                [self._action(branch, name, AttentionPerturbation) for branch in self.branches],
+                known[name],
+            )
+            for name in self.attentions
+        }
+        self._note_displaced()
         self.blocks = perturbed_blocks(
             denoiser,
             self.plan,
@@ -150,18 +159,20 @@ class Installation:
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
 
-    def _made_processors(self, make: Any, backend: str) -> dict[str, PerturbedProcessor]:
-        """The processor of each perturbed attention, which knows the attention's own."""
-        known = layers_of(self.denoiser, self.state)
-        made: dict[str, PerturbedProcessor] = {}
+    def _block_actions(self, names: set[str]) -> dict[str, list[Any]]:
+        """What happens to each branch in each block that is perturbed as a whole."""
+        return {
+            name: [self._action(branch, name, BlockPerturbation) for branch in self.branches]
+            for name in transformer_blocks(self.denoiser)
+            if name in names
+        }
+
+    def _note_displaced(self) -> None:
+        """Tell each processor what it takes the place of."""
         for name, attention in self.attentions.items():
-            actions = [self._action(b, name, AttentionPerturbation) for b in self.branches]
-            level = self.plan.levels.get(name, SPLIT)
-            made[name] = make(self.state, level, backend, actions, known[name])
             own = attention.processor
             found = own.displaced if isinstance(own, PerturbedProcessor) else own
-            made[name].displaced = found
-        return made
+            self.processors[name].displaced = found
 
     def _with_constants(self) -> list[PerturbedProcessor]:
         """The processors whose perturbations have numbers that must be on the device."""

@@ -429,12 +429,12 @@ class PatchState(BasicState):
             undo.append(self.compilation.undo)
         undo += [installed.release for _, installed in self._installed.values()]
         undo += [fusion.release for _, fusion in self._fusions.values()]
-        undo.append(partial(leave_behind, self, models))
         self.compilation = None
         try:
             undo_all(*undo)
         finally:
-            self._controlnets = None  # what is left behind includes it
+            leave_behind(self, models)
+            self._controlnets = None
 
 
 def _models(part: Any) -> list[Any]:
