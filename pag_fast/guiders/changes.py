@@ -25,6 +25,9 @@ class Processed:
 
     def entry(self) -> Entry:
         """The processor, ready for an instance patch."""
+        own = self.attention.processor
+        # for whoever keeps ours from the middle of a forward
+        self.processor.displaced = own.displaced if isinstance(own, PerturbedProcessor) else own
         return vars(self.attention), "processor", self.processor
 
 

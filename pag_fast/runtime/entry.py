@@ -227,9 +227,7 @@ class ProcessorSetter:
         self._lease = lease
 
     def __call__(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
-        # what torch.compile(model) returns has the method of the model inside of it
-        inner = uncompiled(self._model)
-        set_processors = type(inner).set_attn_processor
+        set_processors = own_setter(self._model)
         pipe = calling_pipeline()[0]
         patched = " (patched)" if hasattr(pipe, "_pag_fast") else ""
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
@@ -240,7 +238,7 @@ class ProcessorSetter:
                     name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
                     for name, own in processor.items()
                 }
-            return set_processors(inner, processor, *args, **kwargs)
+            return set_processors(processor, *args, **kwargs)
 
     def __reduce__(self) -> Any:
         # a copy of the model has its own method, and no entry
@@ -248,6 +246,14 @@ class ProcessorSetter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], SETTER)
+
+
+def own_setter(model: Any) -> Run:
+    """A model's own ``set_attn_processor``, or that of the model inside of a compiled wrapper."""
+    inner = uncompiled(model)
+    if inner is not model:
+        return inner.set_attn_processor
+    return type(model).set_attn_processor.__get__(model)
 
 
 class Entry:
@@ -267,8 +273,7 @@ class Entry:
         self.inside = 0
         self._own: Run = model._call_impl
         object.__setattr__(model, NAME, self)
-        if hasattr(model, SETTER):
-            object.__setattr__(model, SETTER, ProcessorSetter(model, self.lease))
+        self._take_setter()
         _MADE[model] = ref(self)
 
     @staticmethod
@@ -304,8 +309,13 @@ class Entry:
             else:
                 object.__setattr__(self.model, NAME, self.displaced)
 
+    def _take_setter(self) -> None:
+        if hasattr(self.model, SETTER) and SETTER not in vars(self.model):
+            object.__setattr__(self.model, SETTER, ProcessorSetter(self.model, self.lease))
+
     def front(self) -> None:
         """Go in front again, where the user has compiled the model since."""
+        self._take_setter()
         found = vars(self.model).get(NAME)
         if found is not self:
             self.displaced = found
