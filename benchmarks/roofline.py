@@ -116,7 +116,11 @@ PUBLISHED = [
 CLASSES = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),
     "convolutions": ("aten::convolution", "aten::cudnn_convolution"),
-    "attention": ("attention",),
+    "attention": (
+        "attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+    ),
     "norms": ("aten::native_group_norm", "aten::native_layer_norm"),
 }
 REST = "element-wise, copies"

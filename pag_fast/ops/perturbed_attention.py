@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .backend import define, is_left_alone, is_unwatched, measured_backend, resolve_backend
+from .log_sum_exp import itself_and_text
 
 
 def perturbed_attention(
@@ -236,8 +237,9 @@ def torch_perturbed_attention(
         out[num_attend:].copy_(v[source])
     else:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out[num_attend:, :num_image].copy_(
-            _itself_and_text(q[source], k[source], v[source], num_image, scale, mask)
+        image = out[num_attend:, :num_image]
+        itself_and_text(
+            q[source], k[source], v[source], image, num_image=num_image, scale=scale, mask=mask
         )
     if num_context:
         # a text query is not perturbed: where q, k and v are those of cond, so is its output
@@ -306,7 +308,7 @@ def _torch_perturbed_attention_(
     # both read the values that they then replace
     mask = reference.rows_of(attn_mask, slice(num_attend, None))
     text = softmax_attention(q[:, num_image:], k, v, mask, scale)
-    v[:, :num_image].copy_(_itself_and_text(q, k, v, num_image, scale, mask))
+    itself_and_text(q, k, v, v[:, :num_image], num_image=num_image, scale=scale, mask=mask)
     v[:, num_image:].copy_(text)
 
 
@@ -321,73 +323,6 @@ def softmax_attention(
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, scale=scale
     ).transpose(1, 2)
-
-
-def _itself_and_text(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    num_image: int,
-    scale: float,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Perturbed image queries: attention over the text keys, merged with each query's own key.
-
-    With ``lse`` the log-sum-exp of the text scores, the softmax weight of the query's own key is
-    ``sigmoid(qᵢ·kᵢ − lse)``: no score matrix with an extra column is ever built.
-    """
-    query, own_value = q[:, :num_image], v[:, :num_image]
-    bias = None if mask is None else reference.additive(mask, q.dtype)[..., num_image:]
-    text, lse = _attention_with_lse(query, k[:, num_image:], v[:, num_image:], scale, bias)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    own = (query.to(wide) * k[:, :num_image].to(wide)).sum(-1, keepdim=True)
-    # the text's weight is one less that: sigmoid(lse − qᵢ·kᵢ)
-    weight = torch.sigmoid(torch.sub(lse.to(wide).unsqueeze(-1), own, alpha=scale))
-    return torch.lerp(own_value, text, weight.to(own_value.dtype))
-
-
-# scores of at most this many elements are materialised at a time where no fused kernel returns its
-# log-sum-exp: 64 MiB of fp32
-_MAX_SCORES = 1 << 24
-
-
-def _attention_with_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention output ``[B, N, H, D]`` and the log-sum-exp of its scores ``[B, N, H]``."""
-    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float64):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads_first, 0.0, False, attn_mask=bias, scale=scale
-        )
-        return out.transpose(1, 2), lse.transpose(1, 2)
-    return _chunked_attention_with_lse(*heads_first, scale, bias)
-
-
-def _chunked_attention_with_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.empty_like(q)
-    lse = q.new_empty((batch, heads, tokens), dtype=wide)
-    step = max(1, _MAX_SCORES // (batch * heads * k.shape[2]))
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(wide) * scale
-        if bias is not None:
-            scores = scores + bias
-        lse[:, :, rows] = torch.logsumexp(scores, -1)
-        out[:, :, rows] = torch.softmax(scores, -1).to(v.dtype) @ v
-    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def attention_flops(
