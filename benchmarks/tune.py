@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 from pag_fast_kernels import perturbed_attention
-from pag_fast_kernels.launch import CONFIGS, Config, call_key, chip_name
+from pag_fast_kernels.launch import CONFIGS, Config, architecture, call_key, chip_name
 from tqdm.auto import tqdm
 
 from pag_fast import ops
@@ -153,9 +153,16 @@ def tune(
             yield [entry for _, entry in found.values()]
 
 
-def write_table(path: Path, entries: Sequence[dict[str, Any]], device_name: str) -> None:
+def write_table(
+    path: Path,
+    entries: Sequence[dict[str, Any]],
+    device_name: str,
+    architecture: tuple[str, int],
+) -> None:
     """A file that ``pag_fast_kernels.launch.read_table`` reads, one line an entry."""
-    head = {"chip": device_name, "torch": torch.__version__, "triton": triton.__version__}
+    head: dict[str, Any] = {"chip": device_name}
+    head |= zip(("architecture", "processors"), architecture, strict=True)
+    head |= {"torch": torch.__version__, "triton": triton.__version__}
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     text = json.dumps(head)[:-1] + ',\n "attention": [\n' + lines + "\n ]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +190,7 @@ def main() -> None:
     until = time.monotonic() + arguments.seconds
     steps = tune(cases, dtypes, "cuda", CANDIDATES, on_gpu, until)
     for entries in tqdm(steps, total=len(cases) * len(dtypes), unit="case"):
-        write_table(path, entries, name)
+        write_table(path, entries, name, architecture(None))
         print(json.dumps(entries[-1]))
     print(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launches import launches  # noqa: F401
 from numerics import assert_close_as_torch, attention_rounding
 from pag_fast_kernels import perturbed_attention
@@ -139,6 +140,43 @@ def test_key_bias(mix, num_context, perturbation):
         config=Config(32, 32, 4, 1),
         **({} if perturbation == "identity" else {"perturbation": perturbation}),
     )
+
+
+@pytest.mark.parametrize("num_context", [0, 13])
+@pytest.mark.parametrize("perturbation", ["identity", "blur"])
+def test_rows_whose_keys_are_all_hidden_are_zero(perturbation, num_context):
+    """As in PyTorch's attention, whose softmax of nothing is 0."""
+    q, k, v = _inputs(torch.float32, 2, 90, 3, 32)
+    bias = torch.zeros(2, 3, 90)
+    bias[:, 1] = float("-inf")
+    out = torch.empty_like(v)
+    mix = {"num_attend": 1, "num_context": num_context, "perturbation": perturbation}
+    perturbed_attention(q, k, v, out, scale=0.2, key_bias=bias, **mix)
+    expected = F.scaled_dot_product_attention(
+        *(x[:1].transpose(1, 2) for x in (q, k, v)), attn_mask=bias[:1, :, None], scale=0.2
+    ).transpose(1, 2)
+    assert torch.equal(expected[:, :, 1], torch.zeros_like(expected[:, :, 1]))
+    assert torch.allclose(out[:1], expected, atol=1e-6)
+    if perturbation == "blur" or num_context:
+        assert torch.equal(out[:, :, 1], torch.zeros_like(out[:, :, 1]))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale):
+    """The largest score is taken before scaling."""
+    q, k, v = _inputs(torch.float32, 2, 75, 2, 32)
+    out = torch.empty_like(v)
+    perturbed_attention(q, k, v, out, num_attend=1, num_context=13, scale=scale)
+    mix = {"num_attend": 1, "num_context": 13, "scale": scale}
+    assert torch.allclose(out, reference.perturbed_attention(q, k, v, **mix), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [36, 40])
+def test_rows_that_do_not_begin_on_16_bytes(dtype, dim):
+    """Odd strides, and an address that is not aligned."""
+    q, k, v = (torch.randn(3, 50, 2, dim + 3).to(dtype)[..., 1 : dim + 1] for _ in range(3))
+    _check(q, k, v, num_attend=2)
 
 
 def test_identity_rows_are_bitwise_v():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launches import launches  # noqa: F401
-from pag_fast_kernels.launch import Config, Measured, call_key, read_table
+from pag_fast_kernels.launch import Config, Measured, call_key, nearest_table, read_table
 
 from benchmarks import tune
 
@@ -32,9 +32,21 @@ def test_table_is_read_back(mix, context, launches, tmp_path):  # noqa: F811
     case = tune.Case("tiny", 40, 2, 16, context, *mix)
     *_, entries = tune.tune([case], [torch.float32], "cpu", [SLOW], lambda run: run() is not None)
     path = tmp_path / "chip.json"
-    tune.write_table(path, entries, "a chip")
+    tune.write_table(path, entries, "a chip", ("sm_90", 132))
     key = call_key(torch.float32, 16, 40, *mix, context)
     assert read_table(path) == {key: Measured("torch", SLOW)}
+
+
+def test_chips_without_a_table_take_the_nearest(tmp_path):
+    """Of their own architecture: others run other binaries."""
+    chips = {"h200": ("sm_90", 132), "half": ("sm_90", 66), "b200": ("sm_100", 148)}
+    for name, chip in chips.items():
+        tune.write_table(tmp_path / f"{name}.json", [], name, chip)
+    (tmp_path / "old.json").write_text('{"attention": []}')
+    assert nearest_table(tmp_path, "sm_90", 114).stem == "h200"
+    assert nearest_table(tmp_path, "sm_90", 78).stem == "half"
+    assert nearest_table(tmp_path, "sm_100", 20).stem == "b200"
+    assert nearest_table(tmp_path, "sm_103", 148) is None
 
 
 def test_wrong_results_are_no_candidates(launches, monkeypatch):  # noqa: F811

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .bound import Launcher, Prepared, aligned, stride_unit
 
 # elements of a program: small ones fill the chip, but each reads the moments of all of its sample
 CHUNK, LARGE_CHUNK = 1024, 4096
@@ -49,24 +49,33 @@ def _moments(x, mask, count):
     return mean, tl.sum(deviation * deviation, 0)
 
 
-@triton.jit(do_not_specialize=["numel"])
+_INTEGERS = ("stride_u", "stride_c", "stride_p", "numel", "chunks")
+
+
+@triton.jit(do_not_specialize=_INTEGERS[:-1])
 def _guidance_moments_kernel(
     u_ptr,  # [samples, numel], unit stride within a sample
     c_ptr,
     p_ptr,
     moments_ptr,  # [samples, chunks, 4] fp32: mean and squared deviations of prediction and cond
-    stride_u,
+    g,
+    s,
+    stride_u,  # these in units of UNIT elements
     stride_c,
     stride_p,
     numel,
-    g,
-    s,
+    UNIT: tl.constexpr,
     HAS_U: tl.constexpr,
     HAS_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
+    # multiples of a constant: masks and addresses change on 16 bytes
+    stride_u *= UNIT
+    stride_c *= UNIT
+    stride_p *= UNIT
+    numel *= UNIT
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     out, term, c = _combined(
@@ -93,21 +102,22 @@ def _merged_squares(base, index, counts, present, numel):
     return tl.sum(squares + tl.where(present, between, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["numel", "chunks"])
+@triton.jit(do_not_specialize=_INTEGERS)
 def _combine_guidance_kernel(
     u_ptr,  # [samples, numel], unit stride within a sample
     c_ptr,
     p_ptr,
     out_ptr,  # [samples, numel], contiguous
     moments_ptr,
-    stride_u,
+    g,
+    s,
+    rescale,
+    stride_u,  # these in units of UNIT elements
     stride_c,
     stride_p,
     numel,
     chunks,
-    g,
-    s,
-    rescale,
+    UNIT: tl.constexpr,
     HAS_U: tl.constexpr,
     HAS_P: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -117,6 +127,11 @@ def _combine_guidance_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
+    # multiples of a constant: masks and addresses change on 16 bytes
+    stride_u *= UNIT
+    stride_c *= UNIT
+    stride_p *= UNIT
+    numel *= UNIT
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     out, term, c = _combined(
@@ -135,6 +150,10 @@ def _combine_guidance_kernel(
     else:
         out += term
     tl.store(out_ptr + sample * numel + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_moments = Launcher(_guidance_moments_kernel)
+_launch = Launcher(_combine_guidance_kernel)
 
 
 def combine_guidance(
@@ -156,6 +175,7 @@ def combine_guidance(
     channels are: learned sigma channels are skipped by not being in the slice.
     """
     numel = cond[0].numel()
+    samples = len(cond)
     out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     chunk, warps = (CHUNK, 4) if numel <= LARGE else (LARGE_CHUNK, 16)
     chunks = triton.cdiv(numel, chunk)
@@ -164,41 +184,35 @@ def combine_guidance(
     term_only = rescale_mode != "cfg"
     if term_only and perturbed is None:
         rescale = 0.0
-    flags = {"HAS_U": uncond is not None, "HAS_P": perturbed is not None, "BLOCK": chunk}
+    has_u, has_p = uncond is not None, perturbed is not None
     strides = u.stride(0), cond.stride(0), p.stride(0)
+    starts_aligned = aligned(u, cond, p, out)
+
+    def prepare(more: tuple[int, ...], **flags: int) -> Prepared:
+        unit = stride_unit(cond, (*strides, numel), starts_aligned)
+        integers = *(x // unit for x in (*strides, numel)), *more
+        return (chunks, samples), integers, {"UNIT": unit, **flags}, {"num_warps": warps}
+
     moments = out
     if rescale:
-        moments = torch.empty((len(cond), chunks, 4), dtype=torch.float32, device=cond.device)
-        with on_device(cond):
-            _guidance_moments_kernel[(chunks, len(cond))](
-                u,
-                cond,
-                p,
-                moments,
-                *strides,
-                numel,
-                guidance_scale,
-                pag_scale,
-                **(flags | {"HAS_U": False} if rescale_mode == "partial" else flags),
-                num_warps=warps,
-            )
-    with on_device(cond):
-        _combine_guidance_kernel[(chunks, len(cond))](
-            u,
-            cond,
-            p,
-            out,
-            moments,
-            *strides,
-            numel,
-            chunks,
-            guidance_scale,
-            pag_scale,
-            rescale,
-            **flags,
-            RESCALE=bool(rescale),
-            TERM_ONLY=bool(rescale) and term_only,
-            BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-            num_warps=warps,
-        )
+        moments = torch.empty((samples, chunks, 4), dtype=torch.float32, device=cond.device)
+    key = None
+    if starts_aligned and aligned(moments):
+        key = cond.device.index, cond.dtype, cond.shape, strides, has_u, has_p
+        key = *key, bool(rescale), rescale_mode
+    numbers = float(guidance_scale), float(pag_scale)
+    if rescale:
+        reads_u = has_u and rescale_mode != "partial"
+        flags = {"HAS_U": reads_u, "HAS_P": has_p, "BLOCK": chunk}
+        _launch_moments(key, (u, cond, p, moments), numbers, lambda: prepare((), **flags))
+    flags = {
+        "HAS_U": has_u,
+        "HAS_P": has_p,
+        "RESCALE": bool(rescale),
+        "TERM_ONLY": bool(rescale) and term_only,
+        "BLOCK": chunk,
+        "BLOCK_CHUNKS": triton.next_power_of_2(chunks),
+    }
+    numbers = *numbers, float(rescale)
+    _launch(key, (u, cond, p, out, moments), numbers, lambda: prepare((chunks,), **flags))
     return out

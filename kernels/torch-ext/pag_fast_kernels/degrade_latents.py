@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, on_device
+from .bound import Launcher, Prepared, aligned
+from .launch import INTERPRETED
 
 # elements of a program; the interpreter's time is per program
 BLOCK, INTERPRETED_BLOCK = 256, 2048
@@ -33,13 +34,25 @@ def _reflected(index, size):
     return tl.where(index >= size, 2 * (size - 1) - index, index)
 
 
-@triton.jit(do_not_specialize=["height", "width", "map_height", "map_width"])
+_INTEGERS = (
+    *("stride_x", "stride_output", "channels"),
+    *("height", "width", "map_height", "map_width"),
+)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _degrade_latents_kernel(
     x_ptr,  # [B, C, height, width], contiguous samples
     output_ptr,
     received_ptr,  # [B, map_height, map_width] fp32, contiguous
     blur_ptr,  # [KERNEL, KERNEL] fp32
     out_ptr,  # [B, C, height, width], contiguous
+    scale_y,
+    scale_x,
+    clean_x,
+    clean_output,
+    noise_x,
+    noise_output,
     stride_x,
     stride_output,
     channels,
@@ -47,12 +60,6 @@ def _degrade_latents_kernel(
     width,
     map_height,
     map_width,
-    scale_y,
-    scale_x,
-    clean_x,
-    clean_output,
-    noise_x,
-    noise_output,
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,6 +95,9 @@ def _degrade_latents_kernel(
     tl.store(base + elements, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch = Launcher(_degrade_latents_kernel)
+
+
 def degrade_latents(
     sample: torch.Tensor,
     model_output: torch.Tensor,
@@ -109,24 +119,18 @@ def degrade_latents(
     batch, channels, height, width = sample.shape
     block = INTERPRETED_BLOCK if INTERPRETED else BLOCK
     out = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
-    with on_device(sample):
-        _degrade_latents_kernel[(triton.cdiv(sample[0].numel(), block), batch)](
-            sample,
-            model_output,
-            received,
-            blur,
-            out,
-            sample.stride(0),
-            model_output.stride(0),
-            channels,
-            height,
-            width,
-            *map_size,
-            map_size[0] / height,
-            map_size[1] / width,
-            *clean,
-            *noise,
-            KERNEL=blur.shape[-1],
-            BLOCK=block,
-        )
+    strides = sample.stride(0), model_output.stride(0)
+
+    def prepare() -> Prepared:
+        grid = (triton.cdiv(sample[0].numel(), block), batch)
+        constants = {"KERNEL": blur.shape[-1], "BLOCK": block}
+        return grid, (*strides, channels, height, width, *map_size), constants, {}
+
+    pointers = sample, model_output, received, blur, out
+    key = None
+    if aligned(*pointers):
+        key = sample.device.index, sample.dtype, model_output.dtype, sample.shape, strides
+        key = *key, map_size, blur.shape[-1]
+    scales = map_size[0] / height, map_size[1] / width
+    _launch(key, pointers, (*scales, *map(float, clean), *map(float, noise)), prepare)
     return out

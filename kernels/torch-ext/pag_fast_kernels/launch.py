@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # kernels are either compiled or interpreted, from their import on
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _AMD = ("gfx942", "gfx1100")
+_NVIDIA = ("mma", "wgmma", "mma120")
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,36 @@ def read_table(path: Path) -> dict[tuple[str, int, int, int, bool], Measured]:
 def measured_on(
     device_type: str, index: int | None
 ) -> dict[tuple[str, int, int, int, bool], Measured]:
-    """The table of a device."""
+    """The table of a device, or of the nearest chip that runs the same binaries."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return {}
-    return read_table(CONFIGS / f"{chip_name(torch.cuda.get_device_name(index))}.json")
+    own = read_table(CONFIGS / f"{chip_name(torch.cuda.get_device_name(index))}.json")
+    if own:
+        return own
+    nearest = nearest_table(CONFIGS, *architecture(index))
+    return read_table(nearest) if nearest else {}
+
+
+def architecture(index: int | None) -> tuple[str, int]:
+    """What a device's binaries are compiled for ("sm_90", "gfx942"), and its multiprocessors."""
+    properties = torch.cuda.get_device_properties(index or 0)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def nearest_table(folder: Path, architecture: str, processors: int) -> Path | None:
+    """The table of that architecture whose chip is most alike in size, or ``None``.
+
+    Chips of one architecture run the same binaries. What is fastest among these may differ, but
+    less than it does from a choice that nobody has measured.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        head = json.loads(path.read_text(encoding="utf-8"))
+        if head.get("architecture") == architecture:
+            found.append((abs(math.log(head["processors"] / processors)), path))
+    return min(found)[1] if found else None
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -117,18 +146,44 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (half, rest) if half + rest < whole else (whole, 0)
 
 
-@functools.cache
+_target = "mma"
+
+
+@contextlib.contextmanager
+def target(generation: str) -> Iterator[None]:
+    """Launches of meta tensors are prepared as for such a chip: to compile for it without one."""
+    global _target
+    before, _target = _target, generation
+    try:
+        yield
+    finally:
+        _target = before
+
+
 def generation(device_type: str, index: int | None) -> str:
     """How the device multiplies matrices.
 
-    "cpu" (interpreted), "mfma" (gfx942), "wmma" (gfx1100), "wgmma" (sm_90, sm_100) or "mma".
+    "cpu" (interpreted), "mfma" (gfx942), "wmma" (gfx1100), "mma" (sm_80 to sm_89), "wgmma" (sm_90,
+    sm_100) or "mma120" (sm_120: the instructions of "mma", by another register allocation).
     """
-    if device_type == "cpu":
-        return "cpu"
+    if device_type in ("cpu", "meta"):
+        return "cpu" if device_type == "cpu" else _target
+    return _generation_of_gpu(index)
+
+
+@functools.cache
+def _generation_of_gpu(index: int | None) -> str:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index or 0).gcnArchName
         return "wmma" if name.startswith("gfx11") else "mfma"
-    return "wgmma" if torch.cuda.get_device_capability(index)[0] in (9, 10) else "mma"
+    return nvidia_generation(torch.cuda.get_device_capability(index)[0])
+
+
+def nvidia_generation(major: int) -> str:
+    """:func:`generation` of an NVIDIA chip by the first number of its compute capability."""
+    if major in (9, 10):
+        return "wgmma"
+    return "mma" if major < 9 else "mma120"
 
 
 def default_config(generation: str, dtype: torch.dtype, head_dim: int, tokens: int) -> Config:
@@ -150,8 +205,13 @@ def default_config(generation: str, dtype: torch.dtype, head_dim: int, tokens: i
         return Config(64, 32, 4, 2) if wide <= 128 else Config(32, 32, 4, 1)
     if wide > 128:
         return Config(64, 32, 4, 2)
-    if generation == "mma":
-        return Config(64, 64, 4, 3) if wide <= 64 else Config(64, 64, 8, 2)
+    if generation in ("mma", "mma120"):
+        if wide <= 64:
+            return Config(64, 64, 4, 3)
+        if generation == "mma120":
+            sm_120 = {80: Config(128, 32, 8, 2), 96: Config(64, 64, 8, 2)}
+            return sm_120.get(wide, Config(128, 32, 8, 3))
+        return Config(64, 64, 4, 2) if wide == 96 else Config(128, 64, 8, 2)
     if wide <= 64:
         return Config(128, 64, 4, 3 if generation == "wgmma" else 2)
     return Config(64, 64, 4, 2) if dim_b else Config(128, 64, 8, 2)
@@ -162,4 +222,4 @@ def dot_precision(generation: str, dtype: torch.dtype) -> str:
 
     AMD's and the interpreter's are exact as they are; NVIDIA's FMA code for it spills.
     """
-    return "tf32x3" if dtype == torch.float32 and generation in ("mma", "wgmma") else "ieee"
+    return "tf32x3" if dtype == torch.float32 and generation in _NVIDIA else "ieee"

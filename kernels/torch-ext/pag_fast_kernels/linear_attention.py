@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import dot_precision, generation, on_device
+from .bound import Launcher, Prepared, aligned, stride_unit
+from .launch import dot_precision, generation
 
 EPS = 1e-15
 BLOCK = 64  # tokens, at most
@@ -30,12 +31,20 @@ def _rows(base, tokens, stride, dims, num_tokens, HEAD_DIM: tl.constexpr):
     return tl.load(base + tokens[:, None] * stride + dims[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "slice_tokens"])
+_INPUTS = ("stride_vb", "stride_vn", "stride_vh", "heads", "num_tokens")
+_STATE = ("stride_kb", "stride_kn", "stride_kh", *_INPUTS, "slice_tokens")
+_APPLY = (
+    *("stride_qb", "stride_qn", "stride_qh", "stride_ob", "stride_on", "stride_oh"),
+    *(*_INPUTS, "slices", "num_attend", "num_forked"),
+)
+
+
+@triton.jit(do_not_specialize=_STATE)
 def _linear_attention_state_kernel(
     k_ptr,  # [num_attend, N, H, D]
     v_ptr,
     state_ptr,  # [num_attend, H, slices, D + 1, D] fp32: S by rows of v's channels, then z
-    stride_kb,
+    stride_kb,  # these in units of UNIT elements
     stride_kn,
     stride_kh,
     stride_vb,
@@ -44,6 +53,7 @@ def _linear_attention_state_kernel(
     heads,
     num_tokens,
     slice_tokens,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,8 +63,10 @@ def _linear_attention_state_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     row = (tl.program_id(1) // heads).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
-    k_base = k_ptr + row * stride_kb + head * stride_kh
-    v_base = v_ptr + row * stride_vb + head * stride_vh
+    k_base = k_ptr + (row * stride_kb + head * stride_kh) * UNIT
+    v_base = v_ptr + (row * stride_vb + head * stride_vh) * UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
     # [D of v, D of k]
     state = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     z = tl.zeros((BLOCK_D,), tl.float32)
@@ -76,13 +88,14 @@ def _linear_attention_state_kernel(
     tl.store(base + HEAD_DIM * HEAD_DIM + dims, z, mask=wide)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "slices", "num_attend", "num_forked"])
+@triton.jit(do_not_specialize=_APPLY)
 def _linear_attention_apply_kernel(
     q_ptr,  # [num_attend, N, H, D]
     v_ptr,  # [rows, N, H, D]
     state_ptr,
     out_ptr,  # [rows + num_forked, N, H, D]
-    stride_qb,
+    eps,
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_vb,
@@ -96,7 +109,7 @@ def _linear_attention_apply_kernel(
     slices,
     num_attend,
     num_forked,
-    eps,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,16 +121,16 @@ def _linear_attention_apply_kernel(
     dims = tl.arange(0, BLOCK_D)
     wide = dims < HEAD_DIM
     mask = (tokens < num_tokens)[:, None] & wide[None, :]
-    out = out_ptr + row * stride_ob + head * stride_oh
-    out += tokens[:, None] * stride_on + dims[None, :]
+    out = out_ptr + (row * stride_ob + head * stride_oh) * UNIT
+    out += tokens[:, None] * (stride_on * UNIT) + dims[None, :]
     if row >= num_attend:
         source = row - num_forked
-        v_base = v_ptr + source * stride_vb + head * stride_vh
-        own = _rows(v_base, tokens, stride_vn, dims, num_tokens, HEAD_DIM)
+        v_base = v_ptr + (source * stride_vb + head * stride_vh) * UNIT
+        own = _rows(v_base, tokens, stride_vn * UNIT, dims, num_tokens, HEAD_DIM)
         tl.store(out, own, mask=mask)
         return
-    q_base = q_ptr + row * stride_qb + head * stride_qh
-    q = tl.maximum(_rows(q_base, tokens, stride_qn, dims, num_tokens, HEAD_DIM), 0.0)
+    q_base = q_ptr + (row * stride_qb + head * stride_qh) * UNIT
+    q = tl.maximum(_rows(q_base, tokens, stride_qn * UNIT, dims, num_tokens, HEAD_DIM), 0.0)
     q = q.to(tl.float32)
     state = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     z = tl.zeros((BLOCK_D,), tl.float32)
@@ -143,6 +156,10 @@ def tile(chip: str, dtype: torch.dtype) -> tuple[int, int]:
     return (BLOCK // 2, 8) if dtype == torch.float32 and chip == "wmma" else (BLOCK, 4)
 
 
+_launch_state = Launcher(_linear_attention_state_kernel)
+_launch = Launcher(_linear_attention_apply_kernel)
+
+
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -161,41 +178,35 @@ def linear_attention(
     slices = triton.cdiv(tokens, slice_tokens)
     shape = (num_attend, heads, slices, head_dim + 1, head_dim)
     state = torch.empty(shape, dtype=torch.float32, device=v.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    chip = generation(v.device.type, v.device.index)
-    precision = dot_precision(chip, torch.float32)
-    block, warps = tile(chip, v.dtype)
-    tiles = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_N": block, "PRECISION": precision}
-    with on_device(v):
-        # an empty grid is an error of CUDA
-        if num_attend:
-            _linear_attention_state_kernel[(slices, num_attend * heads)](
-                k,
-                v,
-                state,
-                *k.stride()[:3],
-                *v.stride()[:3],
-                heads,
-                tokens,
-                slice_tokens,
-                **tiles,
-                num_warps=warps,
-            )
-        _linear_attention_apply_kernel[(triton.cdiv(tokens, block), out.shape[0] * heads)](
-            q,
-            v,
-            state,
-            out,
-            *q.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            heads,
-            tokens,
-            slices,
-            num_attend,
-            num_forked,
-            EPS,
-            **tiles,
-            num_warps=warps,
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
+    starts_aligned = aligned(q, k, v, out)
+    unit = stride_unit(v, strides, starts_aligned)
+    of_q, of_k, of_v, of_out = (
+        tuple(stride // unit for stride in strides[i : i + 3]) for i in range(0, 12, 3)
+    )
+
+    def prepare(first: int, rows: int, integers: tuple[int, ...]) -> Prepared:
+        chip = generation(v.device.type, v.device.index)
+        block, warps = tile(chip, v.dtype)
+        constants = {
+            "UNIT": unit,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_N": block,
+            "PRECISION": dot_precision(chip, torch.float32),
+        }
+        grid = (first or triton.cdiv(tokens, block), rows * heads)
+        return grid, integers, constants, {"num_warps": warps}
+
+    key = None
+    if starts_aligned and aligned(state):
+        key = v.device.index, v.dtype, v.shape, strides, num_attend, num_forked
+    # an empty grid is an error of CUDA
+    if num_attend:
+        more = heads, tokens, slice_tokens
+        _launch_state(
+            key, (k, v, state), (), lambda: prepare(slices, num_attend, (*of_k, *of_v, *more))
         )
+    rest = *of_q, *of_v, *of_out, heads, tokens, slices, num_attend, num_forked
+    _launch(key, (q, v, state, out), (EPS,), lambda: prepare(0, out.shape[0], rest))
     return out

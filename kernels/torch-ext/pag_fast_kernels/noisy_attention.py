@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Config, default_config, dot_precision, generation, on_device, split_head_dim
+from .bound import Launcher, Prepared, aligned, stride_unit
+from .launch import Config, default_config, dot_precision, generation, split_head_dim
 from .online_softmax import LOG2E, load_tile, store_tile
 
 
@@ -97,14 +98,23 @@ def _step(
     return acc_a, acc_b, m_new, l
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "layer", "seed_low", "seed_high"])
+_INTEGERS = (
+    *("stride_qb", "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kh"),
+    *("stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_on", "stride_oh"),
+    *("heads", "num_queries", "num_keys", "layer", "seed_low", "seed_high"),
+)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _noisy_attention_fwd_kernel(
     q_ptr,  # [rows, M, H, D], any strides but a unit last one
     k_ptr,  # [rows, N, H, D]
     v_ptr,
     out_ptr,  # [rows, M, H, D]
     clock_ptr,  # one int64
-    stride_qb,
+    qk_scale,  # softmax scale × log2(e)
+    noise_scale,  # σ × log2(e)
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_kb,
@@ -122,8 +132,7 @@ def _noisy_attention_fwd_kernel(
     layer,
     seed_low,  # halves of the seed, as signed 32-bit numbers
     seed_high,
-    qk_scale,  # softmax scale × log2(e)
-    noise_scale,  # σ × log2(e)
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -149,10 +158,14 @@ def _noisy_attention_fwd_kernel(
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims_a = tl.arange(0, DIM_A)
     dims_b = DIM_A + tl.arange(0, DIM_B if HAS_B else 1)
-    q_base = q_ptr + row * stride_qb + head * stride_qh
-    k_base = k_ptr + row * stride_kb + head * stride_kh
-    v_base = v_ptr + row * stride_vb + head * stride_vh
-    out_base = out_ptr + row * stride_ob + head * stride_oh
+    q_base = q_ptr + (row * stride_qb + head * stride_qh) * UNIT
+    k_base = k_ptr + (row * stride_kb + head * stride_kh) * UNIT
+    v_base = v_ptr + (row * stride_vb + head * stride_vh) * UNIT
+    out_base = out_ptr + (row * stride_ob + head * stride_oh) * UNIT
+    stride_qn *= UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
+    stride_on *= UNIT
     # [BLOCK_M, D]
     q_a = load_tile(q_base, queries, stride_qn, dims_a, num_queries, HEAD_DIM, False, WIDE_A)
     q_b = q_a
@@ -190,7 +203,11 @@ def tile(generation: str, dtype: torch.dtype, head_dim: int, tokens: int) -> Con
     if dtype == torch.float32:
         return Config(16, 16, 4, 1)
     narrow = 32 if generation == "wmma" else 64
-    return Config(min(config.block_m, narrow), min(config.block_n, 32), config.warps, 1)
+    warps = 8 if generation in ("mma", "mma120") and head_dim > 64 else config.warps
+    return Config(min(config.block_m, narrow), min(config.block_n, 32), warps, 1)
+
+
+_launch = Launcher(_noisy_attention_fwd_kernel)
 
 
 def noisy_attention(
@@ -219,37 +236,33 @@ def noisy_attention(
     """
     rows, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    dim_a, dim_b = split_head_dim(head_dim)
-    chip = generation(v.device.type, v.device.index)
-    config = config or tile(chip, v.dtype, head_dim, keys)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
+    starts_aligned = aligned(q, k, v, out)
     low, high = seed & 0xFFFFFFFF, seed >> 32
-    with on_device(v):
-        _noisy_attention_fwd_kernel[(triton.cdiv(queries, config.block_m) * heads * rows,)](
-            q,
-            k,
-            v,
-            out,
-            clock,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            heads,
-            queries,
-            keys,
-            layer,
-            # always 32 bits: another seed must not be another kernel
-            low - (low >> 31 << 32),
-            high,
-            scale * LOG2E.value,
-            sigma * LOG2E.value,
-            HEAD_DIM=head_dim,
-            DIM_A=dim_a,
-            DIM_B=dim_b,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PRECISION=dot_precision(chip, v.dtype),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+
+    def prepare() -> Prepared:
+        dim_a, dim_b = split_head_dim(head_dim)
+        chip = generation(v.device.type, v.device.index)
+        tiles = config or tile(chip, v.dtype, head_dim, keys)
+        unit = stride_unit(v, strides, starts_aligned)
+        # halves of the seed always as 32 bits: another seed must not be another kernel
+        seeds = low - (low >> 31 << 32), high
+        integers = *(x // unit for x in strides), heads, queries, keys, layer, *seeds
+        constants = {
+            "UNIT": unit,
+            "HEAD_DIM": head_dim,
+            "DIM_A": dim_a,
+            "DIM_B": dim_b,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "PRECISION": dot_precision(chip, v.dtype),
+        }
+        grid = (triton.cdiv(queries, tiles.block_m) * heads * rows,)
+        return grid, integers, constants, {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+    pointers = q, k, v, out, clock
+    key = None
+    if starts_aligned and aligned(clock):
+        key = v.device.index, v.dtype, q.shape, keys, strides, layer, seed, config
+    _launch(key, pointers, (scale * LOG2E.value, sigma * LOG2E.value), prepare)
     return out

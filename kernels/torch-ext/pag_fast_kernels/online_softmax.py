@@ -51,6 +51,14 @@ def load_bias(base, keys, stop, EVEN: tl.constexpr):
 
 
 @triton.jit
+def inverse_of(l, KEY_BIAS: tl.constexpr):
+    """1 / l; where a bias has hidden every key, the output is 0 as in PyTorch."""
+    if KEY_BIAS:
+        l = tl.where(l == 0.0, 1.0, l)
+    return 1.0 / l
+
+
+@triton.jit
 def attend_block(
     acc_a,
     acc_b,
@@ -79,7 +87,7 @@ def attend_block(
     """One step of the online softmax (Milakov & Gimelshein, arXiv 1805.02867) over a block of keys.
 
     ``acc`` [BLOCK_M, D], ``m`` (largest score so far) and ``l`` (sum of weights) [BLOCK_M], fp32;
-    scores are in units of log2.
+    scores are in units of log2. ``qk_scale`` is positive.
     """
     # [BLOCK_N, D]
     k_a = load_tile(k_base, keys, stride_kn, dims_a, stop, head_dim, EVEN, WIDE_A)
@@ -88,17 +96,21 @@ def attend_block(
         k_b = load_tile(k_base, keys, stride_kn, dims_b, stop, head_dim, EVEN, WIDE_B)
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
     # [BLOCK_M, BLOCK_N]
-    scores = scores * qk_scale
     if KEY_BIAS:
-        scores += load_bias(bias_base, keys, stop, EVEN)[None, :]
+        scores = scores * qk_scale + load_bias(bias_base, keys, stop, EVEN)[None, :]
     if not EVEN:
         scores = tl.where((keys < stop)[None, :], scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    shift = m_new
+    shift = m
     if KEY_BIAS:
+        m_new = tl.maximum(m, tl.max(scores, 1))
         # a bias of -inf can hide every key so far
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores - shift[:, None])
+        p = tl.exp2(scores - shift[:, None])
+    else:
+        # the largest before scaling: what is left to do for a score is one multiply-add
+        m_new = tl.maximum(m, tl.max(scores, 1) * qk_scale)
+        shift = m_new
+        p = tl.exp2(scores * qk_scale - shift[:, None])
     # m is -inf only where l and acc are still 0
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
@@ -176,12 +188,12 @@ def mean_query_row(
             v = load_tile(v_base, keys, stride_vn, dims_b, num_tokens, head_dim, False, WIDE_B)
             acc_b = acc_b * alpha + tl.sum(v.to(tl.float32) * p[:, None], 0)
     zeros = tl.zeros((BLOCK, 1), tl.float32)
+    inverse = inverse_of(l, KEY_BIAS)
+    # [BLOCK, D]
+    acc_a = (acc_a * inverse)[None, :] + zeros
+    acc_b = (acc_b * inverse)[None, :] + zeros
     for start in range(0, num_image, BLOCK):
         some = start + tokens
-        store_tile(
-            out_base, some, stride_on, dims_a, num_image, head_dim, acc_a[None, :] / l + zeros
-        )
+        store_tile(out_base, some, stride_on, dims_a, num_image, head_dim, acc_a)
         if HAS_B:
-            store_tile(
-                out_base, some, stride_on, dims_b, num_image, head_dim, acc_b[None, :] / l + zeros
-            )
+            store_tile(out_base, some, stride_on, dims_b, num_image, head_dim, acc_b)

@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .bound import Launcher, Prepared, aligned, stride_unit
 from .launch import (
     Config,
     call_key,
@@ -37,12 +38,12 @@ from .launch import (
     dot_precision,
     generation,
     measured_on,
-    on_device,
     split_head_dim,
 )
 from .online_softmax import (
     LOG2E,
     attend_block,
+    inverse_of,
     load_bias,
     load_tile,
     mean_query_row,
@@ -67,7 +68,15 @@ def _store(out_base, tokens, stride, dims, stop, v_base, stride_vn, strength, he
     store_tile(out_base, tokens, stride, dims, stop, head_dim, value)
 
 
-@triton.jit(do_not_specialize=["num_image", "num_context", "num_attend", "num_forked"])
+_INTEGERS = (
+    *("stride_qb", "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kh"),
+    *("stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_on", "stride_oh"),
+    *("stride_bias_b", "stride_bias_h"),
+    *("heads", "num_image", "num_context", "num_attend", "num_forked"),
+)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _perturbed_attention_fwd_kernel(
     q_ptr,  # [num_attend or rows, N, H, D], any strides but a unit last one
     k_ptr,
@@ -75,7 +84,8 @@ def _perturbed_attention_fwd_kernel(
     out_ptr,  # [rows + num_forked, N, H, D]
     bias_ptr,  # [rows of q, H, N], unit last stride
     strength_ptr,  # [H] fp32
-    stride_qb,
+    qk_scale,  # softmax scale × log2(e)
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_kb,
@@ -87,14 +97,14 @@ def _perturbed_attention_fwd_kernel(
     stride_ob,
     stride_on,
     stride_oh,
-    stride_bias_b,
+    stride_bias_b,  # these in elements
     stride_bias_h,
     heads,
     num_image,
     num_context,
     num_attend,
     num_forked,
-    qk_scale,  # softmax scale × log2(e)
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -135,10 +145,15 @@ def _perturbed_attention_fwd_kernel(
     tokens = first + tl.arange(0, BLOCK_M)
     dims_a = tl.arange(0, DIM_A)
     dims_b = DIM_A + tl.arange(0, DIM_B if HAS_B else 1)
-    q_base = q_ptr + source * stride_qb + head * stride_qh
-    k_base = k_ptr + source * stride_kb + head * stride_kh
-    v_base = v_ptr + source * stride_vb + head * stride_vh
-    out_base = out_ptr + row * stride_ob + head * stride_oh
+    q_base = q_ptr + (source * stride_qb + head * stride_qh) * UNIT
+    k_base = k_ptr + (source * stride_kb + head * stride_kh) * UNIT
+    v_base = v_ptr + (source * stride_vb + head * stride_vh) * UNIT
+    out_base = out_ptr + (row * stride_ob + head * stride_oh) * UNIT
+    # multiples of a constant: the compiler sees that every row begins on 16 bytes
+    stride_qn *= UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
+    stride_on *= UNIT
     bias_base = bias_ptr + source * stride_bias_b + head * stride_bias_h
 
     if PERTURBATION == _IDENTITY and not JOINT:
@@ -205,7 +220,7 @@ def _perturbed_attention_fwd_kernel(
             stride_kn, stride_vn, dims_a, dims_b, HEAD_DIM, qk_scale,
             False, WIDE_A, WIDE_B, HAS_B, KEY_BIAS, PRECISION,
         )  # fmt: skip
-    inverse = (1.0 / l)[:, None]
+    inverse = inverse_of(l, KEY_BIAS)[:, None]
     acc_a *= inverse
     strength = 0.0
     if SOFT:
@@ -223,12 +238,15 @@ def _perturbed_attention_fwd_kernel(
         if not SOFT:
             has_fork = has_fork & is_text
         if has_fork:
-            twin = out_base + num_forked * stride_ob
+            twin = out_base + num_forked.to(tl.int64) * stride_ob * UNIT
             _store(twin, tokens, stride_on, dims_a, stop, v_base, stride_vn, strength, HEAD_DIM,
                    acc_a, SOFT, WIDE_A)  # fmt: skip
             if HAS_B:
                 _store(twin, tokens, stride_on, dims_b, stop, v_base, stride_vn, strength, HEAD_DIM,
                        acc_b, SOFT, WIDE_B)  # fmt: skip
+
+
+_launch = Launcher(_perturbed_attention_fwd_kernel)
 
 
 def perturbed_attention(
@@ -261,6 +279,46 @@ def perturbed_attention(
             strides of 0 broadcast.
         config: block sizes; if omitted, those measured on this chip, or a conservative choice.
     """
+    if scale <= 0.0:
+        # the kernel takes the largest score before it scales; 0 times a hidden score is NaN
+        q, scale = -q, max(-scale, 1e-30)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
+    bias_strides = (0, 0) if key_bias is None else key_bias.stride()[:2]
+    starts_aligned = aligned(q, k, v, out)
+    call = (num_attend, num_context, num_forked, perturbation, config)
+
+    def prepare() -> Prepared:
+        unit = stride_unit(v, strides, starts_aligned)
+        integers = (*(stride // unit for stride in strides), *bias_strides)
+        return _prepared(v, len(out), integers, unit, key_bias is not None, *call)
+
+    # absent ones need some pointer: it is never read
+    pointers = (
+        *(q, k, v, out),
+        q if key_bias is None else key_bias,
+        q if strength is None else strength,
+    )
+    key = None
+    if starts_aligned and aligned(*pointers[4:]):
+        bias_dtype = None if key_bias is None else key_bias.dtype
+        key = v.device.index, v.dtype, v.shape, strides, bias_strides, bias_dtype, call
+    _launch(key, pointers, (scale * LOG2E.value,), prepare)
+    return out
+
+
+def _prepared(
+    v: torch.Tensor,
+    out_rows: int,
+    strides: tuple[int, ...],
+    unit: int,
+    has_bias: bool,
+    num_attend: int,
+    num_context: int,
+    num_forked: int,
+    perturbation: str,
+    config: Config | None,
+) -> Prepared:
+    """Grid, integers, constants and options of a launch; ``strides`` in units."""
     rows, tokens, heads, head_dim = v.shape
     dim_a, dim_b = split_head_dim(head_dim)
     chip = generation(v.device.type, v.device.index)
@@ -270,38 +328,20 @@ def perturbed_attention(
         config = found.config if found else default_config(chip, v.dtype, head_dim, tokens)
     blocks = triton.cdiv(tokens - num_context, config.block_m)
     blocks += triton.cdiv(num_context, config.block_m)
-    with on_device(v):
-        _perturbed_attention_fwd_kernel[(blocks * heads * out.shape[0],)](
-            q,
-            k,
-            v,
-            out,
-            # absent ones need some pointer: it is never read
-            q if key_bias is None else key_bias,
-            q if strength is None else strength,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            *((0, 0) if key_bias is None else key_bias.stride()[:2]),
-            heads,
-            tokens - num_context,
-            num_context,
-            num_attend,
-            num_forked,
-            scale * LOG2E.value,
-            HEAD_DIM=head_dim,
-            DIM_A=dim_a,
-            DIM_B=dim_b,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            JOINT=num_context > 0,
-            PERTURBATION=PERTURBATIONS[perturbation],
-            KEY_BIAS=key_bias is not None,
-            PRECISION=dot_precision(chip, v.dtype),
-            RELOAD_Q=v.dtype == torch.float32,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-    return out
+    integers = (*strides, heads, tokens - num_context, num_context, num_attend, num_forked)
+    constants = {
+        "UNIT": unit,
+        "HEAD_DIM": head_dim,
+        "DIM_A": dim_a,
+        "DIM_B": dim_b,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "JOINT": num_context > 0,
+        "PERTURBATION": PERTURBATIONS[perturbation],
+        "KEY_BIAS": has_bias,
+        "PRECISION": dot_precision(chip, v.dtype),
+        "RELOAD_Q": v.dtype == torch.float32,
+        "STAGES": config.stages,
+    }
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return (blocks * heads * out_rows,), integers, constants, options

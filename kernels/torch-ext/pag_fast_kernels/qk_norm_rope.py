@@ -18,12 +18,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .bound import Launcher, Prepared, aligned, stride_unit
 
 BLOCK = 32  # tokens
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+_INTEGERS = (
+    *("stride_qb", "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kh"),
+    *("heads", "num_tokens"),
+)
+
+
+@triton.jit
+def _pairs(tile, BLOCK_N: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+    """[BLOCK_N, 2 · BLOCK_PAIRS] as its even and its odd columns, fp32."""
+    return tl.split(tl.reshape(tile.to(tl.float32), (BLOCK_N, BLOCK_PAIRS, 2)))
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _qk_norm_rope_kernel(
     q_ptr,  # [rows, N, H, D], any strides but a unit last one
     k_ptr,
@@ -33,7 +45,8 @@ def _qk_norm_rope_kernel(
     k_bias_ptr,
     cos_ptr,  # [N, D], contiguous
     sin_ptr,
-    stride_qb,
+    eps,
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_kb,
@@ -41,7 +54,7 @@ def _qk_norm_rope_kernel(
     stride_kh,
     heads,
     num_tokens,
-    eps,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,41 +65,42 @@ def _qk_norm_rope_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     row = (tl.program_id(1) // heads).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    even = 2 * tl.arange(0, BLOCK_PAIRS)
-    wide = even < HEAD_DIM
+    # whole rows: loads of every other channel would be of single elements
+    dims = tl.arange(0, 2 * BLOCK_PAIRS)
+    wide = dims < HEAD_DIM
     mask = (tokens < num_tokens)[:, None] & wide[None, :]
-    base = q_ptr + row * stride_qb + head * stride_qh + tokens[:, None] * stride_qn
+    base = q_ptr + (row * stride_qb + head * stride_qh) * UNIT
+    base += tokens[:, None] * (stride_qn * UNIT)
     weight_ptr = q_weight_ptr
     bias_ptr = q_bias_ptr
     if tl.program_id(2) == 1:
-        base = k_ptr + row * stride_kb + head * stride_kh + tokens[:, None] * stride_kn
+        base = k_ptr + (row * stride_kb + head * stride_kh) * UNIT
+        base += tokens[:, None] * (stride_kn * UNIT)
         weight_ptr = k_weight_ptr
         bias_ptr = k_bias_ptr
-    # [BLOCK_N, D / 2] each
-    a = tl.load(base + even[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(base + even[None, :] + 1, mask=mask, other=0.0).to(tl.float32)
+    base += dims[None, :]
+    # [BLOCK_N, D]
+    x = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        mean = (tl.sum(a, 1) + tl.sum(b, 1)) / HEAD_DIM
-        a = tl.where(mask, a - mean[:, None], 0.0)
-        b = tl.where(mask, b - mean[:, None], 0.0)
-        variance = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM
-        scale = 1.0 / tl.sqrt(variance + eps)
-        a *= scale[:, None]
-        b *= scale[:, None]
+        mean = tl.sum(x, 1) / HEAD_DIM
+        x = tl.where(mask, x - mean[:, None], 0.0)
+        variance = tl.sum(x * x, 1) / HEAD_DIM
+        x *= (1.0 / tl.sqrt(variance + eps))[:, None]
         if AFFINE:
-            a = a * tl.load(weight_ptr + even, mask=wide, other=0.0).to(tl.float32)[None, :]
-            b = b * tl.load(weight_ptr + even + 1, mask=wide, other=0.0).to(tl.float32)[None, :]
-            a += tl.load(bias_ptr + even, mask=wide, other=0.0).to(tl.float32)[None, :]
-            b += tl.load(bias_ptr + even + 1, mask=wide, other=0.0).to(tl.float32)[None, :]
+            x = x * tl.load(weight_ptr + dims, mask=wide, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(bias_ptr + dims, mask=wide, other=0.0).to(tl.float32)[None, :]
     if ROPE:
-        angle = tokens[:, None] * HEAD_DIM + even[None, :]
-        cos_a = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        cos_b = tl.load(cos_ptr + angle + 1, mask=mask, other=0.0).to(tl.float32)
-        sin_a = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        sin_b = tl.load(sin_ptr + angle + 1, mask=mask, other=0.0).to(tl.float32)
-        a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    tl.store(base + even[None, :], a.to(q_ptr.dtype.element_ty), mask=mask)
-    tl.store(base + even[None, :] + 1, b.to(q_ptr.dtype.element_ty), mask=mask)
+        angle = tokens[:, None] * HEAD_DIM + dims[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        # the partner of every channel: −x[2i+1], x[2i]
+        a, b = _pairs(x, BLOCK_N, BLOCK_PAIRS)
+        partner = tl.reshape(tl.join(-b, a), (BLOCK_N, 2 * BLOCK_PAIRS))
+        x = x * cos + partner * sin
+    tl.store(base, x.to(q_ptr.dtype.element_ty), mask=mask)
+
+
+_launch = Launcher(_qk_norm_rope_kernel)
 
 
 def qk_norm_rope(
@@ -111,25 +125,27 @@ def qk_norm_rope(
     cos, sin = (q, q)
     if rotary is not None:
         cos, sin = (table.expand(tokens, head_dim).contiguous() for table in rotary)
-    with on_device(q):
-        _qk_norm_rope_kernel[(triton.cdiv(tokens, BLOCK), rows * heads, 2)](
-            q,
-            k,
-            q_weight,
-            q_bias,
-            k_weight,
-            k_bias,
-            cos,
-            sin,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            heads,
-            tokens,
-            eps,
-            HEAD_DIM=head_dim,
-            BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
-            BLOCK_N=BLOCK,
-            NORM=norm,
-            AFFINE=q_affine is not None,
-            ROPE=rotary is not None,
-        )
+    strides = *q.stride()[:3], *k.stride()[:3]
+    starts_aligned = aligned(q, k)
+    pointers = q, k, q_weight, q_bias, k_weight, k_bias, cos, sin
+
+    def prepare() -> Prepared:
+        unit = stride_unit(q, strides, starts_aligned)
+        constants = {
+            "UNIT": unit,
+            "HEAD_DIM": head_dim,
+            "BLOCK_PAIRS": triton.next_power_of_2(head_dim // 2),
+            "BLOCK_N": BLOCK,
+            "NORM": norm,
+            "AFFINE": q_affine is not None,
+            "ROPE": rotary is not None,
+        }
+        grid = triton.cdiv(tokens, BLOCK), rows * heads, 2
+        return grid, (*(x // unit for x in strides), heads, tokens), constants, {}
+
+    key = None
+    if starts_aligned and aligned(*pointers[2:]):
+        kinds = q.dtype, q_weight.dtype, q_bias.dtype, k_weight.dtype, k_bias.dtype
+        key = q.device.index, *kinds, cos.dtype, sin.dtype, q.shape, strides, norm
+        key = *key, q_affine is not None, rotary is not None
+    _launch(key, pointers, (float(eps),), prepare)

@@ -26,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Config, dot_precision, generation, on_device, split_head_dim
+from .bound import Launcher, Prepared, aligned, stride_unit
+from .launch import Config, dot_precision, generation, split_head_dim
 from .online_softmax import LOG2E, load_tile
 
 
@@ -44,12 +45,19 @@ def _scores(
     return scores * qk_scale
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+_INTEGERS = (
+    *("stride_qb", "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kh"),
+    *("heads", "num_tokens"),
+)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _attention_lse_kernel(
     q_ptr,  # [rows, N, H, D], any strides but a unit last one
     k_ptr,
     lse_ptr,  # [rows, H, N] fp32, in units of log2
-    stride_qb,
+    qk_scale,  # softmax scale × log2(e)
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_kb,
@@ -57,7 +65,7 @@ def _attention_lse_kernel(
     stride_kh,
     heads,
     num_tokens,
-    qk_scale,  # softmax scale × log2(e)
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -73,8 +81,10 @@ def _attention_lse_kernel(
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims_a = tl.arange(0, DIM_A)
     dims_b = DIM_A + tl.arange(0, DIM_B if HAS_B else 1)
-    q_base = q_ptr + row * stride_qb + head * stride_qh
-    k_base = k_ptr + row * stride_kb + head * stride_kh
+    q_base = q_ptr + (row * stride_qb + head * stride_qh) * UNIT
+    k_base = k_ptr + (row * stride_kb + head * stride_kh) * UNIT
+    stride_qn *= UNIT
+    stride_kn *= UNIT
     q_a = load_tile(q_base, queries, stride_qn, dims_a, num_tokens, HEAD_DIM, False, WIDE_A)
     q_b = q_a
     if HAS_B:
@@ -96,13 +106,14 @@ def _attention_lse_kernel(
     tl.store(base + queries, m + tl.log2(l), mask=queries < num_tokens)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=_INTEGERS)
 def _received_attention_kernel(
     q_ptr,  # [rows, N, H, D], any strides but a unit last one
     k_ptr,
     lse_ptr,  # [rows, H, N] fp32, in units of log2
     out_ptr,  # [rows, N] fp32
-    stride_qb,
+    qk_scale,
+    stride_qb,  # these in units of UNIT elements
     stride_qn,
     stride_qh,
     stride_kb,
@@ -110,7 +121,7 @@ def _received_attention_kernel(
     stride_kh,
     heads,
     num_tokens,
-    qk_scale,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -126,8 +137,12 @@ def _received_attention_kernel(
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dims_a = tl.arange(0, DIM_A)
     dims_b = DIM_A + tl.arange(0, DIM_B if HAS_B else 1)
-    q_base = q_ptr + row * stride_qb
-    k_base = k_ptr + row * stride_kb
+    q_base = q_ptr + row * stride_qb * UNIT
+    k_base = k_ptr + row * stride_kb * UNIT
+    stride_qn *= UNIT
+    stride_kn *= UNIT
+    stride_qh *= UNIT
+    stride_kh *= UNIT
     lse_base = lse_ptr + row * heads * num_tokens
     received = tl.zeros((BLOCK_N,), tl.float32)
     for _ in range(heads):
@@ -166,11 +181,15 @@ def tile(chip: str, dtype: torch.dtype, head_dim: int) -> Config:
         return Config(16 if chip == "wmma" else 32, 16, 8, 1)
     if chip == "wmma":
         return Config(64, 32, 4, 1) if wide <= 96 else Config(32, 32, 4, 1)
-    if chip == "mma" and wide <= 128:
+    if chip in ("mma", "mma120") and wide <= 128:
         if dim_b == 0:
             return Config(32, 64, 8, 1)
         return Config(64, 64, 8, 1) if wide < 64 else Config(64, 32, 4, 1)
     return Config(64, 64, 4, 1)
+
+
+_launch_lse = Launcher(_attention_lse_kernel)
+_launch = Launcher(_received_attention_kernel)
 
 
 def received_attention(q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -180,49 +199,39 @@ def received_attention(q: torch.Tensor, k: torch.Tensor, *, scale: float) -> tor
     score scale, usually D ** -0.5.
     """
     rows, tokens, heads, head_dim = q.shape
-    dim_a, dim_b = split_head_dim(head_dim)
     chip = generation(q.device.type, q.device.index)
     config = tile(chip, q.dtype, head_dim)
     whole = tokens <= config.block_n
     out = torch.empty((rows, tokens), dtype=torch.float32, device=q.device)
     lse = out
-    tiles = {
-        "HEAD_DIM": head_dim,
-        "DIM_A": dim_a,
-        "DIM_B": dim_b,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": dot_precision(chip, q.dtype),
-    }
-    strides = *q.stride()[:3], *k.stride()[:3]
-    # the options of a launch
-    shape = {"num_warps": config.warps, "num_stages": config.stages}
     if not whole:
         lse = torch.empty((rows, heads, tokens), dtype=torch.float32, device=q.device)
-        with on_device(q):
-            _attention_lse_kernel[(triton.cdiv(tokens, config.block_m), rows * heads)](
-                q,
-                k,
-                lse,
-                *strides,
-                heads,
-                tokens,
-                scale * LOG2E.value,
-                **tiles,
-                **shape,
-            )
-    with on_device(q):
-        _received_attention_kernel[(triton.cdiv(tokens, config.block_n), rows)](
-            q,
-            k,
-            lse,
-            out,
-            *strides,
-            heads,
-            tokens,
-            scale * LOG2E.value,
-            **tiles,
-            IS_WHOLE=whole,
-            **shape,
-        )
+    strides = *q.stride()[:3], *k.stride()[:3]
+    starts_aligned = aligned(q, k)
+
+    def prepare(grid: tuple[int, int], **flags: bool) -> Prepared:
+        dim_a, dim_b = split_head_dim(head_dim)
+        unit = stride_unit(q, strides, starts_aligned)
+        constants = {
+            "UNIT": unit,
+            "HEAD_DIM": head_dim,
+            "DIM_A": dim_a,
+            "DIM_B": dim_b,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "PRECISION": dot_precision(chip, q.dtype),
+            **flags,
+        }
+        integers = *(x // unit for x in strides), heads, tokens
+        return grid, integers, constants, {"num_warps": config.warps, "num_stages": config.stages}
+
+    key = None
+    if starts_aligned and aligned(lse, out):
+        key = q.device.index, q.dtype, q.shape, strides
+    numbers = (scale * LOG2E.value,)
+    if not whole:
+        grid = triton.cdiv(tokens, config.block_m), rows * heads
+        _launch_lse(key, (q, k, lse), numbers, lambda: prepare(grid))
+    columns = triton.cdiv(tokens, config.block_n), rows
+    _launch(key, (q, k, lse, out), numbers, lambda: prepare(columns, IS_WHOLE=whole))
     return out
