@@ -47,8 +47,8 @@ MOST: dict[int | str, int] = {80: 500, 86: 500, 89: 500, 90: 400, 100: 400, 120:
 def compile_for(build: Build, chip: int | str) -> dict[str, int]:
     """Registers, stack, local and shared memory (bytes), tensor-core instructions, and so on.
 
-    ``narrow``: accesses of two bytes to global memory. ``per_1000`` and ``barriers``, of attention:
-    what the warps of a block execute for 1,000 scores in the main loop, and its barriers.
+    ``narrow``: accesses of two bytes to global memory, on AMD loads. Of attention ``per_1000`` and
+    ``barriers``: what the warps of a block execute for 1,000 scores in the main loop.
     """
     made = launched(build, chip)
     source, target, options = made.source(chip)
@@ -65,7 +65,8 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
         found["reg"] = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
         found["stack"] = max(map(int, re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)))
         found["mfma"] = text.count("v_mfma") + text.count("v_wmma")
-        narrow = r"(?:global|buffer)_(?:load|store)_(?:d16_)?(?:ushort|short|u16|b16|i16)"
+        # a result lies there one element a register in every row: that is stored as it lies
+        narrow = r"(?:global|buffer)_load_(?:d16_)?(?:ushort|short|u16|b16|i16)"
         found["narrow"] = len(re.findall(narrow, text))
     if (
         build.name.startswith(("perturbed_attention", "noisy_attention"))
@@ -79,12 +80,16 @@ def compile_for(build: Build, chip: int | str) -> dict[str, int]:
 
 
 def main_loop(sass: str) -> list[str]:
-    """The instructions of the loop that has the most products: from a jump back to its target."""
+    """The instructions of the loop that has the most products: from a jump back to its target.
+
+    What lies behind the last exit are places where a wait was put aside, and jumps back from there.
+    """
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
-    loops = [[]]
+    last = max((at for at, text in code if re.search(r"\bEXIT\b", text)), default=0)
+    loops: list[list[str]] = [[]]
     for at, text in code:
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < at:
+        if jump and int(jump[1], 16) < at < last:
             loops.append([body for place, body in code if int(jump[1], 16) <= place <= at])
     return max(loops, key=lambda body: sum("MMA" in text for text in body))
 

@@ -148,7 +148,8 @@ def attention_build(
 
     words = ["perturbed_attention", dtype, f"D={head_dim}", "joint" * joint]
     words += [perturbation.replace("identity", ""), "bias" * bias, layout.replace("plain", "")]
-    return Build(" ".join(filter(None, words)), call, dtype, head_dim)
+    # a bias is one number a key, and a thread
+    return Build(" ".join(filter(None, words)), call, dtype, head_dim, narrow=99 * bias)
 
 
 def attention_builds(dtype: str) -> Iterator[Build]:

@@ -74,6 +74,8 @@ def test_the_main_loop_is_the_one_with_the_products():
         /*0040*/ BAR.SYNC 0x0 ;
         /*0050*/ @P1 BRA 0x30 ;
         /*0060*/ EXIT ;
+        /*0070*/ HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0080*/ BRA 0x10 ;
     """
     assert [text.split()[0] for text in aot.main_loop(sass)] == [
         "HMMA.16816.F32",

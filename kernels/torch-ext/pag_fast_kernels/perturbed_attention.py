@@ -97,7 +97,7 @@ def _perturbed_attention_fwd_kernel(
     stride_ob,
     stride_on,
     stride_oh,
-    stride_bias_b,  # these in elements
+    stride_bias_b,  # these in units of BIAS_UNIT
     stride_bias_h,
     heads,
     num_image,
@@ -105,6 +105,7 @@ def _perturbed_attention_fwd_kernel(
     num_attend,
     num_forked,
     UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -154,7 +155,7 @@ def _perturbed_attention_fwd_kernel(
     stride_kn *= UNIT
     stride_vn *= UNIT
     stride_on *= UNIT
-    bias_base = bias_ptr + source * stride_bias_b + head * stride_bias_h
+    bias_base = bias_ptr + (source * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
 
     if PERTURBATION == _IDENTITY and not JOINT:
         if not attends:
@@ -288,9 +289,12 @@ def perturbed_attention(
     call = (num_attend, num_context, num_forked, perturbation, config)
 
     def prepare() -> Prepared:
-        unit = stride_unit(v, strides, starts_aligned)
-        integers = (*(stride // unit for stride in strides), *bias_strides)
-        return _prepared(v, len(out), integers, unit, key_bias is not None, *call)
+        units = (
+            stride_unit(v, strides, starts_aligned),
+            1 if key_bias is None else stride_unit(key_bias, bias_strides, aligned(key_bias)),
+        )
+        integers = *(x // units[0] for x in strides), *(x // units[1] for x in bias_strides)
+        return _prepared(v, len(out), integers, units, key_bias is not None, *call)
 
     # absent ones need some pointer: it is never read
     pointers = (
@@ -310,7 +314,7 @@ def _prepared(
     v: torch.Tensor,
     out_rows: int,
     strides: tuple[int, ...],
-    unit: int,
+    units: tuple[int, int],
     has_bias: bool,
     num_attend: int,
     num_context: int,
@@ -330,7 +334,8 @@ def _prepared(
     blocks += triton.cdiv(num_context, config.block_m)
     integers = (*strides, heads, tokens - num_context, num_context, num_attend, num_forked)
     constants = {
-        "UNIT": unit,
+        "UNIT": units[0],
+        "BIAS_UNIT": units[1],
         "HEAD_DIM": head_dim,
         "DIM_A": dim_a,
         "DIM_B": dim_b,
