@@ -71,6 +71,7 @@ class InjectedSession(Session):
 
     @property
     def steps(self) -> int:
+        # of all denoisers: a pipeline with two may need only one of them
         return self.loop.step + 1
 
     def start(self) -> None:
@@ -80,8 +81,7 @@ class InjectedSession(Session):
 
     def end(self, *, whole: bool) -> None:
         self._extended, self._pending, self._arguments = {}, None, None
-        # a pipeline with two denoisers may need only one of them
-        super().end(whole=whole and self.loop.step < 0)
+        super().end(whole=whole)
 
     def _own_rescale(self) -> float:
         return float(self._argument("guidance_rescale") or 0.0)

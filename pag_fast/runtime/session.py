@@ -51,6 +51,7 @@ class Session:
     """
 
     installed: Installation
+    _kept: ConditioningCache
 
     def __init__(self, pipe: Any, patch: PatchState, denoiser: str | None = None) -> None:
         self.pipe = pipe
@@ -100,11 +101,11 @@ class Session:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
         self._locals = {}
-        if not self.pag:
-            self.controlnets.end()
-            return
-        undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
-        if whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
+        ours = [self._kept.forget, self.installed.forget] if self.pag else []
+        undo_all(self.controlnets.end, *ours)
+        if whole:
+            self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
+        if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"

@@ -75,6 +75,30 @@ class SagSession:
         if self._shared is not None:
             self._shared.forget()
 
+    def check(self, entry: Entry) -> None:
+        """The pipeline has returned its result by itself: tell of what went wrong meanwhile.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        if self._shared is None:
+            return
+        self.patch.tell_of_changes(self._shared.kept)
+        wanted = len(self.pipe.scheduler.timesteps)
+        whole = self._steps >= wanted and not self.awaits_degraded
+        if whole or getattr(self.pipe, "_interrupt", False):
+            return
+        if self.pipe.unet is not entry.model or not entry.is_in_front:
+            self.patch.fall_back(
+                "the unet was compiled or replaced during the call: what ran since then ran as "
+                "stock does. Do so between two calls"
+            )
+        else:
+            self.patch.fall_back(
+                f"{self._steps} of {wanted} guided passes and not every degraded one were seen in "
+                "this call: something else runs the unet, as stock does"
+            )
+
     # ---- a forward ----
 
     def owns(self) -> bool:

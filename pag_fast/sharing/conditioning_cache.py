@@ -3,13 +3,18 @@
 Prompts, added embeddings and the control image are the same in all steps of a call, and so is what
 is projected from them alone: text keys and values, caption projections, the embedding of the
 control image. Stock diffusers computes them anew in every step.
+
+Whatever could change what they compute is compared before an output is handed out again. Writes
+into weights through ``.data`` leave no trace: for those one kept output of each forward, in turn,
+is computed again and compared.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,12 +49,40 @@ _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
 
+# relative distance from which two computations of one output differ: both run on the same input,
+# and rounded otherwise they would differ in the last bit of some elements
+_ROUNDING = 1e-5
+
+
 @dataclass(frozen=True)
 class _Output:
     value: Any
     epoch: int
     versions: list[int | None]
     weights: list[Any]
+
+
+@dataclass(frozen=True)
+class _SpotCheck:
+    """A kept output and the same one computed again: norms on the device, which nobody waits for.
+
+    ``size`` is that of the kept output, ``distance`` that of the difference.
+    """
+
+    name: str
+    size: torch.Tensor
+    distance: torch.Tensor
+    tolerance: float
+
+    @classmethod
+    def of(cls, name: str, before: torch.Tensor, now: torch.Tensor) -> _SpotCheck:
+        wide = torch.float32
+        return cls(
+            name,
+            torch.linalg.vector_norm(before, dtype=wide),
+            torch.linalg.vector_norm(now - before, dtype=wide),
+            max(torch.finfo(now.dtype).eps / 4, _ROUNDING),
+        )
 
 
 class Invariant(Replacement):
@@ -61,6 +94,8 @@ class Invariant(Replacement):
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
+        checks: where the next one is noted that is computed again, rather than handed out;
+            ``None``: it is not this module's turn.
     """
 
     def __init__(
@@ -69,8 +104,11 @@ class Invariant(Replacement):
         module: nn.Module,
         align: Align | None = None,
         leave: Leave | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(state, module)
+        self.name = name or type(module).__name__
+        self.checks: list[_SpotCheck] | None = None
         self._align = align
         self._leave = leave
         self._weights = WeightSignature(module)
@@ -93,8 +131,24 @@ class Invariant(Replacement):
         if kept is None or kept.epoch != state.epoch or self._repeated:
             return self._renew(args, kwargs)
         # somebody may have written into it; inference tensors do not tell
-        unchanged = kept.versions == _versions(kept.value) and self._weights.same(kept.weights)
-        return kept.value if unchanged else self._renew(args, kwargs)
+        if kept.versions != _versions(kept.value) or not self._weights.same(kept.weights):
+            return self._renew(args, kwargs)
+        return kept.value if self.checks is None else self._again(kept, args, kwargs)
+
+    def _again(self, kept: _Output, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand out what the module computes now, and note how far from that the kept output is."""
+        checks, self.checks = self.checks, None
+        value = self._compute(args, kwargs)
+        before, now = _tensors(kept.value), _tensors(value)
+        # a pass on fewer rows takes the first ones of what is kept
+        if [x.shape for x in before] != [x.shape for x in now]:
+            return kept.value
+        assert checks is not None
+        for old, new in zip(before, now, strict=True):
+            if new.is_floating_point():
+                checks.append(_SpotCheck.of(self.name, old, new))
+        self.kept[self.state.context] = replace(kept, value=value, versions=_versions(value))
+        return value
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.kept.pop(self.state.context, None)
@@ -182,11 +236,17 @@ def _versions(value: Any) -> list[int | None]:
 
 
 class ConditioningCache:
-    """The invariants of one model, or of all ControlNets, while one call runs."""
+    """The invariants of one model, or of all ControlNets, while one call runs.
+
+    In every forward one of them computes its output again, although it is kept
+    (:meth:`changed_unseen`). They take turns, from call to call.
+    """
 
     def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
         self.invariants = list(invariants)
+        self._checks: list[_SpotCheck] = []
+        self._checked: Invariant | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._epochs = state.epoch
 
@@ -205,9 +265,45 @@ class ConditioningCache:
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
+        self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Have the next invariant that has kept something compute it again."""
+        if self._checked is not None:
+            self._checked.checks = None
+        self._checked, state, count = None, self.state, len(self.invariants)
+        for turn in range(state.checked, state.checked + count):
+            invariant = self.invariants[turn % count]
+            if invariant.kept:
+                invariant.checks, self._checked = self._checks, invariant
+                state.checked = turn + 1
+                break
+
+    def changed_unseen(self) -> list[str]:
+        """Names of modules that computed something else than was kept, in checks since the last.
+
+        Somebody has written into their weights through ``.data``. This waits for the device, so it
+        is for the end of a call.
+        """
+        checks, self._checks = self._checks, []
+        numbers: dict[torch.device, list[torch.Tensor]] = {}
+        for check in checks:
+            numbers.setdefault(check.size.device, []).extend((check.size, check.distance))
+        read = {device: iter(torch.stack(found).tolist()) for device, found in numbers.items()}
+        names = []
+        for check in checks:
+            values = read[check.size.device]
+            size, distance = next(values), next(values)
+            # what has overflowed tells nothing
+            if math.isfinite(size) and not distance <= check.tolerance * size:
+                names.append(check.name)
+        return list(dict.fromkeys(names))
 
     def forget(self) -> None:
-        """Free every output."""
+        """Free every output; what has been checked is still to be told."""
+        if self._checked is not None:
+            self._checked.checks = None
+            self._checked = None
         for invariant in self.invariants:
             invariant.forget()
 
@@ -253,5 +349,5 @@ def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[s
     for name, module in invariant_modules(model).items():
         site = sites.get(id(module))
         align, leave = (None, None) if site is None else site.hooks(state)
-        made[name] = Invariant(state, module, align, leave)
+        made[name] = Invariant(state, module, align, leave, name)
     return made

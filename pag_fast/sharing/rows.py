@@ -45,6 +45,7 @@ class BranchState:
             start from it. A tensor, so that compiled graphs are the same in every step.
         thread: the thread whose forward of the model runs on what was decided; 0 between forwards.
         entered: how many perturbed layers the forward has come through, outside of graphs.
+        checked: whose turn it is to compute again what is kept from step to step.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class BranchState:
         self.clock: torch.Tensor | None = None
         self.thread = 0
         self.entered = 0
+        self.checked = 0
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""
