@@ -22,6 +22,7 @@ from pag_fast.analysis.kernel_counts import counted
 from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
+from pag_fast.sharing.spot_checks import SpotChecks
 
 SD, SD3 = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 CONTROL = "StableDiffusionControlNetPAGPipeline"
@@ -118,13 +119,13 @@ def _in(kwargs, dtype):
 @pytest.fixture
 def checks(monkeypatch):
     """Names of what has been checked in the latest call."""
-    names, ask = [], ConditioningCache.changed_unseen
+    names, ask = [], SpotChecks.differing
 
-    def changed_unseen(self):
-        names.extend(check.name for check in self._checks)
+    def differing(self):
+        names.extend(self.names)
         return ask(self)
 
-    monkeypatch.setattr(ConditioningCache, "changed_unseen", changed_unseen)
+    monkeypatch.setattr(SpotChecks, "differing", differing)
     return names
 
 
@@ -227,4 +228,4 @@ def _two_steps(state, layer, between, around=lambda run: run()):
     assert torch.equal(outputs[1], layer(x)) or not torch.isfinite(outputs[1]).all()
     (kept,) = invariant.kept.values()
     assert kept.value is outputs[1], "what is computed again is what is kept"
-    return cache.changed_unseen()
+    return cache.checks.differing()

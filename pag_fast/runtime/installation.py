@@ -230,7 +230,7 @@ class Installation:
 
     def left(self) -> None:
         """After a forward: what is on the model then does nothing."""
-        self.state.thread = 0
+        self.state.thread = None
         self.state.slabs = None
         try:
             if self.fusion is not None:
@@ -306,7 +306,7 @@ class HookedForward(Replacement):
             changed = before(self.module, args, kwargs)
             if changed is not None:
                 args, kwargs = changed
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         for after in self._after_forward:
             changed = after(self.module, args, out)
             if changed is not None:

@@ -134,7 +134,8 @@ class BasicState:
         Raises:
             ValueError: with ``strict=True``.
         """
-        names = [name for cache in caches if cache is not None for name in cache.changed_unseen()]
+        seen = [cache.checks.differing() for cache in caches if cache is not None]
+        names = [name for found in seen for name in found]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.fall_back(

@@ -11,10 +11,9 @@ is computed again and compared.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from torch import nn
 from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks
 from .replacement import Replacement
 from .rows import Align, BranchState, Leave
+from .spot_checks import SpotChecks
+from .weight_signature import WeightSignature
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
 _EMBEDDINGS = (
@@ -49,48 +50,22 @@ _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
 
-# relative distance from which two computations of one output differ: both run on the same input,
-# and rounded otherwise they would differ in the last bit of some elements
-_ROUNDING = 1e-5
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Output:
+    """A kept output: good for one epoch, as long as neither it nor the weights are changed."""
+
     value: Any
     epoch: int
-    versions: list[int | None]
-    weights: list[Any]
-
-
-@dataclass(frozen=True)
-class _SpotCheck:
-    """A kept output and the same one computed again: norms on the device, which nobody waits for.
-
-    ``size`` is that of the kept output, ``distance`` that of the difference.
-    """
-
-    name: str
-    size: torch.Tensor
-    distance: torch.Tensor
-    tolerance: float
-
-    @classmethod
-    def of(cls, name: str, before: torch.Tensor, now: torch.Tensor) -> _SpotCheck:
-        wide = torch.float32
-        return cls(
-            name,
-            torch.linalg.vector_norm(before, dtype=wide),
-            torch.linalg.vector_norm(now - before, dtype=wide),
-            max(torch.finfo(now.dtype).eps / 4, _ROUNDING),
-        )
+    version: Any
+    weights: int
 
 
 class Invariant(Replacement):
     """The forward of a module, computed once for each epoch of its model's :class:`BranchState`.
 
     ``align`` and ``leave`` are the hooks of the module's site in the branch plan, which it then
-    does without. What the module itself consists of is compared whenever it is entered, behind all
-    hooks: parameters, buffers, LoRA scales and plain settings.
+    does without. ``weights`` tells whether what the module consists of has been changed; without
+    one it has its own.
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
@@ -104,14 +79,15 @@ class Invariant(Replacement):
         module: nn.Module,
         align: Align | None = None,
         leave: Leave | None = None,
+        weights: WeightSignature | None = None,
         name: str = "",
     ) -> None:
         super().__init__(state, module)
         self.name = name or type(module).__name__
-        self.checks: list[_SpotCheck] | None = None
+        self.checks: SpotChecks | None = None
         self._align = align
         self._leave = leave
-        self._weights = WeightSignature(module)
+        self._weights = WeightSignature([module]) if weights is None else weights
         self.forget()
 
     def forget(self) -> None:
@@ -121,19 +97,24 @@ class Invariant(Replacement):
         self._repeated = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # somebody has compiled the model's forward alone
+        if torch.compiler.is_dynamo_compiling():  # somebody has compiled the model's forward alone
             return self._compute(args, kwargs)
-        state = self.state
+        state, weights = self.state, self._weights
         # called twice in one forward, its inputs need not be the same
-        self._repeated |= self._step == state.step
+        if self._step == state.step:
+            self._repeated = True
         self._step = state.step
-        kept = self.kept.get(state.context)
-        if kept is None or kept.epoch != state.epoch or self._repeated:
-            return self._renew(args, kwargs)
-        # somebody may have written into it; inference tensors do not tell
-        if kept.versions != _versions(kept.value) or not self._weights.same(kept.weights):
-            return self._renew(args, kwargs)
-        return kept.value if self.checks is None else self._again(kept, args, kwargs)
+        number = weights.number if weights.step == state.step else weights.look(state.step)
+        if state.context in self.kept and not self._repeated:
+            kept = self.kept[state.context]
+            if kept.epoch == state.epoch and kept.weights == number:
+                value, version = kept.value, kept.version
+                # somebody may have written into it
+                if version is None or version == (
+                    _version(value) if isinstance(version, list) else value._version
+                ):
+                    return value if self.checks is None else self._again(kept, args, kwargs)
+        return self._renew(args, kwargs, number)
 
     def _again(self, kept: _Output, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand out what the module computes now, and note how far from that the kept output is."""
@@ -144,86 +125,28 @@ class Invariant(Replacement):
         if [x.shape for x in before] != [x.shape for x in now]:
             return kept.value
         assert checks is not None
-        for old, new in zip(before, now, strict=True):
-            if new.is_floating_point():
-                checks.append(_SpotCheck.of(self.name, old, new))
-        self.kept[self.state.context] = replace(kept, value=value, versions=_versions(value))
+        checks.add(self.name, before, now)
+        kept.value, kept.version = value, _version(value)
         return value
 
-    def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: int) -> Any:
         self.kept.pop(self.state.context, None)
-        weights = self._weights.take()
         value = self._compute(args, kwargs)
         if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
-        if weights is not None:
-            output = _Output(value, self.state.epoch, _versions(value), weights)
+        if self._weights.sees(self.module):
+            output = _Output(value, self.state.epoch, _version(value), weights)
             self.kept[self.state.context] = output
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._align is not None:
             args, kwargs = self._align(self.module, args, kwargs) or (args, kwargs)
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         if self._leave is None:
             return out
         left = self._leave(self.module, args, out)
         return out if left is None else left
-
-
-class WeightSignature:
-    """What a module computes with: another one whenever somebody has changed it.
-
-    Parameters and buffers are held as objects, since an ``id`` may be given again, with their
-    versions and addresses; of the rest the plain settings and the scales of LoRAs are compared.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._root = module
-        self._found: list[tuple[nn.Module, int, bool]] = []
-        self._held: list[torch.Tensor] = []
-
-    def take(self) -> list[Any] | None:
-        """What there is now; ``None`` where changes do not show: inference tensors."""
-        self._found = [(m, len(m._modules), type(m) is not nn.Linear) for m in self._root.modules()]
-        tensors = [
-            x
-            for module, _, _ in self._found
-            for x in (*module._parameters.values(), *module._buffers.values())
-            if x is not None
-        ]
-        if any(x.is_inference() for x in tensors):
-            return None
-        # an address is compared only as long as nothing else can have got it
-        self._held = tensors
-        return self._now()
-
-    def same(self, before: list[Any]) -> bool:
-        """Whether nothing has changed since :meth:`take` returned ``before``."""
-        return self._now() == before
-
-    def _now(self) -> list[Any]:
-        found: list[Any] = [torch.is_autocast_enabled(), torch.is_grad_enabled()]
-        for module, children, settings in self._found:
-            own = module.__dict__
-            if len(own["_modules"]) != children:
-                return []
-            for tensors in (own["_parameters"], own["_buffers"]):
-                for name in tensors:
-                    x = tensors[name]
-                    if x is not None:
-                        found += (id(x), x._version if not x.is_inference() else -1, x.data_ptr())
-            if settings:
-                for name, value in own.items():
-                    if isinstance(value, bool | int | float | str):
-                        found.append(value)
-                    elif name in _ADAPTERS:
-                        found.append(dict(value) if isinstance(value, dict) else str(value))
-        return found
-
-
-# of peft's layers: scales by adapter, and which adapters count
-_ADAPTERS = ("scaling", "_active_adapter", "merged_adapters")
 
 
 def _tensors(value: Any) -> list[Any]:
@@ -231,21 +154,30 @@ def _tensors(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _versions(value: Any) -> list[int | None]:
-    return [None if x.is_inference() else x._version for x in _tensors(value)]
+def _version(value: Any) -> Any:
+    """The version of an output, or versions: an IP-Adapter's image projection returns a list.
+
+    ``None`` for inference tensors, which do not tell whether somebody has written into them.
+    """
+    if isinstance(value, list):
+        return [_version(x) for x in value]
+    return None if value.is_inference() else value._version
 
 
 class ConditioningCache:
     """The invariants of one model, or of all ControlNets, while one call runs.
 
-    In every forward one of them computes its output again, although it is kept
-    (:meth:`changed_unseen`). They take turns, from call to call.
+    In every forward one of them computes its output again, although it is kept; they take turns,
+    from call to call.
+
+    Attributes:
+        checks: what has come of it.
     """
 
     def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
         self.invariants = list(invariants)
-        self._checks: list[_SpotCheck] = []
+        self.checks = SpotChecks()
         self._checked: Invariant | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._epochs = state.epoch
@@ -275,29 +207,9 @@ class ConditioningCache:
         for turn in range(state.checked, state.checked + count):
             invariant = self.invariants[turn % count]
             if invariant.kept:
-                invariant.checks, self._checked = self._checks, invariant
+                invariant.checks, self._checked = self.checks, invariant
                 state.checked = turn + 1
                 break
-
-    def changed_unseen(self) -> list[str]:
-        """Names of modules that computed something else than was kept, in checks since the last.
-
-        Somebody has written into their weights through ``.data``. This waits for the device, so it
-        is for the end of a call.
-        """
-        checks, self._checks = self._checks, []
-        numbers: dict[torch.device, list[torch.Tensor]] = {}
-        for check in checks:
-            numbers.setdefault(check.size.device, []).extend((check.size, check.distance))
-        read = {device: iter(torch.stack(found).tolist()) for device, found in numbers.items()}
-        names = []
-        for check in checks:
-            values = read[check.size.device]
-            size, distance = next(values), next(values)
-            # what has overflowed tells nothing
-            if math.isfinite(size) and not distance <= check.tolerance * size:
-                names.append(check.name)
-        return list(dict.fromkeys(names))
 
     def forget(self) -> None:
         """Free every output; what has been checked is still to be told."""
@@ -345,9 +257,11 @@ def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[s
     Their sites are left out of the hooks by ``plan.hooks(state, without=...)``.
     """
     sites = {id(site.module): site for site in plan.sites}
+    found = invariant_modules(model)
+    weights = WeightSignature(found.values())
     made = {}
-    for name, module in invariant_modules(model).items():
+    for name, module in found.items():
         site = sites.get(id(module))
         align, leave = (None, None) if site is None else site.hooks(state)
-        made[name] = Invariant(state, module, align, leave, name)
+        made[name] = Invariant(state, module, align, leave, weights, name)
     return made
