@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter
 
@@ -23,6 +22,7 @@ from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
 from pag_fast.sharing.spot_checks import SpotChecks
+from pag_fast.sharing.threads import HERE
 
 SD, SD3 = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 CONTROL = "StableDiffusionControlNetPAGPipeline"
@@ -218,11 +218,11 @@ def _two_steps(state, layer, between, around=lambda run: run()):
     outputs = []
     for same in (False, True):
         cache.advance(x, same=same)
-        state.thread = threading.get_ident()
+        state.thread = HERE.me
         before = patch.on()
         around(run)
         patch.off(before)
-        state.thread = 0
+        state.thread = None
         if not same:
             between()
     assert torch.equal(outputs[1], layer(x)) or not torch.isfinite(outputs[1]).all()

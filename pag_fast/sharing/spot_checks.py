@@ -13,7 +13,7 @@ _ROUNDING = 1e-5
 
 
 class SpotChecks:
-    """What has been checked in one call: norms on the device, for which nobody waits before its end.
+    """What has been checked in one call: norms that stay on the device until it ends.
 
     Attributes:
         names: of the modules that were checked.
