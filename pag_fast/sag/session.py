@@ -34,7 +34,7 @@ class SagSession:
 
     Attributes:
         images: the IP-Adapter's embeddings of uncond and cond, as they were prepared.
-        awaits_degraded: the UNet's next call is the degraded pass.
+        awaited: the degraded latents that the UNet has not been called with yet.
     """
 
     def __init__(self, pipe: Any, patch: SagPatch) -> None:
@@ -42,7 +42,8 @@ class SagSession:
         self.patch = patch
         self.owner = f"{type(pipe).__name__} (patched)"
         self.images: list[torch.Tensor] | None = None
-        self.awaits_degraded = False
+        self.awaited: torch.Tensor | None = None
+        self._is_degraded = False
         self._schedule = NoiseSchedule(pipe)
         self._equality = RowEquality()
         self._degrades = False
@@ -85,7 +86,7 @@ class SagSession:
             return
         self.patch.tell_of_changes(self._shared.kept)
         wanted = len(self.pipe.scheduler.timesteps)
-        whole = self._steps >= wanted and not self.awaits_degraded
+        whole = self._steps >= wanted and self.awaited is None
         if whole or getattr(self.pipe, "_interrupt", False):
             return
         if self.pipe.unet is not entry.model or not entry.is_in_front:
@@ -95,8 +96,8 @@ class SagSession:
             )
         else:
             self.patch.fall_back(
-                f"{self._steps} of {wanted} guided passes and not every degraded one were seen in "
-                "this call: something else runs the unet, as stock does"
+                f"{self._steps} of {wanted} guided passes were seen in this call, or a degraded "
+                "one was not: something else ran the unet, as stock does"
             )
 
     # ---- a forward ----
@@ -137,7 +138,7 @@ class SagSession:
             # products are fused for the processors that are going to run
             with as_put_on(InstancePatch(entries)):
                 fusion.refresh()
-            if not self.awaits_degraded:
+            if not self._is_degraded:
                 fusion.begin()  # the degraded pass goes on with what the guided one has projected
             entries = [*entries, *fusion.entries]
         return InstancePatch(entries)
@@ -159,7 +160,9 @@ class SagSession:
     def _enter(self, call: dict[str, Any], shared: SharedPasses, found: Findings) -> dict[str, Any]:
         latents, timestep = latents_of(call), call["timestep"]
         keeps = Answer.NOTHING_KEPT not in found.answer
-        if self.awaits_degraded:
+        self._is_degraded = latents is self.awaited
+        if self._is_degraded:
+            self.awaited = None
             leads = keeps and self._equality.leads(call)
             shared.degraded(latents, timestep, leads=leads)
             return call
@@ -178,8 +181,7 @@ class SagSession:
 
     def _leave(self, shared: SharedPasses) -> None:
         seen = self.patch.processor.take()
-        degraded, self.awaits_degraded = self.awaits_degraded, False
-        store = self._attention.processor
+        degraded, store = self._is_degraded, self._attention.processor
         if not degraded and _stores_map(store):
             store.attention_probs = seen
         self.patch.steps["degraded passes" if degraded else "guided passes"] += 1
@@ -208,8 +210,8 @@ class SagSession:
             self._blur = reference.gaussian_kernel(
                 sample.shape[1], device=sample.device, dtype=wide
             )
-        self._degrades = self.awaits_degraded = True
-        return ops.degrade_latents(
+        self._degrades = True
+        self.awaited = ops.degrade_latents(
             sample,
             model_output,
             received,
@@ -219,6 +221,7 @@ class SagSession:
             noise=noise,
             backend=backend,
         )
+        return self.awaited
 
 
 def _stores_map(processor: Any) -> bool:

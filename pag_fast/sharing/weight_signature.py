@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.autocast import region_of
+
 # of peft's layers: scales by adapter, and which adapters count
 _ADAPTERS = ("scaling", "_active_adapter", "merged_adapters")
 _version = attrgetter("_version")
@@ -70,7 +72,7 @@ class WeightSignature:
         self._values, self._settings = self._held(self._holding), self._held(self._owns)
         # an address is compared only as long as nothing else can have got it
         self._tensors = [x for x in self._values if x is not None]
-        self._device = self._tensors[0].device.type if self._tensors else "cpu"
+        self._device = region_of(self._tensors)
         self._seen = self._glance()
 
     def _changed(self) -> bool:
