@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from ..models.registry import uncompiled
+from ..models.registry import stock_pag_processors, uncompiled
 from ..processors.rows import PerturbedProcessor
 from .frames import calling_pipeline, running_pipeline
 from .instance_patch import InstancePatch
@@ -219,7 +219,9 @@ class ProcessorSetter:
     """A model's ``set_attn_processor`` while it has an entry: it waits until nobody runs the model.
 
     PAG pipelines read the processors when a call begins and set them again when it ends. In the
-    middle of a forward in another thread they would read ours, and take ours off.
+    middle of a forward in another thread they would read ours, and take ours off. In the middle of
+    another PAG pipeline's call they read its processors, and a patched one, which has put none of
+    its own there, leaves those alone.
     """
 
     def __init__(self, model: Any, lease: Lease) -> None:
@@ -233,9 +235,11 @@ class ProcessorSetter:
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
         with self._lease.hold(owner, InstancePatch.nothing):
             if isinstance(processor, dict):
-                there = self._model.attn_processors
+                there, is_patched = self._model.attn_processors, bool(patched)
                 processor = {
-                    name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
+                    name: there[name]
+                    if name in there and _stays(own, there[name], is_patched=is_patched)
+                    else own
                     for name, own in processor.items()
                 }
             return set_processors(processor, *args, **kwargs)
@@ -246,6 +250,12 @@ class ProcessorSetter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], SETTER)
+
+
+def _stays(own: Any, there: Any, *, is_patched: bool) -> bool:
+    """Whether a processor ``there`` stays where a pipeline's loop sets ``own`` in its place."""
+    stock = stock_pag_processors() if is_patched else frozenset()
+    return isinstance(own, PerturbedProcessor) or type(own) in stock or type(there) in stock
 
 
 def own_setter(model: Any) -> Run:

@@ -180,6 +180,8 @@ class Session:
         out = forward.run(make, installed.states, call)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
+        if perturbs:
+            installed.check_others()
         expected = len(installed.attentions)
         counts = installed.counts and Answer.MAY_SKIP not in found.answer
         if perturbs and counts and installed.state.entered < expected:
