@@ -200,10 +200,8 @@ class Installation:
         """
         check_processors(self.attentions, self.replaces)
         fusion = self.fusion if fused else None
-        if fusion is not None:
-            if fusion.refresh():
-                self._patches.pop(True, None)
-            fusion.begin()
+        if fusion is not None and fusion.refresh():
+            self._patches.pop(True, None)
         found = self._patches.get(fused)
         if found is None:
             entries = [] if fusion is None else fusion.entries
