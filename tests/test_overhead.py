@@ -9,8 +9,8 @@ from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
-from benchmarks.overhead import PIPELINES as COUNTED
 from benchmarks.overhead import MOST, TABLE, added, collect, events
+from benchmarks.overhead import PIPELINES as COUNTED
 
 BEFORE = json.loads(TABLE.read_text("utf-8"))
 
