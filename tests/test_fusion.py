@@ -459,7 +459,6 @@ def _alone_and_together(model, calls, fusion):
     with torch.no_grad():
         alone = run()
         fusion.refresh()
-        fusion.begin()
         state.thread = HERE.me
         with as_put_on(InstancePatch(fusion.entries)), CountOps() as counted:
             together = run()

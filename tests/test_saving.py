@@ -46,7 +46,6 @@ class Joined:
         fusion = self.fusion
         with torch.no_grad():
             fusion.refresh()
-        fusion.begin()
         self.state.step += 1
         self.state.thread = HERE.me
         before = [(own, key, own.get(key, MISSING)) for own, key, _ in fusion.entries]

@@ -150,7 +150,6 @@ def controlnet_step(
         fusion = Fusion(model, traced=False, state=state)
         with torch.no_grad():
             fusion.refresh()
-        fusion.begin()
         entries += fusion.entries
     with as_in_a_forward(InstancePatch(entries), state):
         yield state, rows

@@ -107,15 +107,11 @@ class Fusion:
         self.entries = self._apart if paused else self._together
         return self.entries is not before
 
-    def begin(self) -> None:
-        """A forward begins: nothing is left of the one before."""
-        for group in self._used:
-            group.forget()
-
     def forget(self) -> None:
         """A forward has ended: free what belonged to it."""
         for group in self._used:
-            group.forget()
+            if group.pending:
+                group.forget()
             if group.wasted:
                 self._seen = None
 

@@ -26,9 +26,13 @@ Child = tuple[nn.Module, str, nn.Module]
 class Group:
     """Linear layers that are computed together, or each on its own.
 
+    Where a forward needs gradients of the weights, none of this is on its model: the whole has none
+    to hand on to the parameters. Inputs that need gradients are left to the layers, too.
+
     Attributes:
         children: every layer and activation that takes part, and where it has to be.
         members: what takes the place of their forwards, in the same order.
+        pending: what belongs to the running forward, to be forgotten with it.
         wasted: what was computed together was not asked for: the layers see different inputs.
         addresses: where the weights of layers lay that were not joined, when last looked at.
     """
@@ -38,6 +42,7 @@ class Group:
         linears = [child for _, _, child in children if isinstance(child, nn.Linear)]
         self.packed = PackedLinears(linears)
         self.members: list[Replacement] = []
+        self.pending: list[Any] = []
         self.wasted = False
         self.addresses: list[int] | None = None
         self.use(state)
@@ -56,15 +61,9 @@ class Group:
             for parent, name, child in self.children
         )
 
-    def differentiates(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` or a weight needs gradients, where they are on at all.
-
-        The whole has none to hand on to the parameters.
-        """
-        return x.requires_grad or any(x.weight.requires_grad for x in self.packed.linears)
-
     def forget(self) -> None:
         """Free what belongs to one forward."""
+        self.pending = []
 
 
 class QKV(Group):
@@ -96,17 +95,14 @@ class QKV(Group):
             _KeyOrValue(self, index, linear, last=index == len(others))
             for index, linear in enumerate(others, 1)
         ]
-        self.forget()
+        # inputs, and what was computed from them that nobody has asked for yet: CogVideoX projects
+        # text and image in turns, through the same layers
+        self.pending: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
 
     def is_whole(self) -> bool:
         fused = getattr(self.attention, "fused_projections", False)
         known = (self.perturbed and not fused) or is_fusable(self.attention)
         return known and super().is_whole()
-
-    def forget(self) -> None:
-        # inputs and what was computed from them, not yet asked for: CogVideoX projects text and
-        # image in turns, through the same layers
-        self.pending: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
 
 
 class _Query(Replacement):
@@ -126,7 +122,7 @@ class _Query(Replacement):
         if packed.weight is None or kwargs or args[1:] or not args:
             return self.run_original(args, kwargs)
         x = args[0]
-        if torch.is_grad_enabled() and group.differentiates(x):
+        if x.requires_grad:
             return self.run_original(args, kwargs)
         whole = F.linear(x, packed.weight, packed.bias)
         parts = whole.split_with_sizes(packed.rows, -1)
@@ -189,6 +185,7 @@ class TimeProjections(Group):
         self.forget()
 
     def forget(self) -> None:
+        super().forget()
         self._step = -1
         # the embedding as it was first seen, and as it was last seen: other rows are other views
         self._x: torch.Tensor | None = None
@@ -214,7 +211,7 @@ class TimeProjections(Group):
 
     def _is_known(self, x: torch.Tensor) -> bool:
         """Whether ``x`` is this forward's embedding, whose projections there are from here on."""
-        if self.packed.weight is None or (torch.is_grad_enabled() and self.differentiates(x)):
+        if self.packed.weight is None or x.requires_grad:
             return False
         # inference tensors do not tell whether somebody has written into them
         version = None if x.is_inference() else x._version
@@ -267,6 +264,7 @@ class _Activation(Replacement):
             ours = "forward" in layer and layer["forward"] is self.member
             if ours and x.ndim == 2 and x.dtype == weight.dtype:
                 self.left = x
+                self.group.pending = [x]
                 return x
         self._inside = True
         try:  # as in run_original: a resnet activates its images with the same module

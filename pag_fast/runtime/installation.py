@@ -204,10 +204,8 @@ class Installation:
         check_processors(self.attentions, self.replaces)
         self.check_others()
         fusion = self.fusion if fused else None
-        if fusion is not None:
-            if fusion.refresh():
-                self._patches.pop(True, None)
-            fusion.begin()
+        if fusion is not None and fusion.refresh():
+            self._patches.pop(True, None)
         found = self._patches.get(fused)
         if found is None:
             entries = [] if fusion is None else fusion.entries
@@ -219,7 +217,9 @@ class Installation:
 
         It has put its processors on the model for all of its call.
         """
-        if self._foreign.isdisjoint(map(type, map(dict.get, self._other_owns, repeat("processor")))):
+        if self._foreign.isdisjoint(
+            map(type, map(dict.get, self._other_owns, repeat("processor")))
+        ):
             return
         name, kind = next(
             (name, type(own.get("processor")))

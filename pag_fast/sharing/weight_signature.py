@@ -54,40 +54,42 @@ class WeightSignature:
         """Whether changes of one of the modules show; those of inference tensors do not."""
         return root not in self._blind
 
+    def _watched(self) -> list[nn.Module]:
+        """Everything that changes show on; notes the modules that have inference tensors."""
+        inside = dict.fromkeys(chain.from_iterable(root.modules() for root in self._roots))
+        blind = []
+        for root in self._roots:
+            if any(map(torch.Tensor.is_inference, chain(root.parameters(), root.buffers()))):
+                blind.append(root)
+        for module in chain.from_iterable(root.modules() for root in blind):
+            inside.pop(module, None)
+        self._blind = frozenset(blind)
+        return list(inside)
+
     def _take(self) -> None:
         """Note what there is now."""
-        blind, inside = set(), dict.fromkeys(chain(*[x.modules() for x in self._roots]))
-        for root in self._roots:
-            if any(x.is_inference() for x in (*root.parameters(), *root.buffers())):
-                blind.add(root)
-                for module in root.modules():
-                    inside.pop(module, None)
-        self._blind = frozenset(blind)
+        inside = self._watched()
         self._children = [module._modules for module in inside]
-        dicts = [d for m in inside for d in (m._parameters, m._buffers)]
+        dicts: list[Any] = [d for m in inside for d in (m._parameters, m._buffers)]
         self._holding, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         # a plain linear layer has no settings that its forward reads
-        self._owns = [vars(m) for m in inside if type(m) is not nn.Linear]
-        self._adapted = [own for own in self._owns if not own.keys().isdisjoint(_ADAPTERS)]
-        self._values, self._settings = self._held(self._holding), self._held(self._owns)
+        owns = [vars(m) for m in inside if type(m) is not nn.Linear]
+        self._adapted = [own for own in owns if not own.keys().isdisjoint(_ADAPTERS)]
         # an address is compared only as long as nothing else can have got it
-        self._tensors = [x for x in self._values if x is not None]
+        values: Iterable[Any] = chain.from_iterable(map(dict.values, self._holding))
+        self._tensors = [x for x in values if x is not None]
+        self._holding += owns
+        self._held = list(chain.from_iterable(map(dict.values, self._holding)))
         self._device = region_of(self._tensors)
         self._seen = self._glance()
 
     def _changed(self) -> bool:
-        values, settings = self._held(self._holding), self._held(self._owns)
+        held = list(chain.from_iterable(map(dict.values, self._holding)))
         return (
-            len(values) != len(self._values)
-            or len(settings) != len(self._settings)
-            or not all(map(is_, values, self._values))
-            or not all(map(is_, settings, self._settings))
+            len(held) != len(self._held)
+            or not all(map(is_, held, self._held))
             or self._glance() != self._seen
         )
-
-    @staticmethod
-    def _held(dicts: list[dict[str, Any]]) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, dicts)))
 
     def _glance(self) -> tuple[Any, ...]:
         return (
@@ -97,7 +99,7 @@ class WeightSignature:
             list(map(len, self._children)),
             list(map(_version, self._tensors)),
             list(map(torch.Tensor.data_ptr, self._tensors)),
-            [_adapters(own) for own in self._adapted],
+            [_adapters(own) for own in self._adapted] if self._adapted else (),
         )
 
 
