@@ -240,9 +240,7 @@ class ProcessorSetter:
             if isinstance(processor, dict):
                 there, is_patched = self._model.attn_processors, bool(patched)
                 processor = {
-                    name: there[name]
-                    if name in there and _stays(own, there[name], is_patched=is_patched)
-                    else own
+                    name: _chosen(own, there.get(name, own), is_patched=is_patched)
                     for name, own in processor.items()
                 }
             return set_processors(processor, *args, **kwargs)
@@ -255,10 +253,12 @@ class ProcessorSetter:
         return getattr(memo[id(self._model)], SETTER)
 
 
-def _stays(own: Any, there: Any, *, is_patched: bool) -> bool:
-    """Whether a processor ``there`` stays where a pipeline's loop sets ``own`` in its place."""
-    stock = stock_pag_processors() if is_patched else frozenset()
-    return isinstance(own, PerturbedProcessor) or type(own) in stock or type(there) in stock
+def _chosen(own: Any, there: Any, *, is_patched: bool) -> Any:
+    """The processor that a pipeline's loop means that sets ``own`` in the place of ``there``."""
+    stock = stock_pag_processors()
+    if isinstance(own, PerturbedProcessor):  # read in the middle of our forward
+        return own.displaced if type(there) in stock else there
+    return there if is_patched and (type(own) in stock or type(there) in stock) else own
 
 
 def own_setter(model: Any) -> Run:

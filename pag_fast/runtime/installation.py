@@ -116,7 +116,6 @@ class Installation:
         self.attentions = {name: x for name, x in attentions.items() if name in names}
         self._others = {name: vars(x) for name, x in attentions.items() if name not in names}
         self._other_owns = list(self._others.values())
-        self._foreign = stock_pag_processors()
         check_processors(self.attentions, self.replaces)
         blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
@@ -202,7 +201,6 @@ class Installation:
             ValueError: an attention whose processor does what ours would not.
         """
         check_processors(self.attentions, self.replaces)
-        self.check_others()
         fusion = self.fusion if fused else None
         if fusion is not None and fusion.refresh():
             self._patches.pop(True, None)
@@ -217,21 +215,26 @@ class Installation:
 
         It has put its processors on the model for all of its call.
         """
-        if self._foreign.isdisjoint(
-            map(type, map(dict.get, self._other_owns, repeat("processor")))
-        ):
+        # no module is asked in Python, as this runs behind every forward
+        kinds = map(type, map(dict.get, self._other_owns, repeat("processor")))
+        if stock_pag_processors().isdisjoint(kinds):
             return
         name, kind = next(
             (name, type(own.get("processor")))
             for name, own in self._others.items()
-            if type(own.get("processor")) in self._foreign
+            if type(own.get("processor")) in stock_pag_processors()
         )
         raise ValueError(
             f"{name} runs {kind.__name__}, which a PAG pipeline that shares this model has put "
-            "there: it is running, in another thread or around this call, or an "
-            "error has ended it. Patch that pipeline too, run one after the other, or call "
-            "set_default_attn_processor() if it is over."
+            "there: it is running, in another thread or around this call, or an error has ended "
+            "it. Patch that pipeline too, run one after the other, or give the model its own "
+            "processors back with set_attn_processor() if it is over."
         )
+
+    def taken(self) -> bool:
+        """Whether a PAG pipeline of diffusers has its processors on layers that are perturbed."""
+        own = map(vars, self.attentions.values())
+        return not stock_pag_processors().isdisjoint(type(x.get("processor")) for x in own)
 
     def same_input(self) -> dict[str, int]:
         """How many projections of each perturbed attention (of q, k, v) see the same rows."""

@@ -145,14 +145,23 @@ class Session:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
         found = self.patch.look(self.installed.denoiser)
-        found.refuse()
+        if found.refuses:
+            found.refuse()
+        if found.stock_pag:
+            self.installed.check_others()
         self.forwards += 1
         self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
             out = self._combined(self._run(forward, call, found))
-        except BaseException:
+        except BaseException as error:
             undo_after_error(self._left)
+            if isinstance(error, Exception) and not found.stock_pag and self.installed.taken():
+                raise ValueError(
+                    "A PAG pipeline that shares this model has begun in the middle of a forward, "
+                    "in another thread, and has put its processors there: patch that pipeline "
+                    "too, or run one after the other."
+                ) from error
             raise
         self._left()
         return out
@@ -179,7 +188,7 @@ class Session:
         out = forward.run(make, installed.states, call)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
-        if perturbs:
+        if perturbs:  # a PAG pipeline may have begun in another thread meanwhile
             installed.check_others()
         expected = len(installed.attentions)
         counts = installed.counts and not found.may_skip

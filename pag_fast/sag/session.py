@@ -115,6 +115,12 @@ class SagSession:
         forward = Forward(entry, self._model, args, kwargs)
         found = self.patch.look(self._model)
         found.refuse()
+        if found.stock_pag:
+            raise ValueError(
+                "A PAG pipeline that shares this UNet has put its processors there: it is running, "
+                "in another thread or around this call, or an error has ended it. Run one after "
+                "the other, or call set_attn_processor() if it is over."
+            )
         self._running_forward = True
         try:
             call = self._enter(forward.call, shared, found)

@@ -5,8 +5,8 @@ is projected from them alone: text keys and values, caption projections, the emb
 control image. Stock diffusers computes them anew in every step.
 
 Whatever could change what they compute is compared before an output is handed out again. Writes
-into weights through ``.data`` leave no trace: for those one kept output of each forward, in turn,
-is computed again and compared.
+into weights through ``.data`` leave no trace: for those one kept output a step, in turn, is
+computed again and compared.
 """
 
 from __future__ import annotations
@@ -119,13 +119,15 @@ class Invariant(Replacement):
     def _again(self, kept: _Output, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand out what the module computes now, and note how far from that the kept output is."""
         checks, self.checks = self.checks, None
-        value = self._compute(args, kwargs)
-        before, now = _tensors(kept.value), _tensors(value)
-        # a pass on fewer rows takes the first ones of what is kept
-        if [x.shape for x in before] != [x.shape for x in now]:
-            return kept.value
-        assert checks is not None
-        checks.add(self.name, before, now)
+        value, before = self._compute(args, kwargs), kept.value
+        pairs = (
+            ((before, value),) if type(value) is torch.Tensor else zip(before, value, strict=True)
+        )
+        for old, new in pairs:
+            # a pass on fewer rows takes the first ones of what is kept
+            if old.shape != new.shape:
+                return before
+            checks.add(self.name, old, new)  # type: ignore[union-attr]
         kept.value, kept.version = value, _version(value)
         return value
 
@@ -167,8 +169,8 @@ def _version(value: Any) -> Any:
 class ConditioningCache:
     """The invariants of one model, or of all ControlNets, while one call runs.
 
-    In every forward one of them computes its output again, although it is kept; they take turns,
-    from call to call.
+    In every step one of them computes its output again, although it is kept; they take turns, from
+    call to call.
 
     Attributes:
         checks: what has come of it.
@@ -179,6 +181,8 @@ class ConditioningCache:
         self.invariants = list(invariants)
         self.checks = SpotChecks()
         self._checked: Invariant | None = None
+        # the pass of a step that checks; the others run the same modules
+        self._checking: str | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._epochs = state.epoch
 
@@ -197,7 +201,10 @@ class ConditioningCache:
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
-        self._take_turns()
+        if self._checking is None:
+            self._checking = context
+        if same and context == self._checking:
+            self._take_turns()
 
     def _take_turns(self) -> None:
         """Have the next invariant that has kept something compute it again."""

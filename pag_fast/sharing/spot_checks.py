@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
+_norm = torch.linalg.vector_norm
 # relative distance from which two computations of one output differ: both run on the same input,
 # and rounded otherwise they would differ in the last bit of some elements
-_ROUNDING = 1e-5
+_TOLERANCES = {
+    dtype: max(torch.finfo(dtype).eps / 4, 1e-5)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 class SpotChecks:
-    """What has been checked in one call: norms that stay on the device until it ends.
-
-    Attributes:
-        names: of the modules that were checked.
-    """
+    """What has been checked in one call: norms that stay on the device until it ends."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self._norms: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._tolerances: list[float] = []
+        self._noted: list[tuple[str, float, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, name: str, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> None:
-        """Note how far from the outputs that a module computes ``now`` those are that were kept."""
-        norm, wide = torch.linalg.vector_norm, torch.float32
-        for old, new in zip(before, now, strict=True):
-            if new.is_floating_point():
-                self.names.append(name)
-                self._norms.append((norm(old, dtype=wide), norm(new - old, dtype=wide)))
-                self._tolerances.append(max(torch.finfo(new.dtype).eps / 4, _ROUNDING))
+    @property
+    def names(self) -> list[str]:
+        """Of the modules that have been checked."""
+        return [name for name, *_ in self._noted]
+
+    def add(self, name: str, kept: torch.Tensor, now: torch.Tensor) -> None:
+        """Note how far from the output that a module computes now the one is that was kept."""
+        if now.dtype in _TOLERANCES:
+            size = _norm(kept, dtype=torch.float32)
+            distance = _norm(now - kept, dtype=torch.float32)
+            self._noted.append((name, _TOLERANCES[now.dtype], size, distance))
 
     def differing(self) -> list[str]:
-        """Names of the modules that computed something else, and no check is remembered.
+        """Names of the modules that have computed something else; all checks are forgotten.
 
         This waits for the device.
         """
-        devices = {size.device: [x for x in self._norms if x[0].device == size.device]
-                   for size, _ in self._norms}  # fmt: skip
-        read = {
-            device: iter(torch.stack([x for pair in norms for x in pair]).view(-1, 2).tolist())
-            for device, norms in devices.items()
-        }
-        found = []
-        for name, (norm, _), tolerance in zip(
-            self.names, self._norms, self._tolerances, strict=True
-        ):
-            size, distance = next(read[norm.device])
-            # what has overflowed tells nothing
-            if math.isfinite(size) and not distance <= tolerance * size:
-                found.append(name)
-        self.names, self._norms, self._tolerances = [], [], []
-        return list(dict.fromkeys(found))
+        noted, self._noted = self._noted, []
+        devices = dict.fromkeys(size.device for *_, size, _ in noted)
+        names = []
+        for device in devices:
+            checks = [check for check in noted if check[2].device == device]
+            numbers = torch.stack([x for *_, size, distance in checks for x in (size, distance)])
+            values = numbers.view(-1, 2).tolist()
+            for (name, tolerance, *_), (size, distance) in zip(checks, values, strict=True):
+                # what has overflowed tells nothing
+                if math.isfinite(size) and not distance <= tolerance * size:
+                    names.append(name)
+        return list(dict.fromkeys(names))
