@@ -595,6 +595,58 @@ def test_a_second_call_of_one_pipeline_is_refused():
     assert all("already running" in x for x in got if isinstance(x, str))
 
 
+@pytest.fixture
+def stance(request):
+    """A compiler as it is, or given up: then a wrapper calls the model that it has wrapped."""
+    torch._dynamo.reset()
+    with torch.compiler.set_stance(request.param):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("stance", "wrapped_first"),
+    [("default", True), ("force_eager", True), ("force_eager", False)],
+    indirect=["stance"],
+)
+def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, monkeypatch):
+    """``torch.compile(unet)`` is another module, and runs the same ones."""
+    raw = tiny_hosts.build(SD)
+    wrapped = _sibling(raw, unet=torch.compile(raw.unet, backend="eager"))
+    pipes, alone = (raw, wrapped), []
+    for pipe in pipes:
+        _patched(pipe)
+        alone.append(_run(pipe))
+        pag_fast.unpatch(pipe)
+    assert relative(*alone) < 1e-5
+    for pipe in reversed(pipes) if wrapped_first else pipes:
+        _patched(pipe)
+    assert Entry.of(raw.unet) is not Entry.of(wrapped.unet)
+    assert Entry.of(raw.unet).lease is Entry.of(wrapped.unet).lease
+    for pipe, other in (pipes, pipes[::-1]):
+        seen = []
+        nested = _once(lambda seen=seen, other=other: seen.append(_run(other)), 1)
+        assert relative(_run(pipe, **nested), alone[0]) < 1e-5
+        assert relative(seen[0], alone[0]) < 1e-5
+    start = threading.Barrier(2)
+
+    def run(pipe):
+        start.wait(60)
+        return [_run(pipe) for _ in range(2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(run, pipe) for pipe in pipes]:
+            assert all(relative(x, alone[0]) < 1e-5 for x in found.result(120))
+    # forwards of the one wait for those of the other
+    with Entry.of(wrapped.unet).alone("somebody"), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(entries, "PATIENCE", 0.2)
+        waits = pool.submit(_run, raw)
+        with pytest.raises(ValueError, match="for a model that somebody is running"):
+            waits.result(60)
+    for pipe in pipes:
+        pag_fast.unpatch(pipe)
+    assert not relative(_run(raw), alone[0]) < 1e-5
+
+
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_wrapped_model_has_its_methods(name):
     """``torch.compile(pipe.unet)`` has none of its own; PAG pipelines set processors in a call."""

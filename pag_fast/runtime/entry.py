@@ -33,6 +33,8 @@ Run = Callable[..., Any]
 # the user's module.compile() takes an entry's place, and two for one model would not exclude
 # each other
 _MADE: WeakKeyDictionary[nn.Module, ref[Entry]] = WeakKeyDictionary()
+# torch.compile(model) is a module of its own, which runs the very modules of the model
+_LEASES: WeakKeyDictionary[nn.Module, ref[Lease]] = WeakKeyDictionary()
 
 
 class Claim(Protocol):
@@ -72,6 +74,17 @@ class Lease:
         self._wanted: Counter[int] = Counter()
         self._waiting = 0
         self._progress = 0
+
+    @staticmethod
+    def of(model: nn.Module) -> Lease:
+        """The lease of a model: that of what ``torch.compile`` has wrapped, if it has."""
+        inner = uncompiled(model)
+        made = _LEASES.get(inner)
+        found = None if made is None else made()
+        if found is None:
+            found = Lease()
+            _LEASES[inner] = ref(found)
+        return found
 
     # plain methods, as context managers would cost several calls in every forward
 
@@ -280,7 +293,8 @@ class Entry:
         self.model = model
         self.displaced: Run | None = vars(model).get(NAME)
         self.claims: list[Claim] = []
-        self.lease = Lease()
+        self.lease = Lease.of(model)
+        self._wraps = uncompiled(model) is not model
         # of a MultiControlNetModel, in front of its nets: its forward changes them, too
         self.inner: list[Entry] = []
         self.inside = 0
@@ -351,7 +365,7 @@ class Entry:
             return self.below(*args, **kwargs)
         for claim in tuple(self.claims):
             if claim.owns():
-                if self.inner:
+                if self.inner or self._wraps:
                     with self.alone(claim):
                         return claim.forward(self, args, kwargs)
                 before = self.lease.take(claim)
@@ -361,6 +375,15 @@ class Entry:
                     self.lease.give(before)
         with self.lease.share():
             return self.below(*args, **kwargs)
+
+    def _parts(self) -> list[Entry]:
+        """Entries that a forward comes through behind this one.
+
+        They are those of nets, and that of what ``torch.compile`` has wrapped, if somebody has one.
+        """
+        made = _MADE.get(uncompiled(self.model)) if self._wraps else None
+        wrapped = None if made is None else made()
+        return self.inner if wrapped is None else [*self.inner, wrapped]
 
     @contextmanager
     def alone(self, owner: Owner) -> Iterator[None]:
@@ -373,7 +396,7 @@ class Entry:
             # in one order for everybody, so that nobody waits for somebody who waits for him:
             # stock forwards enter the whole model first, too
             stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
-            for entry in sorted(self.inner, key=id):
+            for entry in sorted(self._parts(), key=id):
                 stack.enter_context(entry._lent(owner))
             yield
 
