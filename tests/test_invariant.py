@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from numerics import relative
-from tiny import PIPELINES, build, call_kwargs, latents
+from tiny import PIPELINES, build, call_kwargs, every, latents
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,9 +54,10 @@ def _uses(pipe, kwargs):
     return {name: uses.counts[name] for name, _ in parameters}
 
 
-@pytest.mark.parametrize("layers", ["default", "middle"])
-@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "cfg", "layers"),
+    every([(True, "middle")], [(True, "default"), (False, "default"), (False, "middle")]),
+)
 def test_conditioning_runs_once_per_call(name, cfg, layers):
     pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
     kwargs = {"cfg": cfg, "steps": 4}
