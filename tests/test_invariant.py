@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
@@ -16,6 +15,7 @@ import pag_fast
 from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
+from pag_fast.sharing.threads import HERE, Thread
 
 UNET = "StableDiffusionPAGPipeline"
 
@@ -218,13 +218,13 @@ class TestInvariant:
     def _step(self, *inputs, changed=False):
         self.state.step += 1
         self.state.epoch += changed
-        self.state.thread = threading.get_ident()
+        self.state.thread = HERE.me
         before = self.patch.on()
         try:
             return [self.layer(x) for x in inputs]
         finally:
             self.patch.off(before)
-            self.state.thread = 0
+            self.state.thread = None
 
     def test_hands_out_the_same_tensor(self):
         x = torch.randn(2, 3)
@@ -257,7 +257,7 @@ class TestInvariant:
     def test_another_thread_computes_for_itself(self):
         x, y, seen = torch.randn(2, 3), torch.randn(2, 3), []
         self._step(x)
-        self.state.thread = -1
+        self.state.thread = Thread()
         before = self.patch.on()
         seen.append(self.layer(y))
         self.patch.off(before)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import PIPELINES, build, call_kwargs, latents
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import pag_fast
 from pag_fast.fusion.projections import TimeProjections
 from pag_fast.runtime.installation import Installation
-from pag_fast.sharing.conditioning_cache import _tensors
 
 NAMES = [
     "StableDiffusionPAGPipeline",
@@ -95,7 +95,7 @@ def kept_bytes(pipe, run) -> int:
         caches = [c for c in (session._kept, session.controlnets._kept) if c is not None]
         kept = [invariant for cache in caches for invariant in cache.invariants]
         outputs = [output for invariant in kept for output in invariant.kept.values()]
-        tensors = [x for output in outputs for x in _tensors(output.value)]
+        tensors = [x for output in outputs for x in tree_leaves(output.value)]
         fusions = [installed.fusion, *[f for _, f in pipe._pag_fast._fusions.values()]]
         groups = [group for f in fusions if f is not None for group in f._used]
         times = [group for group in groups if isinstance(group, TimeProjections)]

@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 from contextlib import contextmanager
-from threading import get_ident
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from pag_fast.fusion import Fusion
 from pag_fast.fusion.packed_linears import _WHOLES
 from pag_fast.sharing.replacement import MISSING, Replacement
 from pag_fast.sharing.rows import BranchState
+from pag_fast.sharing.threads import HERE
 
 UNET = "StableDiffusionPAGPipeline"
 OPTIONAL = ("peft",)
@@ -46,9 +46,8 @@ class Joined:
         fusion = self.fusion
         with torch.no_grad():
             fusion.refresh()
-        fusion.begin()
         self.state.step += 1
-        self.state.thread = get_ident()
+        self.state.thread = HERE.me
         before = [(own, key, own.get(key, MISSING)) for own, key, _ in fusion.entries]
         for (own, key, value), (_, _, was) in zip(fusion.entries, before, strict=True):
             if isinstance(value, Replacement):
@@ -57,7 +56,7 @@ class Joined:
         try:
             yield
         finally:
-            self.state.thread = 0
+            self.state.thread = None
             for own, key, was in before:
                 own.pop(key) if was is MISSING else own.update({key: was})
             fusion.forget()

@@ -106,16 +106,11 @@ class Fusion:
         self.entries = self._apart if paused else self._together
         return self.entries is not before
 
-    def begin(self) -> None:
-        """A forward begins: nothing is left of the one before."""
-        for group in self._used:
-            group.broken = False
-            group.forget()
-
     def forget(self) -> None:
         """A forward has ended: free what belonged to it."""
         for group in self._used:
-            group.forget()
+            if group.pending:
+                group.forget()
             if group.wasted:
                 self._seen = None
 
@@ -144,7 +139,6 @@ class Fusion:
                 steady = group.addresses in (None, _addresses(group))
                 if packed.fits(shared) and steady:
                     packed.join()
-                    group.broken = False
                 elif not steady:
                     group.addresses, waits = _addresses(group), True
             elif whole and not packed.joined:
@@ -248,7 +242,7 @@ class _Watch:
         there = all(map(is_, self._children(), self._modules))
         if not there or any(map(is_, parameters, repeat(None))):
             return None
-        if any(own.get("bias") is not None for own in self._bare):
+        if not all(map(is_, map(dict.get, self._bare, repeat("bias")), repeat(None))):
             return None
         try:
             tensors = [list(map(get, parameters)) for get in _OF_PARAMETERS]

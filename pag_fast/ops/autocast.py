@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_KNOWN = ("cpu", "cuda")
+
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The lower dtype of a running autocast region of that device; ``None`` outside of one."""
     # meta tensors, for one, know no autocast
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in _KNOWN and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):
         return None
@@ -24,8 +26,11 @@ def lowered(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     Norms return fp32 there and projections the lower dtype: autocast brings all of them to the
     lower one. It leaves fp64 and what is not floating as it is, and so does this.
     """
-    like = next(x for x in tensors if x is not None)
-    dtype = autocast_dtype(like.device.type)
+    dtype = None
+    for x in tensors:
+        if x is not None:
+            dtype = autocast_dtype(x.device.type)
+            break
     if dtype is None:
         return list(tensors)
 

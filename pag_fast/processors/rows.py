@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
-from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from ..ops.autocast import lowered, without_autocast
 from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
 from ..sharing.rows import SPLIT, BranchState
+from ..sharing.threads import HERE
 
 _IDENTITY = Identity()
 
@@ -75,7 +75,9 @@ class PerturbedProcessor:
         if state is None or slabs is None:
             return total, 0
         if not torch.compiler.is_dynamo_compiling():
-            if state.thread not in (0, get_ident()):  # somebody else's: his rows all attend
+            if (
+                state.thread is not HERE.me and state.thread is not None
+            ):  # somebody else's: his rows all attend
                 return total, 0
             state.entered += 1
         have, full = slabs[self.level], slabs[SPLIT]

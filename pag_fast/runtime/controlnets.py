@@ -11,7 +11,6 @@ from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import BranchState, change_level, map_tensors
 from ..sharing.unet_plan import plan_controlnet
-from .compatibility import Answer
 from .entry import Entry
 from .findings import Findings
 from .forwards import Call, Forward
@@ -57,7 +56,6 @@ class InstalledControlNets:
         for fusion in fusions:
             if fusion.refresh():
                 self._patches.pop(True, None)
-            fusion.begin()
         fused = bool(fusions)
         found = self._patches.get(fused)
         if found is None:
@@ -102,7 +100,7 @@ class ControlNets:
         session.begin_step()
         rows = call["sample"].shape[0]
         same = self._equality.same_objects(call, rows)
-        fused = session.pag and Answer.WEIGHTS_APART not in found.answer
+        fused = session.pag and not found.weights_apart
         try:
             call = self.rows(call, rows, installed, found)
             session.advance(self._kept, call, found, same)
@@ -144,7 +142,7 @@ class ControlNets:
             start = layout.index(COND) * session.unit
             stop = start + session.unit
             return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
-        if not (session.pag and config.share_branches) or Answer.UNSHARED in found.answer:
+        if not (session.pag and config.share_branches) or found.unshared:
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:

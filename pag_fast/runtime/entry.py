@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Condition, get_ident
+from threading import Condition, RLock, get_ident
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -61,7 +61,8 @@ class Lease:
     """
 
     def __init__(self) -> None:
-        self._changed = Condition()
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
         self._holder = 0
         self._owner: Owner = ""
         # what each forward of the holder has put on, innermost last; None: nothing yet
@@ -77,20 +78,22 @@ class Lease:
     def take(self, owner: Owner) -> Owner:
         """The model is this thread's, as it is without us; returns what :meth:`give` needs."""
         me = get_ident()
-        with self._changed:
+        with self._lock:
             if self._holder not in (0, me) or (self._passing and self._others_pass(me)):
                 self._await(owner, me)
             before = self._owner
             self._holder, self._owner = me, owner
-        self._suspend()
+        if self._held:
+            self._suspend()
         self._held.append(None)
         return before
 
     def give(self, before: Owner) -> None:
         """The opposite of :meth:`take`."""
         self._held.pop()
-        self._resume()
-        with self._changed:
+        if self._held:
+            self._resume()
+        with self._lock:
             self._owner = before
             if not self._held:
                 self._holder = 0
@@ -133,7 +136,7 @@ class Lease:
     def share(self) -> Iterator[None]:
         """The model as it is without us."""
         me = get_ident()
-        with self._changed:
+        with self._lock:
             if not self._admits(me):
                 self._wait("", lambda: self._admits(me))
             self._passing[me] += 1
@@ -147,7 +150,7 @@ class Lease:
             if mine:
                 self._held.pop()
                 self._resume()
-            with self._changed:
+            with self._lock:
                 self._passing -= Counter((me,))
                 self._progress += 1
                 if self._waiting:

@@ -13,11 +13,19 @@ class Findings:
     Attributes:
         items: each thing that was found.
         answer: all their answers together.
+        unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck: what they ask for, each
+            by itself: a forward reads these, where asking a flag would be a call.
     """
 
     def __init__(self, items: Iterable[Finding] = ()) -> None:
-        self.items = tuple(items)
-        self.answer = combined(self.items)
+        self.items = items if isinstance(items, tuple) else tuple(items)
+        self.answer = answer = combined(self.items)
+        self.unshared = Answer.UNSHARED in answer
+        self.keep_rows = Answer.KEEP_ROWS in answer
+        self.weights_apart = Answer.WEIGHTS_APART in answer
+        self.nothing_kept = Answer.NOTHING_KEPT in answer
+        self.may_skip = Answer.MAY_SKIP in answer
+        self.recheck = Answer.RECHECK in answer
 
     @staticmethod
     def together(several: Iterable[Findings]) -> Findings:

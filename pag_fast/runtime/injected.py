@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of, version_of
+from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
@@ -140,14 +140,17 @@ class InjectedSession(Session):
         text = call.get("encoder_hidden_states")
         if not isinstance(text, torch.Tensor):
             return ""
-        found = []
+        found: list[str] = []
+        local, address = self._locals, text.data_ptr()
         for name, branch in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
-            embeds = self._locals.get(name)
-            if not isinstance(embeds, torch.Tensor) or embeds.data_ptr() != text.data_ptr():
-                continue
+            embeds = local[name] if name in local else None  # noqa: SIM401
             # a negative prompt may be a view of the prompt
-            if embeds.shape == text.shape:
-                found.append(branch)
+            if (
+                isinstance(embeds, torch.Tensor)
+                and embeds.shape == text.shape
+                and embeds.data_ptr() == address
+            ):
+                found += [branch]
         # one tensor for both tells nothing
         return found[0] if len(found) == 1 else ""
 
@@ -229,11 +232,13 @@ class InjectedSession(Session):
         def extend(x: torch.Tensor) -> torch.Tensor:
             if x.shape[0] not in (rows, rows * frames):
                 return x
-            own, version, copy = self._extended.get(id(x), (None, 0, x))
+            key, known = id(x), self._extended
+            own, version, copy = known.get(key, (None, 0, x))
             # inference tensors do not tell whether somebody has written into them
-            if own is not x or version != version_of(x) or x.is_inference():
+            now = -1 if x.is_inference() else x._version
+            if own is not x or version != now or now < 0:
                 copy = change_level(x, have, have + more)
-            extended[id(x)] = x, version_of(x), copy
+            extended[key] = x, now, copy
             return copy
 
         call = change_arguments(call, extend)

@@ -200,10 +200,8 @@ class Installation:
         """
         check_processors(self.attentions, self.replaces)
         fusion = self.fusion if fused else None
-        if fusion is not None:
-            if fusion.refresh():
-                self._patches.pop(True, None)
-            fusion.begin()
+        if fusion is not None and fusion.refresh():
+            self._patches.pop(True, None)
         found = self._patches.get(fused)
         if found is None:
             entries = [] if fusion is None else fusion.entries
@@ -230,7 +228,7 @@ class Installation:
 
     def left(self) -> None:
         """After a forward: what is on the model then does nothing."""
-        self.state.thread = 0
+        self.state.thread = None
         self.state.slabs = None
         try:
             if self.fusion is not None:
@@ -306,7 +304,7 @@ class HookedForward(Replacement):
             changed = before(self.module, args, kwargs)
             if changed is not None:
                 args, kwargs = changed
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         for after in self._after_forward:
             changed = after(self.module, args, out)
             if changed is not None:

@@ -91,6 +91,7 @@ class BasicState:
         self._entries: dict[str, list[tuple[Entry, Doorkeeper]]] = {}
         weakref.finalize(self, _leave_all, self._entries).atexit = False
         self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
+        self._found = Findings()
 
     @contextmanager
     def one_call(self) -> Iterator[None]:
@@ -133,7 +134,10 @@ class BasicState:
         if found is None:
             apart = self.host is not None and self.host.sequential
             found = self._compatibility[model] = Compatibility(passes_apart=apart)
-        return Findings(found.look(model))
+        items = found.look(model)
+        if items is not self._found.items:
+            self._found = Findings(items)
+        return self._found
 
     def enter(self, pipe: Any, part: str) -> None:
         """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""

@@ -21,7 +21,6 @@ from ..sharing.guidance_reuse import Difference
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
 from .behind_hooks import BehindHooks
-from .compatibility import Answer
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
@@ -166,7 +165,7 @@ class Session:
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         """The model on ``call``; the perturbed layers it comes through are counted."""
         installed = self.installed
-        fused = Answer.WEIGHTS_APART not in found.answer
+        fused = not found.weights_apart
         perturbs = installed.state.slabs is not None
         installed.state.entered = 0
 
@@ -180,7 +179,7 @@ class Session:
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
         expected = len(installed.attentions)
-        counts = installed.counts and Answer.MAY_SKIP not in found.answer
+        counts = installed.counts and not found.may_skip
         if perturbs and counts and installed.state.entered < expected:
             self.patch.fall_back(
                 f"{expected - installed.state.entered} of {expected} perturbed layers did not run: "
@@ -190,7 +189,7 @@ class Session:
 
     def _behind(self, call: Call, found: Findings) -> list[Entry]:
         """What compares rows again behind hooks of others in front of the denoiser."""
-        if Answer.RECHECK not in found.answer or not self.installed.hooks_show:
+        if not found.recheck or not self.installed.hooks_show:
             return []
         state, frames = self.installed.state, frames_of(call)
         assert self.ran is not None and state.slabs is not None
@@ -271,7 +270,7 @@ class Session:
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""
-        kept.advance(latents_of(call), same=same and Answer.NOTHING_KEPT not in found.answer)
+        kept.advance(latents_of(call), same=same and not found.nothing_kept)
 
     def begin_step(self) -> None:
         if self.patch.compilation is not None:
@@ -291,7 +290,7 @@ class Session:
 
     def _drops(self, scales: tuple[float, ...], latents: torch.Tensor, found: Findings) -> bool:
         """Whether a step does without the perturbed rows."""
-        if Answer.KEEP_ROWS in found.answer:
+        if found.keep_rows:
             return False
         if not any(scales):
             self.patch.steps["perturbed branch dropped"] += 1

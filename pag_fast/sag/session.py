@@ -9,7 +9,6 @@ import torch
 from .. import ops
 from ..models.registry import has_compiled, uncompiled
 from ..ops import reference
-from ..runtime.compatibility import Answer
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
@@ -108,13 +107,13 @@ class SagSession:
             # the pipeline has put its own there, which stores the map
             entries = [(vars(self._attention), "processor", self.patch.processor), *entries]
         fuses = self.patch.config.fewer_launches and not self._model.training
-        if fuses and Answer.WEIGHTS_APART not in found.answer:
+        if fuses and not found.weights_apart:
             fusion = self.patch.fusion(self._model)
             # products are fused for the processors that are going to run
             with as_put_on(InstancePatch(entries)):
                 fusion.refresh()
             if not self.awaits_degraded:
-                fusion.begin()  # the degraded pass goes on with what the guided one has projected
+                fusion.forget()  # the degraded pass goes on with what the guided one has projected
             entries = [*entries, *fusion.entries]
         return InstancePatch(entries)
 
@@ -134,7 +133,7 @@ class SagSession:
 
     def _enter(self, call: dict[str, Any], shared: SharedPasses, found: Findings) -> dict[str, Any]:
         latents, timestep = latents_of(call), call["timestep"]
-        keeps = Answer.NOTHING_KEPT not in found.answer
+        keeps = not found.nothing_kept
         if self.awaits_degraded:
             leads = keeps and self._equality.leads(call)
             shared.degraded(latents, timestep, leads=leads)

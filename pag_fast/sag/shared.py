@@ -10,6 +10,7 @@ from torch import nn
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.rows import BranchState
+from ..sharing.weight_signature import WeightSignature
 
 _TIME = ("time_proj", "time_embedding")
 
@@ -68,7 +69,10 @@ class SharedPasses:
         self._times: list[Invariant] = []
         if keeps:
             found = invariant_modules(model)
-            self._invariants = [LeadingRows(self.text, module) for module in found.values()]
+            weights = WeightSignature(found.values())
+            self._invariants = [
+                LeadingRows(self.text, module, weights=weights) for module in found.values()
+            ]
             self._times = [
                 LeadingRows(self.time, module)
                 for name in _TIME
