@@ -40,10 +40,16 @@ def _compile(pipe, name, how="wrap", backend="eager", part=None):
     return counter
 
 
-# through functionalisation once, which has to cope with the op that writes in place; the next test
-# has the default layers
-@pytest.mark.parametrize(("layers", "backend"), [("middle", "aot_eager"), ("last", "eager")])
-@pytest.mark.parametrize("name", FAMILIES)
+# through functionalisation once, which has to cope with the op that writes in place; a fork with
+# nothing behind it in a UNet and a transformer; the next test has the default layers
+@pytest.mark.parametrize(
+    ("name", "layers", "backend"),
+    [
+        *((name, "middle", "aot_eager") for name in FAMILIES),
+        ("StableDiffusionPAGPipeline", "last", "eager"),
+        ("StableDiffusion3PAGPipeline", "last", "eager"),
+    ],
+)
 def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend):
     pipe = build(name, pag_applied_layers=LAYERS[name][layers])
     stock = latents(pipe, call_kwargs(name, pipe))
@@ -89,8 +95,11 @@ def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
         assert all(relative(out, stock) < 1e-5 for out in outs)
 
 
-@pytest.mark.parametrize("how", ["wrap", "in place"])
-@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
+# test_compile_turns.py has both ways of one model
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("StableDiffusionPAGPipeline", "in place"), ("StableDiffusion3PAGPipeline", "wrap")],
+)
 def test_compiled_before_patching(name, how):
     """A denoiser that has already run compiled, stock: its graphs must not be used for ours."""
     pipe = build(name, pag_applied_layers=LAYERS[name]["middle"])
