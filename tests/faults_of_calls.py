@@ -72,7 +72,7 @@ CALLS = [
         "pag_fast/runtime/session.py",
         "if pipe is not self.pipe:",
         "if pipe is None:",
-        tests_of("ownership", "sibling_in_a_callback"),
+        tests_of("one_user", "stock_sibling_in_a_callback"),
     ),
     Fault(
         "what is put on stays after an exception",

@@ -119,7 +119,18 @@ def test_changes_by_a_callback_count(change):
     assert relative(patched, stock) < 1e-5
 
 
-def test_lora_scale_changed_by_a_callback():
+def _by_diffusers(pipe):
+    pipe.unet.set_adapters(["one"], [4.0])
+
+
+def _in_its_dictionary(pipe):
+    for module in pipe.unet.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["one"] *= 4.0
+
+
+@pytest.mark.parametrize("scale", [_by_diffusers, _in_its_dictionary])
+def test_lora_scale_changed_by_a_callback(scale):
     peft = pytest.importorskip("peft")
 
     def lora():
@@ -131,7 +142,7 @@ def test_lora_scale_changed_by_a_callback():
         return pipe
 
     def change(pipe, tensors):
-        pipe.unet.set_adapters(["one"], [4.0])
+        scale(pipe)
 
     pipe = lora()
     plain = latents(pipe, call_kwargs(UNET, pipe, steps=4))
@@ -231,6 +242,14 @@ class TestInvariant:
         (first,) = self._step(x)
         assert self._step(x)[0] is first
         assert self._step(x, changed=True)[0] is not first
+
+    def test_what_has_been_written_into_is_computed_anew(self):
+        x = torch.randn(2, 3)
+        (first,) = self._step(x)
+        before = first.clone()
+        first.mul_(2.0)
+        (again,) = self._step(x)
+        assert again is not first and torch.equal(again, before)
 
     def test_called_twice_in_a_step_it_computes(self):
         x, y = torch.randn(2, 3), torch.randn(2, 3)
