@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import shallow
 import torch
 from launches import launches  # noqa: F401
 from numerics import relative
+from shallow import LAYERS
 from tiny import PIPELINES, build, call_kwargs, every, latents
 
 import pag_fast
@@ -24,9 +26,12 @@ CASES = every([("default", False, 2)], [("middle", True, 1), ("all", True, 1)])
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), CASES)
 def test_patched_equals_stock(name, layers, cfg, batch, launches):  # noqa: F811
-    if name.startswith("AnimateDiff") and layers == "all":
-        layers = "last"  # every motion module takes the interpreter two minutes
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    if layers == "all":  # of a shallow model: the interpreter takes a second a layer
+        # every motion module takes it two minutes
+        chosen = LAYERS[name]["last"] if name.startswith("AnimateDiff") else ["attn"]
+        pipe = shallow.build(name, pag_applied_layers=chosen)
+    else:
+        pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
     stock = latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
     assert launches == []
     pag_fast.patch(pipe, backend="triton")
