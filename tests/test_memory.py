@@ -92,7 +92,7 @@ def kept_bytes(pipe, run) -> int:
         session = pipe._pag_fast.session
         if session is None or not hasattr(session, "_kept"):
             return left(installed)
-        caches = [c for c in (session._kept, session.controlnets._kept) if c is not None]
+        caches = [c for c in (session._kept, session.controlnets.kept) if c is not None]
         kept = [invariant for cache in caches for invariant in cache.invariants]
         outputs = [output for invariant in kept for output in invariant.kept.values()]
         tensors = [x for output in outputs for x in tree_leaves(output.value)]
