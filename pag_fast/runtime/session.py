@@ -26,6 +26,7 @@ from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
+from .graphs import Graphs
 from .guidance import scale_at, scales_ahead
 from .installation import Installation, is_eager
 from .instance_patch import Entry, InstancePatch
@@ -65,6 +66,8 @@ class Session:
         self.forwards = 0
         self.running_forward = False
         self.controlnets = ControlNets(self)
+        self._graphs: Graphs | None = None
+        self._pass = ""
         self._locals: dict[str, Any] = {}
         self._scales: dict[Any, Any] = {}
         self._looked_ahead: set[Any] = set()
@@ -88,6 +91,9 @@ class Session:
             self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
         self._rows = RowDecision(self.installed, self.patch, RowEquality())
+        self._graphs = self.patch.graphs(
+            denoiser, self.installed.state, self.installed.invariants.values(), [model]
+        )
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
@@ -103,6 +109,7 @@ class Session:
             self.controlnets.end()
             return
         undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
+        self._graphs = None
         if whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
@@ -175,7 +182,10 @@ class Session:
             patch = installed.patch(fused=fused)
             return InstancePatch([*patch.entries, *behind]) if behind else patch
 
-        out = forward.run(make, installed.states, call)
+        if self._graphs is None:
+            out = forward.run(make, installed.states, call)
+        else:
+            out = self._graphs.run(forward, make(), installed.states, call, found)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
         expected = len(installed.attentions)
@@ -263,6 +273,9 @@ class Session:
     ) -> None:
         """Write down, for everything on the model, what the forward that follows runs on."""
         state = self.installed.state
+        if self._difference is not None:
+            # steps with and without the perturbed rows take turns: what is kept has rows of both
+            state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
         self.advance(self._kept, call, found, same)
         align_residuals(call, len(layout), self.unit, state.slabs, self.installed.plan)
@@ -381,6 +394,8 @@ class Session:
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         self._kept.forget()
+        if self._graphs is not None:
+            self._graphs.forget()
         self.controlnets.forget()
 
     def combine(
