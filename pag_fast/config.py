@@ -57,7 +57,8 @@ class PatchConfig(Settings):
         graphs: on a CUDA device, record the forwards of the denoiser and its ControlNets from the
             second step of a call on, and launch them again without their Python: for small batches,
             where a step waits for it. Needs no compiler. A call holds the memory that its forwards
-            use, once more.
+            use, once more. Writes through ``.data`` into weights whose outputs are kept
+            (``cache_conditioning``) are not noticed there.
         reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
             and another picture than without.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.

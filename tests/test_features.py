@@ -350,9 +350,24 @@ def test_inpainting_unets(name, in_channels):
     _assert_parity(pipe, name, batch=2)
 
 
-@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
-@pytest.mark.parametrize("adaptive", [0.002, 0.01, 0.5])
-@pytest.mark.parametrize("name", [n for n in PIPELINES if n != "PixArtSigmaPAGPipeline"])
+# the loops differ by pipeline, the formula and the rows do not: one of each kind has every scale
+_ADAPTIVE = [n for n in PIPELINES if n != "PixArtSigmaPAGPipeline"]
+_EVERY_SCALE = ["StableDiffusionPAGPipeline", "AnimateDiffPAGPipeline", "SanaPAGPipeline"]
+
+
+@pytest.mark.parametrize(
+    ("name", "adaptive", "cfg"),
+    [
+        *((name, 0.5, True) for name in _ADAPTIVE),
+        *((name, 0.5, False) for name in _EVERY_SCALE),
+        *(
+            (name, adaptive, cfg)
+            for name in _EVERY_SCALE
+            for adaptive in (0.002, 0.01)
+            for cfg in (True, False)
+        ),
+    ],
+)
 def test_adaptive_scale_drops_the_branch_at_zero(name, adaptive, cfg):
     pipe = build(name)
     kwargs = {"pag_adaptive_scale": adaptive, "cfg": cfg, "steps": 4}

@@ -528,3 +528,18 @@ def test_layers_of_several_owners_run_apart():
     before = Fusion(unet).summary()[1]
     resnets[1].nonlinearity = resnets[0].nonlinearity
     assert Fusion(unet).summary()[1] != before
+
+
+def test_a_model_on_the_meta_device_is_refreshed_again_and_again():
+    """There is no autocast on that device, and asking for it is an error."""
+    model = build(UNET).unet.to("meta")
+    fusion, x = Fusion(model), torch.randn(1, 4, 8, 8, device="meta")
+    text = torch.randn(1, 5, model.config.cross_attention_dim, device="meta")
+    with torch.no_grad():
+        for _ in range(3):
+            fusion.refresh()
+            assert fusion.entries
+            with as_put_on(InstancePatch(fusion.entries)):
+                assert model(x, 1, text).sample.shape == x.shape
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fusion.refresh(), "within autocast projections run apart"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.autocast import region_of
 from ..sharing.plan import eager_modules, has_diffusers_hooks
 from ..sharing.rows import BranchState
 from .packed_linears import shared_memory
@@ -225,7 +226,7 @@ class _Watch:
         self._registries = [x for x in registries if x is not None]
         # an address is compared only as long as nothing else can have got it
         self._held = [self._values(), self._children(), self._processors()]
-        self.device = next((x.device.type for x in self._values() if x is not None), "cpu")
+        self.device = region_of(self._values())
 
     def _values(self) -> list[Any]:
         return list(map(dict.get, self._parameters, self._slots))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -51,3 +51,12 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 def lower_all(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """As :func:`lowered`, of tensors that are all there."""
     return tuple(x for x in lowered(*tensors) if x is not None)
+
+
+def region_of(tensors: Iterable[torch.Tensor | None]) -> str:
+    """The type of device whose autocast region tensors are in, that of the first of them.
+
+    Meta tensors, for one, know no autocast: the CPU's stands for theirs.
+    """
+    found = next((x.device.type for x in tensors if x is not None), "cpu")
+    return found if torch.amp.is_autocast_available(found) else "cpu"

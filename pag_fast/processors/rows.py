@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ops.autocast import lowered, without_autocast
+from ..ops.autocast import autocast_dtype, lowered, without_autocast
 from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
 from ..sharing.rows import SPLIT, BranchState
 from ..sharing.threads import HERE
@@ -125,10 +125,13 @@ class PerturbedProcessor:
 
         ``query`` and ``key`` have the rows that :meth:`scored` says; ``value`` may be overwritten.
         """
-        # norms return fp32 under autocast: it would bring all to one dtype for fused attention
-        query, key, value, attn_mask, mean_query = lowered(  # type: ignore[assignment]
-            query, key, value, attn_mask, mean_query
-        )
+        device = value.device.type
+        lowers = autocast_dtype(device) is not None
+        if lowers:
+            # norms return fp32: autocast would bring all to one dtype for fused attention
+            query, key, value, attn_mask, mean_query = lowered(  # type: ignore[assignment]
+                query, key, value, attn_mask, mean_query
+            )
         rows = Rows(
             query,
             key,
@@ -142,7 +145,9 @@ class PerturbedProcessor:
             self.layer,
             mean_query=mean_query,
         )
-        with without_autocast(value.device.type):
+        if not lowers:
+            return self._attention(rows)
+        with without_autocast(device):
             return self._attention(rows)
 
     def _attention(self, rows: Rows) -> torch.Tensor:

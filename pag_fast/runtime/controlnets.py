@@ -72,14 +72,18 @@ class InstalledControlNets:
 
 
 class ControlNets:
-    """The ControlNets of one session: they never run on the perturbed rows."""
+    """The ControlNets of one session: they never run on the perturbed rows.
+
+    Attributes:
+        kept: what is kept from step to step, once a forward has begun.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.owner = f"{session.owner}, its ControlNet"
         self._equality = RowEquality()
         self._slabs: tuple[int, int] | None = None
-        self._kept: ConditioningCache | None = None
+        self.kept: ConditioningCache | None = None
         self._graphs: Graphs | None = None
 
     def owns(self) -> bool:
@@ -93,8 +97,8 @@ class ControlNets:
         session = self.session
         controlnet = session.pipe.controlnet
         installed = session.patch.controlnets(controlnet)
-        if self._kept is None:
-            self._kept = ConditioningCache(installed.state, installed.invariants)
+        if self.kept is None:
+            self.kept = ConditioningCache(installed.state, installed.invariants)
             self._graphs = session.patch.graphs(
                 controlnet, installed.state, installed.invariants, installed.nets
             )
@@ -108,7 +112,7 @@ class ControlNets:
         fused = session.pag and not found.weights_apart
         try:
             call = self.rows(call, rows, installed, found)
-            session.advance(self._kept, call, found, same)
+            session.advance(self.kept, call, found, same)
             if self._graphs is None:
                 out = forward.run(
                     lambda: installed.instance_patch(fused=fused), (installed.state,), call
@@ -128,8 +132,8 @@ class ControlNets:
 
     def forget(self) -> None:
         """Free what is kept."""
-        if self._kept is not None:
-            self._kept.forget()
+        if self.kept is not None:
+            self.kept.forget()
         if self._graphs is not None:
             self._graphs.forget()
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from ..models.registry import uncompiled
+from ..models.registry import stock_pag_processors, uncompiled
 from ..processors.rows import PerturbedProcessor
 from .frames import calling_pipeline, running_pipeline
 from .instance_patch import InstancePatch
@@ -33,6 +33,8 @@ Run = Callable[..., Any]
 # the user's module.compile() takes an entry's place, and two for one model would not exclude
 # each other
 _MADE: WeakKeyDictionary[nn.Module, ref[Entry]] = WeakKeyDictionary()
+# torch.compile(model) is a module of its own, which runs the very modules of the model
+_LEASES: WeakKeyDictionary[nn.Module, ref[Lease]] = WeakKeyDictionary()
 
 
 class Claim(Protocol):
@@ -72,6 +74,17 @@ class Lease:
         self._wanted: Counter[int] = Counter()
         self._waiting = 0
         self._progress = 0
+
+    @staticmethod
+    def of(model: nn.Module) -> Lease:
+        """The lease of a model: that of what ``torch.compile`` has wrapped, if it has."""
+        inner = uncompiled(model)
+        made = _LEASES.get(inner)
+        found = None if made is None else made()
+        if found is None:
+            found = Lease()
+            _LEASES[inner] = ref(found)
+        return found
 
     # plain methods, as context managers would cost several calls in every forward
 
@@ -222,7 +235,9 @@ class ProcessorSetter:
     """A model's ``set_attn_processor`` while it has an entry: it waits until nobody runs the model.
 
     PAG pipelines read the processors when a call begins and set them again when it ends. In the
-    middle of a forward in another thread they would read ours, and take ours off.
+    middle of a forward in another thread they would read ours, and take ours off. In the middle of
+    another PAG pipeline's call they read its processors, and a patched one, which has put none of
+    its own there, leaves those alone.
     """
 
     def __init__(self, model: Any, lease: Lease) -> None:
@@ -236,9 +251,9 @@ class ProcessorSetter:
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
         with self._lease.hold(owner, InstancePatch.nothing):
             if isinstance(processor, dict):
-                there = self._model.attn_processors
+                there, is_patched = self._model.attn_processors, bool(patched)
                 processor = {
-                    name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
+                    name: _chosen(own, there.get(name, own), is_patched=is_patched)
                     for name, own in processor.items()
                 }
             return set_processors(processor, *args, **kwargs)
@@ -249,6 +264,14 @@ class ProcessorSetter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], SETTER)
+
+
+def _chosen(own: Any, there: Any, *, is_patched: bool) -> Any:
+    """The processor that a pipeline's loop means that sets ``own`` in the place of ``there``."""
+    stock = stock_pag_processors()
+    if isinstance(own, PerturbedProcessor):  # read in the middle of our forward
+        return own.displaced if type(there) in stock else there
+    return there if is_patched and (type(own) in stock or type(there) in stock) else own
 
 
 def own_setter(model: Any) -> Run:
@@ -270,7 +293,8 @@ class Entry:
         self.model = model
         self.displaced: Run | None = vars(model).get(NAME)
         self.claims: list[Claim] = []
-        self.lease = Lease()
+        self.lease = Lease.of(model)
+        self._wraps = uncompiled(model) is not model
         # of a MultiControlNetModel, in front of its nets: its forward changes them, too
         self.inner: list[Entry] = []
         self.inside = 0
@@ -341,7 +365,7 @@ class Entry:
             return self.below(*args, **kwargs)
         for claim in tuple(self.claims):
             if claim.owns():
-                if self.inner:
+                if self.inner or self._wraps:
                     with self.alone(claim):
                         return claim.forward(self, args, kwargs)
                 before = self.lease.take(claim)
@@ -351,6 +375,15 @@ class Entry:
                     self.lease.give(before)
         with self.lease.share():
             return self.below(*args, **kwargs)
+
+    def _parts(self) -> list[Entry]:
+        """Entries that a forward comes through behind this one.
+
+        They are those of nets, and that of what ``torch.compile`` has wrapped, if somebody has one.
+        """
+        made = _MADE.get(uncompiled(self.model)) if self._wraps else None
+        wrapped = None if made is None else made()
+        return self.inner if wrapped is None else [*self.inner, wrapped]
 
     @contextmanager
     def alone(self, owner: Owner) -> Iterator[None]:
@@ -363,7 +396,7 @@ class Entry:
             # in one order for everybody, so that nobody waits for somebody who waits for him:
             # stock forwards enter the whole model first, too
             stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
-            for entry in sorted(self.inner, key=id):
+            for entry in sorted(self._parts(), key=id):
                 stack.enter_context(entry._lent(owner))
             yield
 

@@ -225,6 +225,8 @@ class Graphs:
         ]
         arguments = [x if copy is None else copy for x, copy in zip(leaves, inputs, strict=True)]
         versions = [-1 if x is None else _version(x) for x in inputs]
+        for invariant in self._invariants:
+            invariant.checks = None  # what is kept stays what it is: a graph reads it there
         before = self._outputs()
         own = state.clock
         clock = None if own is None else own.clone()

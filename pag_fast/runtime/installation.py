@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.layer_names import resolve, self_attentions, transformer_blocks
-from ..models.registry import family_of, has_compiled
+from ..models.registry import family_of, has_compiled, stock_pag_processors
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
@@ -111,9 +112,10 @@ class Installation:
         self.state = BranchState()
         self.branches = perturbed_branches(denoiser, layers, config)
         names = {name for branch in self.branches for name in branch.layers}
-        self.attentions: dict[str, Any] = {
-            name: module for name, module in self_attentions(denoiser).items() if name in names
-        }
+        attentions: dict[str, Any] = self_attentions(denoiser)
+        self.attentions = {name: x for name, x in attentions.items() if name in names}
+        self._others = {name: vars(x) for name, x in attentions.items() if name not in names}
+        self._other_owns = list(self._others.values())
         check_processors(self.attentions, self.replaces)
         blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
@@ -207,6 +209,32 @@ class Installation:
             entries = [] if fusion is None else fusion.entries
             found = self._patches[fused] = InstancePatch([*self._own, *entries])
         return found
+
+    def check_others(self) -> None:
+        """Raises ValueError where a PAG pipeline of diffusers perturbs layers that we do not.
+
+        It has put its processors on the model for all of its call.
+        """
+        # no module is asked in Python, as this runs behind every forward
+        kinds = map(type, map(dict.get, self._other_owns, repeat("processor")))
+        if stock_pag_processors().isdisjoint(kinds):
+            return
+        name, kind = next(
+            (name, type(own.get("processor")))
+            for name, own in self._others.items()
+            if type(own.get("processor")) in stock_pag_processors()
+        )
+        raise ValueError(
+            f"{name} runs {kind.__name__}, which a PAG pipeline that shares this model has put "
+            "there: it is running, in another thread or around this call, or an error has ended "
+            "it. Patch that pipeline too, run one after the other, or give the model its own "
+            "processors back with set_attn_processor() if it is over."
+        )
+
+    def taken(self) -> bool:
+        """Whether a PAG pipeline of diffusers has its processors on layers that are perturbed."""
+        own = map(vars, self.attentions.values())
+        return not stock_pag_processors().isdisjoint(type(x.get("processor")) for x in own)
 
     def same_input(self) -> dict[str, int]:
         """How many projections of each perturbed attention (of q, k, v) see the same rows."""

@@ -18,7 +18,7 @@ from ..models.registry import controlnets, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
-from ..sharing.conditioning_cache import Invariant
+from ..sharing.conditioning_cache import ConditioningCache, Invariant
 from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
 from .capture import Capture, capture_on
@@ -130,6 +130,23 @@ class BasicState:
         if reason not in self.fallbacks:
             warnings.warn(f"pag_fast: {reason}", stacklevel=2)
         self.fallbacks[reason] += 1
+
+    def tell_of_changes(self, *caches: ConditioningCache | None) -> None:
+        """At the end of a call: tell of weights that changed without a trace while it ran.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        seen = [cache.checks.differing() for cache in caches if cache is not None]
+        names = [name for found in seen for name in found]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.fall_back(
+                f"weights of {names[0]}{more} were written through .data in the middle of the "
+                "call, which leaves no trace: steps that followed ran with what was computed from "
+                "the former weights. Write into the parameters themselves, under torch.no_grad(), "
+                "or patch with cache_conditioning=False"
+            )
 
     def look(self, model: Any) -> Findings:
         """What others have put on a model, now."""

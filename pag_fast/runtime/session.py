@@ -51,6 +51,7 @@ class Session:
     """
 
     installed: Installation
+    _kept: ConditioningCache
 
     def __init__(self, pipe: Any, patch: PatchState, denoiser: str | None = None) -> None:
         self.pipe = pipe
@@ -105,12 +106,12 @@ class Session:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
         self._locals = {}
-        if not self.pag:
-            self.controlnets.end()
-            return
-        undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
+        ours = [self._kept.forget, self.installed.forget] if self.pag else []
+        undo_all(self.controlnets.end, *ours)
         self._graphs = None
-        if whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
+        if whole:
+            self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
+        if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"
@@ -151,14 +152,23 @@ class Session:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
         found = self.patch.look(self.installed.denoiser)
-        found.refuse()
+        if found.refuses:
+            found.refuse()
+        if found.stock_pag:
+            self.installed.check_others()
         self.forwards += 1
         self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
             out = self._combined(self._run(forward, call, found))
-        except BaseException:
+        except BaseException as error:
             undo_after_error(self._left)
+            if isinstance(error, Exception) and not found.stock_pag and self.installed.taken():
+                raise ValueError(
+                    "A PAG pipeline that shares this model has begun in the middle of a forward, "
+                    "in another thread, and has put its processors there: patch that pipeline "
+                    "too, or run one after the other."
+                ) from error
             raise
         self._left()
         return out
@@ -188,6 +198,8 @@ class Session:
             out = self._graphs.run(forward, make(), installed.states, call, found)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
+        if perturbs:  # a PAG pipeline may have begun in another thread meanwhile
+            installed.check_others()
         expected = len(installed.attentions)
         counts = installed.counts and not found.may_skip
         if perturbs and counts and installed.state.entered < expected:

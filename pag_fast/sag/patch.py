@@ -61,6 +61,7 @@ class SagPatch(BasicState):
                 raise
             self.session, self.running = None, {}
             session.end()
+            session.check(self._entries["unet"][0][0])
             return result
 
     def fusion(self, model: Any) -> Fusion:

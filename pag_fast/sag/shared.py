@@ -65,6 +65,8 @@ class SharedPasses:
     def __init__(self, model: nn.Module, step: BranchState, *, keeps: bool) -> None:
         self.text, self.time = PassState(), PassState()
         self.step = step
+        # what is checked takes turns from call to call, and only this state lasts
+        self.text.checked = step.checked
         self._invariants: list[Invariant] = []
         self._times: list[Invariant] = []
         if keeps:
@@ -118,5 +120,6 @@ class SharedPasses:
 
     def forget(self) -> None:
         """Free everything that is kept."""
+        self.step.checked = self.text.checked
         self.kept.forget()
         self.timed.forget()

@@ -3,6 +3,10 @@
 Prompts, added embeddings and the control image are the same in all steps of a call, and so is what
 is projected from them alone: text keys and values, caption projections, the embedding of the
 control image. Stock diffusers computes them anew in every step.
+
+Whatever could change what they compute is compared before an output is handed out again. Writes
+into weights through ``.data`` leave no trace: for those one kept output a step, in turn, is
+computed again and compared.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import nn
 from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks
 from .replacement import Replacement
 from .rows import Align, BranchState, Leave
+from .spot_checks import SpotChecks
 from .weight_signature import WeightSignature
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
@@ -45,7 +50,7 @@ _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Output:
     """A kept output: good for one epoch, as long as neither it nor the weights are changed."""
 
@@ -64,6 +69,8 @@ class Invariant(Replacement):
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
+        checks: where the next one is noted that is computed again, rather than handed out;
+            ``None``: it is not this module's turn.
     """
 
     def __init__(
@@ -73,8 +80,11 @@ class Invariant(Replacement):
         align: Align | None = None,
         leave: Leave | None = None,
         weights: WeightSignature | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(state, module)
+        self.name = name or type(module).__name__
+        self.checks: SpotChecks | None = None
         self._align = align
         self._leave = leave
         self._weights = WeightSignature([module]) if weights is None else weights
@@ -103,14 +113,28 @@ class Invariant(Replacement):
                 if version is None or version == (
                     _version(value) if isinstance(version, list) else value._version
                 ):
-                    return value
+                    return value if self.checks is None else self._again(kept, args, kwargs)
         return self._renew(args, kwargs, number)
+
+    def _again(self, kept: _Output, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand out what the module computes now, and note how far from that the kept output is."""
+        checks, self.checks = self.checks, None
+        value, before = self._compute(args, kwargs), kept.value
+        pairs = (
+            ((before, value),) if type(value) is torch.Tensor else zip(before, value, strict=True)
+        )
+        for old, new in pairs:
+            # a pass on fewer rows takes the first ones of what is kept
+            if old.shape != new.shape:
+                return before
+            checks.add(self.name, old, new)  # type: ignore[union-attr]
+        kept.value, kept.version = value, _version(value)
+        return value
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: int) -> Any:
         self.kept.pop(self.state.context, None)
         value = self._compute(args, kwargs)
-        parts = value if isinstance(value, list) else [value]
-        if self._repeated or not all(isinstance(x, torch.Tensor) for x in parts):
+        if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
         if self._weights.sees(self.module):
             output = _Output(value, self.state.epoch, _version(value), weights)
@@ -127,6 +151,11 @@ class Invariant(Replacement):
         return out if left is None else left
 
 
+def _tensors(value: Any) -> list[Any]:
+    """The tensors of an output; an IP-Adapter's image projection returns one for each image."""
+    return value if isinstance(value, list) else [value]
+
+
 def _version(value: Any) -> Any:
     """The version of an output, or versions: an IP-Adapter's image projection returns a list.
 
@@ -138,11 +167,22 @@ def _version(value: Any) -> Any:
 
 
 class ConditioningCache:
-    """The invariants of one model, or of all ControlNets, while one call runs."""
+    """The invariants of one model, or of all ControlNets, while one call runs.
+
+    In every step one of them computes its output again, although it is kept; they take turns, from
+    call to call.
+
+    Attributes:
+        checks: what has come of it.
+    """
 
     def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
         self.invariants = list(invariants)
+        self.checks = SpotChecks()
+        self._checked: Invariant | None = None
+        # the pass of a step that checks; the others run the same modules
+        self._checking: str | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._epochs = state.epoch
 
@@ -161,9 +201,28 @@ class ConditioningCache:
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
+        if self._checking is None:
+            self._checking = context
+        if same and context == self._checking:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Have the next invariant that has kept something compute it again."""
+        if self._checked is not None:
+            self._checked.checks = None
+        self._checked, state, count = None, self.state, len(self.invariants)
+        for turn in range(state.checked, state.checked + count):
+            invariant = self.invariants[turn % count]
+            if invariant.kept:
+                invariant.checks, self._checked = self.checks, invariant
+                state.checked = turn + 1
+                break
 
     def forget(self) -> None:
-        """Free every output."""
+        """Free every output; what has been checked is still to be told."""
+        if self._checked is not None:
+            self._checked.checks = None
+            self._checked = None
         for invariant in self.invariants:
             invariant.forget()
 
@@ -211,5 +270,5 @@ def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[s
     for name, module in found.items():
         site = sites.get(id(module))
         align, leave = (None, None) if site is None else site.hooks(state)
-        made[name] = Invariant(state, module, align, leave, weights)
+        made[name] = Invariant(state, module, align, leave, weights, name)
     return made

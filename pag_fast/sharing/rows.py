@@ -48,6 +48,7 @@ class BranchState:
         thread: the thread whose forward of the model runs on what was decided; ``None`` between
             forwards.
         entered: how many perturbed layers the forward has come through, outside of graphs.
+        checked: whose turn it is to compute again what is kept from step to step.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class BranchState:
         self.clock: torch.Tensor | None = None
         self.thread: Thread | None = None
         self.entered = 0
+        self.checked = 0
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""

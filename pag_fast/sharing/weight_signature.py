@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.autocast import region_of
+
 # of peft's layers: scales by adapter, and which adapters count
 _ADAPTERS = ("scaling", "_active_adapter", "merged_adapters")
 _version = attrgetter("_version")
@@ -78,7 +80,7 @@ class WeightSignature:
         self._tensors = [x for x in values if x is not None]
         self._holding += owns
         self._held = list(chain.from_iterable(map(dict.values, self._holding)))
-        self._device = self._tensors[0].device.type if self._tensors else "cpu"
+        self._device = region_of(self._tensors)
         self._seen = self._glance()
 
     def _changed(self) -> bool:
