@@ -113,7 +113,7 @@ class PatchConfig(Settings):
         if self.graphs and self.compile:
             raise ValueError(
                 "graphs=True records launches of models that are not compiled: leave out compile, "
-                "or use compile=CompileConfig(mode='reduce-overhead'), which makes graphs of its "
+                "or use compile=CompileConfig(cuda_graphs=True), which makes graphs of its "
                 "own."
             )
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
