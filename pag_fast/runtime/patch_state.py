@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
@@ -18,15 +18,17 @@ from ..models.registry import controlnets, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
-from ..sharing.conditioning_cache import ConditioningCache
+from ..sharing.conditioning_cache import ConditioningCache, Invariant
 from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
+from .capture import Capture, capture_on
 from .compatibility import Compatibility
 from .compilation import Compilation, enough_graphs
 from .controlnets import InstalledControlNets
 from .entry import Entry
 from .findings import Findings
 from .frames import know_loops
+from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
@@ -206,6 +208,9 @@ class PatchState(BasicState):
         self._fusions: dict[int, tuple[Any, Fusion]] = {}
         self._controlnets: tuple[Any, InstalledControlNets] | None = None
         self.compilation: Compilation | None = None
+        # what records forwards, made in the first call that wants it
+        self.make_capture: Callable[[Any], Capture] = capture_on
+        self.capture: Capture | None = None
         # what is perturbed behind a running call that has named layers for itself
         self.lasting_layers: Any = None
 
@@ -328,6 +333,8 @@ class PatchState(BasicState):
         if self.compilation is not None:
             self.compilation.check_compiler(pipe.device.type)
         self.enter_models(pipe)
+        if self.capture is not None:
+            self.capture.bytes = 0
         regional = self.compilation is not None and self.compilation.config.regional
         sessions: list[Session] = []
         try:
@@ -421,6 +428,24 @@ class PatchState(BasicState):
         found = self._fusions.get(id(controlnet))
         if found is not None:
             found[1].forget()
+
+    def graphs(
+        self,
+        model: Any,
+        state: BranchState,
+        invariants: Iterable[Invariant],
+        nets: Sequence[Any],
+    ) -> Graphs | None:
+        """For one call: what records the forwards of a model, of one net or several, if wanted.
+
+        Raises:
+            ValueError: the model is on no device that can.
+        """
+        if not self.config.graphs:
+            return None
+        if self.capture is None:
+            self.capture = self.make_capture(next(uncompiled(model).parameters()).device)
+        return Graphs(self, self.capture, state, invariants, nets)
 
     def controlnets(self, controlnet: Any) -> InstalledControlNets:
         """What is put on the ControlNets, made anew when something changed."""

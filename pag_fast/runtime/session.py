@@ -26,6 +26,7 @@ from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
+from .graphs import Graphs
 from .guidance import scale_at, scales_ahead
 from .installation import Installation, is_eager
 from .instance_patch import Entry, InstancePatch
@@ -66,6 +67,8 @@ class Session:
         self.forwards = 0
         self.running_forward = False
         self.controlnets = ControlNets(self)
+        self._graphs: Graphs | None = None
+        self._pass = ""
         self._locals: dict[str, Any] = {}
         self._scales: dict[Any, Any] = {}
         self._looked_ahead: set[Any] = set()
@@ -89,6 +92,9 @@ class Session:
             self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
         self._rows = RowDecision(self.installed, self.patch, RowEquality())
+        self._graphs = self.patch.graphs(
+            denoiser, self.installed.state, self.installed.invariants.values(), [model]
+        )
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
@@ -102,6 +108,7 @@ class Session:
         self._locals = {}
         ours = [self._kept.forget, self.installed.forget] if self.pag else []
         undo_all(self.controlnets.end, *ours)
+        self._graphs = None
         if whole:
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
         if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
@@ -185,7 +192,10 @@ class Session:
             patch = installed.patch(fused=fused)
             return InstancePatch([*patch.entries, *behind]) if behind else patch
 
-        out = forward.run(make, installed.states, call)
+        if self._graphs is None:
+            out = forward.run(make, installed.states, call)
+        else:
+            out = self._graphs.run(forward, make(), installed.states, call, found)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
         if perturbs:  # a PAG pipeline may have begun in another thread meanwhile
@@ -275,6 +285,9 @@ class Session:
     ) -> None:
         """Write down, for everything on the model, what the forward that follows runs on."""
         state = self.installed.state
+        if self._difference is not None:
+            # steps with and without the perturbed rows take turns: what is kept has rows of both
+            state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
         self.advance(self._kept, call, found, same)
         align_residuals(call, len(layout), self.unit, state.slabs, self.installed.plan)
@@ -393,6 +406,8 @@ class Session:
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         self._kept.forget()
+        if self._graphs is not None:
+            self._graphs.forget()
         self.controlnets.forget()
 
     def combine(
