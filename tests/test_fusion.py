@@ -11,14 +11,13 @@ import pytest
 import tiny_hosts
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from launches import CountOps
+from launches import CountOps, fusion_of
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import pag_fast
-from pag_fast.fusion import Fusion
 from pag_fast.fusion.packed_linears import _WHOLES, PackedLinears
 from pag_fast.fusion.projections import QKV, TimeProjections
 from pag_fast.fusion.unit import UNIT
@@ -391,7 +390,7 @@ def test_pipelines_that_share_a_model_do_not_move_its_weights_in_turns():
 
 def test_weights_that_hooks_move_are_left_alone():
     unet = build(UNET).unet
-    fusion = Fusion(unet)
+    fusion = fusion_of(unet)
     with torch.no_grad():
         assert fusion.refresh() and len(fusion.summary()) == 3 and _wholes(unet)
         unet.mid_block._hf_hook = object()
@@ -473,7 +472,7 @@ def _alone_and_together(model, calls, fusion):
 def test_every_family(name):
     pipe = tiny_hosts.build(name)
     model, calls = _calls(pipe, name)
-    fusion = Fusion(model)
+    fusion = fusion_of(model)
     expected = [g for g in fusion.groups if isinstance(g, QKV)]
     promised = fusion.summary()
     alone, together, fewer = _alone_and_together(model, calls, fusion)
@@ -489,7 +488,7 @@ def test_every_family(name):
 
 def test_second_attention_of_sd35():
     pipe = build("StableDiffusion3PAGPipeline", sd35=True)
-    assert sum(isinstance(g, QKV) for g in Fusion(pipe.transformer).groups) == 6 * 2 + 4
+    assert sum(isinstance(g, QKV) for g in fusion_of(pipe.transformer).groups) == 6 * 2 + 4
 
 
 def _joined_attentions(fusion):
@@ -500,7 +499,7 @@ def _joined_attentions(fusion):
 def test_models_that_diffusers_has_fused_are_left_alone(name):
     pipe = tiny_hosts.build(name)
     model, calls = _calls(pipe, name)
-    fusion = Fusion(model)
+    fusion = fusion_of(model)
     alone, _, fewer = _alone_and_together(model, calls, fusion)
     assert fewer > 0
     if not hasattr(model, "fuse_qkv_projections"):
@@ -508,7 +507,7 @@ def test_models_that_diffusers_has_fused_are_left_alone(name):
     model.fuse_qkv_projections()
     if not any(getattr(m, "fused_projections", False) for m in model.modules()):
         pytest.skip(f"fuse_qkv_projections of {name} does nothing")
-    for again in (fusion, Fusion(model)):
+    for again in (fusion, fusion_of(model)):
         fused, together, fewer = _alone_and_together(model, calls, again)
         assert relative(fused, alone) < 1e-6 and relative(together, fused) < 1e-6
         assert "queries" not in " ".join(again.summary()) and not _joined_attentions(again)
@@ -519,21 +518,21 @@ def test_models_that_diffusers_has_fused_are_left_alone(name):
 def test_a_processor_of_an_equal_name_is_not_known():
     unet = build(UNET).unet
     unet.set_attn_processor(type("AttnProcessor2_0", (AttnProcessor2_0,), {})())
-    assert "queries" not in " ".join(Fusion(unet).summary())
+    assert "queries" not in " ".join(fusion_of(unet).summary())
 
 
 def test_layers_of_several_owners_run_apart():
     unet = build(UNET).unet
     resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
-    before = Fusion(unet).summary()[1]
+    before = fusion_of(unet).summary()[1]
     resnets[1].nonlinearity = resnets[0].nonlinearity
-    assert Fusion(unet).summary()[1] != before
+    assert fusion_of(unet).summary()[1] != before
 
 
 def test_a_model_on_the_meta_device_is_refreshed_again_and_again():
     """There is no autocast on that device, and asking for it is an error."""
     model = build(UNET).unet.to("meta")
-    fusion, x = Fusion(model), torch.randn(1, 4, 8, 8, device="meta")
+    fusion, x = fusion_of(model), torch.randn(1, 4, 8, 8, device="meta")
     text = torch.randn(1, 5, model.config.cross_attention_dim, device="meta")
     with torch.no_grad():
         for _ in range(3):

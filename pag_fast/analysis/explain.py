@@ -10,7 +10,7 @@ import torch
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Size
-from ..models.registry import controlnets, denoiser_name, uncompiled
+from ..models.registry import controlnets, denoiser_name, fusable_processors, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, host_of
 from ..runtime.compatibility import explain_lines, look
@@ -126,7 +126,9 @@ def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iter
 def _fusion(pipe: Any, net: Any, names: dict[str, int], config: PatchConfig) -> Fusion:
     """What ran in the latest call of a patched pipeline, or would run."""
     ran = getattr(getattr(pipe, "_pag_fast", None), "fusion_of", lambda _: None)(net)
-    return Fusion(net, names, traced=config.traces) if ran is None else ran
+    if ran is not None:
+        return ran
+    return Fusion(net, names, traced=config.traces, fusable=fusable_processors(net))
 
 
 def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Inputs
-from ..models.registry import family_of
+from ..models.registry import family_of, fusable_processors
 from ..perturbations import Identity
 from ..runtime.installation import Installation, forward_entries, perturbed_branches
 from ..runtime.instance_patch import InstancePatch, as_put_on
@@ -147,7 +147,7 @@ def controlnet_step(
     entries = forward_entries(state, plan.hooks(state, without=kept))
     entries += [(vars(x.module), "forward", x) for x in kept.values()]
     if eager:
-        fusion = Fusion(model, traced=False, state=state)
+        fusion = Fusion(model, traced=False, state=state, fusable=fusable_processors(model))
         with torch.no_grad():
             fusion.refresh()
         entries += fusion.entries

@@ -45,6 +45,8 @@ class Fusion:
         traced: join queries, keys and values of compiled modules too. Their compiler sees the one
             product; it would not join the weights itself.
         state: of the model, which says whose forward runs.
+        fusable: class names of diffusers' attention processors that take projections that are views
+            of one product: those of the model's description.
 
     Attributes:
         entries: ``(dict, key, value)`` of everything that has to be on the model while a forward of
@@ -58,8 +60,10 @@ class Fusion:
         *,
         traced: bool = False,
         state: BranchState | None = None,
+        fusable: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
+        self._fusable = fusable
         self.state = BranchState() if state is None else state
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
@@ -89,7 +93,9 @@ class Fusion:
             for parts, linears in attention_projections(name, module, perturbed.get(name, 3)):
                 if all(owners[id(linear)] == 1 for linear in linears):
                     ours = name in perturbed
-                    self.groups.append(QKV(self.state, module, parts, perturbed=ours))
+                    self.groups.append(
+                        QKV(self.state, module, parts, perturbed=ours, fusable=self._fusable)
+                    )
         if len(layers) > 1:
             self.groups.append(TimeProjections(self.state, layers))
 

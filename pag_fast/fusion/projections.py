@@ -74,6 +74,7 @@ class QKV(Group):
         names: of the layers. Perturbed attention projects V on rows for which it needs no queries
             and keys: there it is two.
         perturbed: our processor runs in this attention, whatever it has of its own.
+        fusable: class names of the processors of its own that take what is computed together.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class QKV(Group):
         names: Sequence[str],
         *,
         perturbed: bool = False,
+        fusable: frozenset[str] = frozenset(),
     ) -> None:
         children = [(attention, name, attention._modules[name]) for name in names]
         super().__init__(state, children)  # type: ignore[arg-type]
         self.attention = attention
         self.perturbed = perturbed
+        self.fusable = fusable
         # compiled graphs guard on these objects: they are made once
         query, *others = self.packed.linears
         self.members = [_Query(self, query)]
@@ -101,7 +104,7 @@ class QKV(Group):
 
     def is_whole(self) -> bool:
         fused = getattr(self.attention, "fused_projections", False)
-        known = (self.perturbed and not fused) or is_fusable(self.attention)
+        known = (self.perturbed and not fused) or is_fusable(self.attention, self.fusable)
         return known and super().is_whole()
 
 

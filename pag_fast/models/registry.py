@@ -87,6 +87,14 @@ def describe(model: nn.Module) -> ModelDescription:
 family_of = describe
 
 
+def fusable_processors(model: nn.Module) -> frozenset[str]:
+    """Class names of the processors of a model whose projections may be views of one product."""
+    denoiser, net = find(model), find_controlnet(model)
+    if denoiser is not None:
+        return denoiser.fusable_processors | set(denoiser.stock_processors or ())
+    return frozenset() if net is None else net.fusable_processors
+
+
 @functools.cache
 def stock_pag_processors() -> frozenset[type]:
     """Classes of the processors that PAG pipelines of diffusers put on a model while they run."""

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.layer_names import resolve, self_attentions, transformer_blocks
-from ..models.registry import family_of, has_compiled, stock_pag_processors
+from ..models.registry import family_of, fusable_processors, has_compiled, stock_pag_processors
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
@@ -148,11 +148,7 @@ class Installation:
         )
         keeps = eager and config.cache_conditioning
         self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
-        self.fusion: Fusion | None = None
-        if eager and config.fewer_launches:
-            self.fusion = Fusion(
-                denoiser, self.same_input(), traced=config.traces, state=self.state
-            )
+        self.fusion = self._fused(config) if eager and config.fewer_launches else None
         self._own = self._entries()
         self._patches: dict[bool, InstancePatch] = {}
         self._placed = self._with_constants()
@@ -160,6 +156,15 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _fused(self, config: PatchConfig) -> Fusion:
+        return Fusion(
+            self.denoiser,
+            self.same_input(),
+            traced=config.traces,
+            state=self.state,
+            fusable=fusable_processors(self.denoiser),
+        )
 
     def _block_actions(self, names: set[str]) -> dict[str, list[Any]]:
         """What happens to each branch in each block that is perturbed as a whole."""

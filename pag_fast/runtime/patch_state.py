@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
-from ..models.registry import controlnets, uncompiled
+from ..models.registry import controlnets, fusable_processors, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
@@ -412,7 +412,8 @@ class PatchState(BasicState):
         if found is None or found[0] != key:
             if found is not None:
                 found[1].release()
-            fusion = Fusion(controlnet, traced=self.config.traces, state=state)
+            known = fusable_processors(controlnet)
+            fusion = Fusion(controlnet, traced=self.config.traces, state=state, fusable=known)
             self._fusions[id(controlnet)] = found = key, fusion
         return found[1]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import PatchConfig
 from ..fusion import Fusion
+from ..models.registry import fusable_processors
 from ..runtime.patch_state import BasicState
 from ..runtime.undoing import undo_after_error, undo_all
 from ..sharing.rows import BranchState
@@ -69,7 +70,8 @@ class SagPatch(BasicState):
         key = [id(module) for module in model.modules()]
         if self._fusion is None or self._fusion[0] != key:
             self._release_fusion()
-            self._fusion = key, Fusion(model, traced=False, state=self.step)
+            known = fusable_processors(model)
+            self._fusion = key, Fusion(model, traced=False, state=self.step, fusable=known)
         return self._fusion[1]
 
     def release(self) -> None:
