@@ -13,15 +13,15 @@ CALLS = [
     Fault(
         "projections of any processor that diffusers has are joined",
         _FUSABLE,
-        "cls.__name__ in FUSABLE_PROCESSORS and cls.__module__.startswith",
+        "cls.__name__ in known and cls.__module__.startswith",
         "cls.__module__.startswith",
         tests_of("survivors", "processor"),
     ),
     Fault(
         "projections of a processor of an equal name are joined",
         _FUSABLE,
-        'known = cls.__name__ in FUSABLE_PROCESSORS and cls.__module__.startswith("diffusers.")',
-        "known = cls.__name__ in FUSABLE_PROCESSORS",
+        'stock = cls.__name__ in known and cls.__module__.startswith("diffusers.")',
+        "stock = cls.__name__ in known",
         tests_of("fusion", "equal_name"),
     ),
     Fault(
