@@ -30,7 +30,7 @@ from .forwards import Call, Forward
 from .instance_patch import InstancePatch
 
 if TYPE_CHECKING:
-    from .patch_state import BasicState
+    from .basic_state import BasicState
 
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
