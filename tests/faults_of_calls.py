@@ -7,21 +7,22 @@ from planting import Fault, tests_of
 _SHARING = "pag_fast/sharing/"
 _FUSABLE, _UNDOING = "pag_fast/fusion/processors.py", "pag_fast/runtime/undoing.py"
 _ENTRY, _PATCH_STATE = "pag_fast/runtime/entry.py", "pag_fast/runtime/patch_state.py"
+_LEASE = "pag_fast/runtime/lease.py"
 _INJECTED = "pag_fast/runtime/injected.py"
 
 CALLS = [
     Fault(
         "projections of any processor that diffusers has are joined",
         _FUSABLE,
-        "cls.__name__ in FUSABLE_PROCESSORS and cls.__module__.startswith",
+        "cls.__name__ in known and cls.__module__.startswith",
         "cls.__module__.startswith",
         tests_of("survivors", "processor"),
     ),
     Fault(
         "projections of a processor of an equal name are joined",
         _FUSABLE,
-        'known = cls.__name__ in FUSABLE_PROCESSORS and cls.__module__.startswith("diffusers.")',
-        "known = cls.__name__ in FUSABLE_PROCESSORS",
+        'stock = cls.__name__ in known and cls.__module__.startswith("diffusers.")',
+        "stock = cls.__name__ in known",
         tests_of("fusion", "equal_name"),
     ),
     Fault(
@@ -55,14 +56,14 @@ CALLS = [
     ),
     Fault(
         "nobody waits for the lease",
-        _ENTRY,
+        _LEASE,
         "if self._holder not in (0, me) or (self._passing and self._others_pass(me)):",
         "if False:",
         tests_of("one_user", "waiting_in_vain"),
     ),
     Fault(
         "the lease is taken in the middle of stock forwards",
-        _ENTRY,
+        _LEASE,
         "if self._holder not in (0, me) or (self._passing and self._others_pass(me)):",
         "if self._holder not in (0, me):",
         tests_of("one_user", "waiting_for and patched"),
@@ -76,7 +77,7 @@ CALLS = [
     ),
     Fault(
         "what is put on stays after an exception",
-        _ENTRY,
+        _LEASE,
         "return forward(*args, **kwargs) finally: self._take_off()",
         "out = forward(*args, **kwargs)\n        finally:\n            pass\n"
         "        self._take_off()\n        return out",

@@ -76,7 +76,8 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
 def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
     if name == "PixArtSigmaPAGPipeline":  # stock has nothing to compare with
         settings = [(cfg, adaptive) for cfg, adaptive in settings if not adaptive]
-    pipe = pag_fast.patch(build(name))
+    blocks = ONE_BLOCK if name == "StableDiffusionPAGPipeline" else {}
+    pipe = pag_fast.patch(build(name, **blocks))
     counter = _compile(pipe, name)
     expected = {}
     for _ in range(2):

@@ -70,9 +70,13 @@ def test_attention_arguments_of_a_call():
     assert relative(latents(pipe, call_kwargs(name, pipe, **arguments)), stock) < 1e-5
 
 
+_NOTHING_IN_THE_MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type": None}
+
+
 def test_inductor():
     """Of a UNet; ``test_compile.py`` has a transformer."""
-    pipe = build(UNET, **ONE_BLOCK)
+    layers = {"pag_applied_layers": ["up_blocks.0.attentions.1"]}
+    pipe = build(UNET, **{**ONE_BLOCK, **_NOTHING_IN_THE_MIDDLE, **layers})
     stock = latents(pipe, call_kwargs(UNET, pipe))
     pag_fast.patch(pipe, compile=True)
     for _ in range(2):

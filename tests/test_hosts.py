@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
+from shallow import LAYERS, SHALLOW
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -238,15 +239,27 @@ def test_nothing_is_left_behind(name, snapshot):
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [x for x in (SD, SD3, FLUX, WAN, "QwenImagePipeline", "LTXPipeline", "CogVideoXPipeline",
-                 "HunyuanVideoPipeline") if x in HOSTS],
-)  # fmt: skip
+# to compile: a block in front of the fork, one or two perturbed, and one behind
+_ONE_OF_THREE = ({"num_layers": 3}, [r"blocks\.1\."])
+_TWO_STACKS = ({"num_layers": 2, "num_single_layers": 3}, None)
+_COMPILED = {
+    SD: (SHALLOW[SD], LAYERS[SD]["middle"]),
+    SD3: _ONE_OF_THREE,
+    FLUX: _TWO_STACKS,
+    WAN: _ONE_OF_THREE,
+    "QwenImagePipeline": _ONE_OF_THREE,
+    "LTXPipeline": _ONE_OF_THREE,
+    "CogVideoXPipeline": _ONE_OF_THREE,
+    "HunyuanVideoPipeline": _TWO_STACKS,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in _COMPILED if name in HOSTS])
 def test_compiled_without_recompiling(name):
     """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
     torch._dynamo.reset()
-    pipe, layers = build(name), HOSTS[name].layers["middle"]
+    overrides, layers = _COMPILED[name]
+    pipe, layers = build(name, **overrides), layers or HOSTS[name].layers["middle"]
     eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
     config = CompileConfig(backend="eager")
     before = counters["stats"]["unique_graphs"]

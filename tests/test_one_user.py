@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from numerics import observing, relative
 
 import pag_fast
-from pag_fast.runtime import entry as entries
+from pag_fast.runtime import lease as leases
 from pag_fast.runtime.entry import Entry
 
 SD, PAG, FLUX = "StableDiffusionPipeline", "StableDiffusionPAGPipeline", "FluxPipeline"
@@ -470,7 +470,7 @@ def test_shared_controlnets(shared):
 
 def _alone(entry):
     with entry.alone("a patched pipeline"):
-        return entry.run(entries.InstancePatch.nothing, (), {})
+        return entry.run(leases.InstancePatch.nothing, (), {})
 
 
 def test_a_multicontrolnet_entered_from_both_sides():
@@ -509,7 +509,7 @@ def test_a_multicontrolnet_entered_from_both_sides():
 
 def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, snapshot):
     (first, second), alone = _two()
-    monkeypatch.setattr(entries, "PATIENCE", 0.3)
+    monkeypatch.setattr(leases, "PATIENCE", 0.3)
     before, seen = snapshot(first), []
 
     @observing
@@ -540,7 +540,7 @@ def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
     picture = {"image": torch.zeros(1, 3, 16, 16), "strength": 1.0}
     _patched(pipe)
     alone = _run(pipe)
-    monkeypatch.setattr(entries, "PATIENCE", 0.3)
+    monkeypatch.setattr(leases, "PATIENCE", 0.3)
 
     def stock():
         kwargs = tiny_hosts.call_kwargs("StableDiffusionImg2ImgPipeline", sibling, steps=STEPS)
@@ -638,7 +638,7 @@ def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, m
             assert all(relative(x, alone[0]) < 1e-5 for x in found.result(120))
     # forwards of the one wait for those of the other
     with Entry.of(wrapped.unet).alone("somebody"), ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(entries, "PATIENCE", 0.2)
+        monkeypatch.setattr(leases, "PATIENCE", 0.2)
         waits = pool.submit(_run, raw)
         with pytest.raises(ValueError, match="for a model that somebody is running"):
             waits.result(60)

@@ -62,6 +62,7 @@ def explain(
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
     ]
+    notes += _graphs(found)
     predicted = _predict(model, nets, layers, config, size, host, notes) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
@@ -86,6 +87,13 @@ def explain(
         frames=size.frames,
         source=host.source if host is not None and tuple(layers) == host.layers else "",
     )
+
+
+def _graphs(found: Any) -> Iterator[str]:
+    """What graphs there were in the calls so far."""
+    capture = getattr(found, "capture", None)
+    if capture is not None:
+        yield f"graphs of forwards: {capture.bytes / 2**20:.0f} MiB held while a call runs"
 
 
 def _describe(branch: PerturbedBranch) -> str:

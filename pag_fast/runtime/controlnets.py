@@ -15,6 +15,7 @@ from .entry import Entry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
+from .graphs import Graphs
 from .installation import forward_entries, is_eager
 from .instance_patch import InstancePatch
 
@@ -83,6 +84,7 @@ class ControlNets:
         self._equality = RowEquality()
         self._slabs: tuple[int, int] | None = None
         self.kept: ConditioningCache | None = None
+        self._graphs: Graphs | None = None
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of the running call."""
@@ -97,6 +99,9 @@ class ControlNets:
         installed = session.patch.controlnets(controlnet)
         if self.kept is None:
             self.kept = ConditioningCache(installed.state, installed.invariants)
+            self._graphs = session.patch.graphs(
+                controlnet, installed.state, installed.invariants, installed.nets
+            )
         forward = Forward(entry, uncompiled(controlnet), args, kwargs)
         found = Findings.together([session.patch.look(net) for net in installed.nets])
         found.refuse()
@@ -108,11 +113,13 @@ class ControlNets:
         try:
             call = self.rows(call, rows, installed, found)
             session.advance(self.kept, call, found, same)
-            out = forward.run(
-                lambda: installed.instance_patch(fused=fused),
-                (installed.state,),
-                call,
-            )
+            if self._graphs is None:
+                out = forward.run(
+                    lambda: installed.instance_patch(fused=fused), (installed.state,), call
+                )
+            else:
+                patch = installed.instance_patch(fused=fused)
+                out = self._graphs.run(forward, patch, (installed.state,), call, found)
         finally:
             installed.left()
         if session.patch.compilation is not None:
@@ -127,6 +134,8 @@ class ControlNets:
         """Free what is kept."""
         if self.kept is not None:
             self.kept.forget()
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def end(self) -> None:
         """The call is over."""

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.registry import fusable_processors
-from ..runtime.patch_state import BasicState
+from ..runtime.basic_state import BasicState
 from ..runtime.undoing import undo_after_error, undo_all
 from ..sharing.rows import BranchState
 from .attention import RememberingSelfAttention
