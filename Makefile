@@ -27,7 +27,7 @@ $(STAMP): $(PACKAGE) constraints/dev.txt constraints/addons.txt
 	@touch $@
 
 test: $(STAMP) ## Run every test, two at a time
-	$(PYTEST) -q -n 2
+	$(PYTEST) -q -n 2 --dist worksteal
 
 $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -35,7 +35,7 @@ $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffusers and transformers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .

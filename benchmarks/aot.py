@@ -41,7 +41,7 @@ SHARED: dict[int | str, int] = {
     "gfx1100": 65536,
 }
 # instructions of a warp for 1,000 scores, at most, in half precision at head dimensions up to 128
-MOST: dict[int | str, int] = {80: 500, 86: 500, 89: 500, 90: 400, 100: 400, 120: 750}
+MOST: dict[int | str, int] = {80: 500, 86: 500, 89: 500, 90: 400, 100: 500, 120: 900}
 
 
 def compile_for(build: Build, chip: int | str) -> dict[str, int]:

@@ -54,6 +54,11 @@ class PatchConfig(Settings):
             next to each other in memory until the pipeline is unpatched.
         compile: compile the denoiser and its ControlNets until the pipeline is unpatched; ``True``,
             or a :class:`CompileConfig`.
+        graphs: on a CUDA device, record the forwards of the denoiser and its ControlNets from the
+            second step of a call on, and launch them again without their Python: for small batches,
+            where a step waits for it. Needs no compiler. A call holds the memory that its forwards
+            use, once more. Writes through ``.data`` into weights whose outputs are kept
+            (``cache_conditioning``) are not noticed there.
         reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
             and another picture than without.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
@@ -73,6 +78,7 @@ class PatchConfig(Settings):
     cache_conditioning: bool = True
     fewer_launches: bool = True
     compile: bool | CompileConfig = False
+    graphs: bool = False
     reuse: Reuse | None = None
     exact_layers: bool = False
     strict: bool = False
@@ -95,6 +101,7 @@ class PatchConfig(Settings):
             "share_branches",
             "cache_conditioning",
             "fewer_launches",
+            "graphs",
             "exact_layers",
             "strict",
         ):
@@ -103,7 +110,12 @@ class PatchConfig(Settings):
             raise ValueError(
                 f"compile must be True, False or a CompileConfig; got {self.compile!r}."
             )
-
+        if self.graphs and self.compile:
+            raise ValueError(
+                "graphs=True records launches of models that are not compiled: leave out compile, "
+                "or use compile=CompileConfig(cuda_graphs=True), which makes graphs of its "
+                "own."
+            )
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
             raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
 
@@ -146,6 +158,7 @@ class PatchConfig(Settings):
             rescale_mode=None,
             rescale=None,
             reuse=None,
+            graphs=False,
             strict=False,
         )
 

@@ -25,9 +25,10 @@ from .pipelines.registry import (
     describe_pipeline,
     host_of,
 )
+from .runtime.basic_state import BasicState
 from .runtime.entry import check_entry
 from .runtime.installation import perturbed_branches
-from .runtime.patch_state import BasicState, PatchState
+from .runtime.patch_state import PatchState
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
 

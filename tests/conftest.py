@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,13 @@ diffusers.logging.set_verbosity_error()
 # benchmarks/gpu_suite.sh runs the tests of the kernels on a GPU, compiled
 if "PAG_FAST_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["PAG_FAST_TEST_DEVICE"])
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage, many while Dynamo traces, skip it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

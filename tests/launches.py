@@ -8,6 +8,8 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pag_fast.analysis.kernel_counts import is_launch
+from pag_fast.fusion import Fusion
+from pag_fast.models.registry import fusable_processors
 
 
 @pytest.fixture
@@ -50,3 +52,8 @@ class CountOps(TorchDispatchMode):
         if is_launch(func) and not name.startswith("pag_fast::"):
             self.ops[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def fusion_of(model, *args, **options):
+    """A :class:`Fusion` with what the model's description says of its processors."""
+    return Fusion(model, *args, fusable=fusable_processors(model), **options)

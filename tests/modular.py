@@ -11,6 +11,7 @@ from typing import Any
 import tiny
 import tiny_hosts
 import torch
+from copies import made_once
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from numerics import relative
 from slow import FixedJoint
@@ -65,6 +66,7 @@ _XL = {
 _DIT = {"default": None, "several": [2, 3], "last": 5, "first": 0}
 
 
+@made_once
 def case(name: str, batch: int = 2, **overrides: Any) -> Case:
     """``"sd"``, ``"xl"``, ``"motion"``, ``"sd3"``, ``"sd35"``, ``"hunyuan"``, …
 

@@ -93,6 +93,17 @@ def test_streams_are_in_the_order_of_outputs(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_model_as_it_is_made_runs_processors_that_are_fusable(name):
+    """And every one that is named is a class of diffusers."""
+    model = MODELS[name]()
+    known = models.fusable_processors(model)
+    own = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
+    assert known & own
+    places = diffusers.models.attention_processor, inspect.getmodule(type(model))
+    assert all(any(hasattr(place, found) for place in places) for found in known)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_repeated_blocks_are_those_of_diffusers(name):
     model = MODELS[name]()
     kinds = {type(module).__name__ for module in model.modules()}

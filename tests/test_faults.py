@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from numerics import observing, relative
@@ -43,6 +45,14 @@ def _reached(pipe, name):
     return list(dict.fromkeys(ran))
 
 
+def _of_each_kind(modules):
+    """The first and the last of all modules whose paths differ in numbers alone."""
+    kinds = {}
+    for part, path in modules:
+        kinds.setdefault((part, re.sub(r"\d+", "N", path)), []).append((part, path))
+    return list(dict.fromkeys(x for found in kinds.values() for x in (found[0], found[-1])))
+
+
 @pytest.mark.parametrize(("error", "when"), [(Injected, "before"), (KeyboardInterrupt, "after")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_error_at_every_module(name, error, when, snapshot):
@@ -51,6 +61,8 @@ def test_error_at_every_module(name, error, when, snapshot):
     pag_fast.patch(pipe)
     modules = _reached(pipe, name)
     assert len(modules) > 50
+    if (name, when) != (FAMILIES[0], "before"):
+        modules = _of_each_kind(modules)
     before = snapshot(pipe)
 
     @observing

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
+from shallow import LAYERS, SHALLOW
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -39,11 +40,12 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
 
 
 def _everywhere():
-    """Every pipeline with a fork in the middle, without CFG, and with every layer perturbed."""
-    settings = [("middle", True, 2), ("middle", False, 1), ("all", True, 1)]
-    for name in HOSTS:
-        for layers, cfg, batch in settings:
-            yield name, layers, cfg, batch
+    """Every pipeline with a fork in the middle and without CFG; of each denoiser one with all."""
+    for name, spec in HOSTS.items():
+        yield name, "middle", True, 2
+        yield name, "middle", False, 1
+        if spec.brings_a_model or spec.like in tiny.FAMILIES:
+            yield name, "all", True, 1
 
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), _everywhere())
@@ -159,6 +161,37 @@ def test_skip_layer_guidance_of_sd3_is_left_alone():
     assert relative(both, plain) > 1e-4
 
 
+@pytest.mark.parametrize("mode", [None, "cfg", "full", "partial", "snf"])
+def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
+    """Its own term, ``k·(cond − skipped)``, is added to what PAG's guidance makes of the others."""
+    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    rescale = {"rescale_mode": mode} if mode else {}
+    if mode not in (None, "snf"):
+        rescale["rescale"] = 0.7
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    skip |= {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_scale": 20.0}
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, **rescale):
+        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(SD3, pipe, steps=2, **skip))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    # diffusers skips no layers in the first step
+    _, three, skipped = predicted
+    uncond, cond, perturbed = three.chunk(3)
+    truth = reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **rescale)
+    assert relative(combined[1], truth) > 1e-3
+    assert relative(combined[1], truth + 20.0 * (cond - skipped)) < 1e-5
+
+
 @pytest.mark.parametrize("name", [SD, FLUX, LUMINA])
 def test_a_callback_that_changes_the_prompt(name):
     """Copies of the prompt that were made for the perturbed rows follow it."""
@@ -206,15 +239,27 @@ def test_nothing_is_left_behind(name, snapshot):
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [SD, SD3, FLUX, WAN, "QwenImagePipeline", "LTXPipeline", "CogVideoXPipeline",
-     "HunyuanVideoPipeline"],
-)  # fmt: skip
+# to compile: a block in front of the fork, one or two perturbed, and one behind
+_ONE_OF_THREE = ({"num_layers": 3}, [r"blocks\.1\."])
+_TWO_STACKS = ({"num_layers": 2, "num_single_layers": 3}, None)
+_COMPILED = {
+    SD: (SHALLOW[SD], LAYERS[SD]["middle"]),
+    SD3: _ONE_OF_THREE,
+    FLUX: _TWO_STACKS,
+    WAN: _ONE_OF_THREE,
+    "QwenImagePipeline": _ONE_OF_THREE,
+    "LTXPipeline": _ONE_OF_THREE,
+    "CogVideoXPipeline": _ONE_OF_THREE,
+    "HunyuanVideoPipeline": _TWO_STACKS,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in _COMPILED if name in HOSTS])
 def test_compiled_without_recompiling(name):
     """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
     torch._dynamo.reset()
-    pipe, layers = build(name), HOSTS[name].layers["middle"]
+    overrides, layers = _COMPILED[name]
+    pipe, layers = build(name, **overrides), layers or HOSTS[name].layers["middle"]
     eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
     config = CompileConfig(backend="eager")
     before = counters["stats"]["unique_graphs"]
@@ -235,7 +280,8 @@ def test_what_depends_on_the_prompt_runs_once_for_each_pass():
     counted = []
     with pag_fast.patched(pipe, HOSTS[FLUX].layers["middle"]), _Products(weight, counted):
         latents(pipe, call_kwargs(FLUX, pipe, steps=4))
-    assert len(calls) == 8 and len(counted) == 2
+    # three steps compute one of the two kept modules again, in turn, in the first of their passes
+    assert len(calls) == 8 and len(counted) == 2 + 1
 
 
 class _Products(TorchFunctionMode):

@@ -18,8 +18,11 @@ TOGETHER += ["CogVideoXPipeline", "HunyuanVideoPipeline", "StableDiffusion3Pipel
 TOGETHER += ["PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline", "StableDiffusionPipeline"]
 TOGETHER += ["StableDiffusionXLPipeline", "AnimateDiffPipeline"]
 PAG = ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline", "SanaPAGPipeline"]
-HOW = ["identity", "soft", "blur", "blur_map", "noise", "shuffle", "skip", BlurredQueries(0.7)]
-CASES = [(tiny_hosts, n) for n in TOGETHER if n in tiny_hosts.HOSTS] + [(tiny, n) for n in PAG]
+HOW = ["identity", "blur", "blur_map", "noise", "shuffle", "skip"]
+# as identity and "blur", but for a number: with PAG's own pipelines alone
+NUMBERS = ["soft", BlurredQueries(0.7)]
+CASES = [(tiny_hosts, n, how) for n in TOGETHER if n in tiny_hosts.HOSTS for how in HOW]
+CASES += [(tiny, n, how) for n in PAG for how in (*HOW, *NUMBERS)]
 
 
 @functools.cache
@@ -32,8 +35,9 @@ def _picked(value, rows):
     return value[rows] if batch else value
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize(("module", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("module", "name", "how"), CASES, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_alone_in_a_batch_and_swapped(module, name, how):
     pipe = _pipe(module, name)
     specs = module.PIPELINES if module is tiny else module.HOSTS

@@ -13,10 +13,11 @@ import pytest
 import tiny
 import tiny_hosts
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from numerics import observing, relative
 
 import pag_fast
-from pag_fast.runtime import entry as entries
+from pag_fast.runtime import lease as leases
 from pag_fast.runtime.entry import Entry
 
 SD, PAG, FLUX = "StableDiffusionPipeline", "StableDiffusionPAGPipeline", "FluxPipeline"
@@ -382,7 +383,7 @@ def test_four_kinds_of_users_of_one_unet():
 
 
 def test_a_guider_and_a_patched_pipeline_on_one_unet():
-    from pag_fast.guiders.arming import Armed
+    arming = pytest.importorskip("pag_fast.guiders.arming", exc_type=ImportError)
 
     pipe = _patched(tiny_hosts.build(SD))
     alone, seen = _run(pipe), []
@@ -396,7 +397,7 @@ def test_a_guider_and_a_patched_pipeline_on_one_unet():
     x, text = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 12)
 
     def other(guider=guider):
-        armed = Armed(pipe.unet, guider.run)
+        armed = arming.Armed(pipe.unet, guider.run)
         with torch.no_grad():
             seen.append(pipe.unet(x, 7, encoder_hidden_states=text).sample)
         armed.disarm()
@@ -406,7 +407,7 @@ def test_a_guider_and_a_patched_pipeline_on_one_unet():
     assert torch.equal(together, alone)
     assert torch.equal(seen[1], seen[3])
     # one whose loop raised before its forward came: it does not take ours for his
-    Armed(pipe.unet, guider.run)
+    arming.Armed(pipe.unet, guider.run)
     del guider, other
     gc.collect()
     assert torch.equal(_run(pipe), alone)
@@ -469,7 +470,7 @@ def test_shared_controlnets(shared):
 
 def _alone(entry):
     with entry.alone("a patched pipeline"):
-        return entry.run(entries.InstancePatch.nothing, (), {})
+        return entry.run(leases.InstancePatch.nothing, (), {})
 
 
 def test_a_multicontrolnet_entered_from_both_sides():
@@ -508,7 +509,7 @@ def test_a_multicontrolnet_entered_from_both_sides():
 
 def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, snapshot):
     (first, second), alone = _two()
-    monkeypatch.setattr(entries, "PATIENCE", 0.3)
+    monkeypatch.setattr(leases, "PATIENCE", 0.3)
     before, seen = snapshot(first), []
 
     @observing
@@ -539,7 +540,7 @@ def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
     picture = {"image": torch.zeros(1, 3, 16, 16), "strength": 1.0}
     _patched(pipe)
     alone = _run(pipe)
-    monkeypatch.setattr(entries, "PATIENCE", 0.3)
+    monkeypatch.setattr(leases, "PATIENCE", 0.3)
 
     def stock():
         kwargs = tiny_hosts.call_kwargs("StableDiffusionImg2ImgPipeline", sibling, steps=STEPS)
@@ -594,6 +595,58 @@ def test_a_second_call_of_one_pipeline_is_refused():
     assert all("already running" in x for x in got if isinstance(x, str))
 
 
+@pytest.fixture
+def stance(request):
+    """A compiler as it is, or given up: then a wrapper calls the model that it has wrapped."""
+    torch._dynamo.reset()
+    with torch.compiler.set_stance(request.param):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("stance", "wrapped_first"),
+    [("default", True), ("force_eager", True), ("force_eager", False)],
+    indirect=["stance"],
+)
+def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, monkeypatch):
+    """``torch.compile(unet)`` is another module, and runs the same ones."""
+    raw = tiny_hosts.build(SD)
+    wrapped = _sibling(raw, unet=torch.compile(raw.unet, backend="eager"))
+    pipes, alone = (raw, wrapped), []
+    for pipe in pipes:
+        _patched(pipe)
+        alone.append(_run(pipe))
+        pag_fast.unpatch(pipe)
+    assert relative(*alone) < 1e-5
+    for pipe in reversed(pipes) if wrapped_first else pipes:
+        _patched(pipe)
+    assert Entry.of(raw.unet) is not Entry.of(wrapped.unet)
+    assert Entry.of(raw.unet).lease is Entry.of(wrapped.unet).lease
+    for pipe, other in (pipes, pipes[::-1]):
+        seen = []
+        nested = _once(lambda seen=seen, other=other: seen.append(_run(other)), 1)
+        assert relative(_run(pipe, **nested), alone[0]) < 1e-5
+        assert relative(seen[0], alone[0]) < 1e-5
+    start = threading.Barrier(2)
+
+    def run(pipe):
+        start.wait(60)
+        return [_run(pipe) for _ in range(2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(run, pipe) for pipe in pipes]:
+            assert all(relative(x, alone[0]) < 1e-5 for x in found.result(120))
+    # forwards of the one wait for those of the other
+    with Entry.of(wrapped.unet).alone("somebody"), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(leases, "PATIENCE", 0.2)
+        waits = pool.submit(_run, raw)
+        with pytest.raises(ValueError, match="for a model that somebody is running"):
+            waits.result(60)
+    for pipe in pipes:
+        pag_fast.unpatch(pipe)
+    assert not relative(_run(raw), alone[0]) < 1e-5
+
+
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_wrapped_model_has_its_methods(name):
     """``torch.compile(pipe.unet)`` has none of its own; PAG pipelines set processors in a call."""
@@ -605,3 +658,106 @@ def test_a_wrapped_model_has_its_methods(name):
     assert pipe.unet.attn_processors == expected
     pag_fast.unpatch(pipe)
     assert "set_attn_processor" not in vars(pipe.unet)
+
+
+# ---- a stock PAG pipeline has its processors on the model for all of its call ----
+
+
+class _Beside:
+    """A stock PAG sibling that runs in another thread: its call begins, waits, and ends.
+
+    Its ``layers`` run its processors from begin to end.
+    """
+
+    def __init__(self, pipe, layers):
+        self.pipe = _sibling(pipe, PAG)
+        self.pipe.set_pag_applied_layers(layers)
+        self.alone = _run(self.pipe, PAG)
+        self._inside, self._go_on = threading.Event(), threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+
+    def begin(self, wait=True):
+        waits = _once(lambda: (self._inside.set(), self._go_on.wait(60)))
+        self._result = self._pool.submit(_run, self.pipe, PAG, **waits)
+        assert not wait or self._inside.wait(60)
+
+    def end(self):
+        self._go_on.set()
+        assert torch.equal(self._result.result(60), self.alone)
+
+
+def _left_behind(pipe):
+    kinds = {type(x).__name__ for x in pipe.unet.attn_processors.values()}
+    return {kind for kind in kinds if "PAG" in kind}
+
+
+@pytest.mark.parametrize("name", [SD, PAG])
+def test_a_stock_pag_pipeline_beside_ours_on_the_same_layers(name):
+    pipe = _module(name).build(name)
+    beside = _Beside(pipe, ["mid"])
+    _patched(pipe, name)
+    alone = _run(pipe, name)
+    # it begins first, and ends in the middle of ours
+    beside.begin()
+    assert torch.equal(_run(pipe, name, **_once(beside.end, 1)), alone)
+    assert not _left_behind(pipe)
+    # it begins in the middle of ours, and ends last
+    beside = _Beside(pipe, ["mid"])
+    assert torch.equal(_run(pipe, name, **_once(beside.begin, 1)), alone)
+    beside.end()
+    assert not _left_behind(pipe)
+    assert torch.equal(_run(pipe, name), alone)
+
+
+@pytest.mark.parametrize("layers", [["down_blocks.1"], ["up_blocks.2"]], ids=str)
+@pytest.mark.parametrize("name", [SD, PAG])
+def test_a_stock_pag_pipeline_beside_ours_on_other_layers_is_refused(name, layers):
+    """Only that pipeline knows what it has put its processors in the place of."""
+    pipe = _module(name).build(name)
+    beside = _Beside(pipe, layers)
+    _patched(pipe, name)
+    alone = _run(pipe, name)
+    beside.begin()
+    with pytest.raises(ValueError, match="which a PAG pipeline that shares this model has put"):
+        _run(pipe, name)
+    beside.end()
+    assert not _left_behind(pipe)
+    assert torch.equal(_run(pipe, name), alone)
+
+
+@pytest.mark.parametrize("layers", [["mid"], ["up_blocks.2"]], ids=str)
+def test_a_stock_pag_pipeline_that_begins_in_the_middle_of_our_forward(layers):
+    pipe = tiny_hosts.build(SD)
+    beside = _Beside(pipe, layers)
+    _patched(pipe)
+    alone, begun = _run(pipe), []
+
+    def begin(*_):
+        if not begun and pipe._pag_fast.session is not None:
+            begun.append(1)
+            beside.begin(wait=False)
+            while not _left_behind(pipe):
+                pass
+
+    handle = pipe.unet.conv_in.register_forward_hook(observing(begin))
+    with pytest.raises(ValueError, match="PAG pipeline that shares this model has"):
+        _run(pipe)
+    beside.end()
+    handle.remove()
+    assert begun and not _left_behind(pipe)
+    assert torch.equal(_run(pipe), alone)
+
+
+def test_processors_that_a_pag_pipeline_has_left_are_told():
+    """Stock leaves them where an error ends its call."""
+    pipe = tiny_hosts.build(SD)
+    sibling = _sibling(pipe, PAG)
+    sibling.set_pag_applied_layers(["up_blocks.2"])
+    _patched(pipe)
+    alone = _run(pipe)
+    with pytest.raises(ZeroDivisionError):
+        _run(sibling, PAG, **_once(lambda: 1 / 0))
+    with pytest.raises(ValueError, match="or an error has ended it"):
+        _run(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(_run(pipe), alone)

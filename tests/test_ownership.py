@@ -15,7 +15,7 @@ import torch
 from numerics import relative
 
 import pag_fast
-from pag_fast.runtime import entry
+from pag_fast.runtime import lease as leases
 from pag_fast.runtime.instance_patch import InstancePatch
 
 PAG, HOST = "StableDiffusionXLPAGPipeline", "StableDiffusionXLPipeline"
@@ -232,7 +232,7 @@ def test_a_callback_that_runs_the_model_itself(pair):
 
 def test_waiting_in_vain_names_both(pair, monkeypatch):
     patched, stock, expected, alone = pair
-    monkeypatch.setattr(entry, "PATIENCE", 0.5)
+    monkeypatch.setattr(leases, "PATIENCE", 0.5)
     lease = vars(patched.unet)["_compiled_call_impl"].lease
     begun, over = threading.Event(), threading.Event()
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from numerics import relative
-from tiny import PIPELINES, build, call_kwargs, latents
+from tiny import PIPELINES, build, call_kwargs, every, latents
 
 import pag_fast
 
@@ -20,17 +20,12 @@ def _pipe(name, layers):
 
 
 @pytest.mark.parametrize(
-    ("layers", "cfg", "batch"),
-    [
-        ("default", True, 1),
-        ("default", False, 2),
-        ("middle", True, 2),
-        ("middle", False, 1),
-        ("last", True, 1),
-        ("all", False, 2),
-    ],
+    ("name", "layers", "cfg", "batch"),
+    every(
+        [("default", True, 1), ("default", False, 2), ("middle", True, 2)],
+        [("middle", False, 1), ("last", True, 1), ("all", False, 2)],
+    ),
 )
-@pytest.mark.parametrize("name", PIPELINES)
 def test_patched_equals_stock(name, layers, cfg, batch):
     pipe = _pipe(name, layers)
 
@@ -58,8 +53,7 @@ def test_perturbing_matters(name):
         assert relative(with_pag, without) > 1e-3
 
 
-@CFG
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(("name", "cfg"), every([(True,)], [(False,)]))
 def test_bfloat16_errs_no_more_than_stock(name, cfg):
     layers = PIPELINES[name].layers["middle"]
 

@@ -180,20 +180,22 @@ def test_a_branch_has_the_calls_scale_unless_it_has_its_own():
     assert relative(patched, other) > 1e-3
 
 
-def test_an_adaptive_scale_lowers_every_branch():
+def test_an_adaptive_scale_lowers_every_branch(monkeypatch):
     """At 1000 − t = 250 and 500: scales 1 and 3 have 0.5 and 2.5, then 0 and 2."""
     pipe = _pipe(SD)
     branches = [Branch("mid", "identity", 1.0), Branch("up_blocks.1", "identity", 3.0)]
     seen = []
     with pag_fast.patched(pipe, branches=branches):
         kwargs = _kwargs(SD, pipe, steps=4, pag_adaptive_scale=0.002)
-        at = pipe._pag_fast
+        combine = pipe._apply_perturbed_attention_guidance
 
-        def look(pipe, step, t, values):
-            seen.append((float(t), at.session.ran[1]))
-            return {}
+        def look(noise_pred, cfg, guidance_scale, t, *rest):
+            seen.append((float(t), pipe._pag_fast.session.ran[1]))
+            return combine(noise_pred, cfg, guidance_scale, t, *rest)
 
-        latents(pipe, {**kwargs, "callback_on_step_end": look})
+        monkeypatch.setattr(pipe, "_apply_perturbed_attention_guidance", look, raising=False)
+        latents(pipe, kwargs)
+    assert len(seen) == 4
     for t, scales in seen:
         assert scales == pytest.approx([max(0, s - 0.002 * (1000 - t)) for s in (1.0, 3.0)])
     assert seen[-1][1][0] == 0.0 < seen[-1][1][1]

@@ -557,3 +557,59 @@ def test_is_listed():
     assert "StableDiffusionSAGPipeline" in pag_fast.supported_pipelines()
     with pytest.raises(ValueError, match="and StableDiffusionSAGPipeline"):
         pag_fast.patch(SimpleNamespace())
+
+
+# ---- a call checks itself ----
+
+
+def _other_unet(pipe):
+    pipe.unet = copy.deepcopy(pipe.unet)
+
+
+def _compiled_in_place(pipe):
+    pipe.unet.compile(backend="eager")
+
+
+def _wrapped(pipe):
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def _in_callback(change, at=0):
+    def callback(step, timestep, x):
+        if step == at:
+            change()
+
+    return {"callback": callback, "num_inference_steps": 3}
+
+
+@pytest.mark.parametrize("change", [_other_unet, _compiled_in_place, _wrapped])
+def test_a_unet_that_a_callback_takes_away_is_told(change):
+    torch._dynamo.reset()
+    expected = _latents(_build(), num_inference_steps=3)
+    pipe = pag_fast.patch(_build())
+    with pytest.warns(UserWarning, match="compiled or replaced during the call"):
+        found = _latents(pipe, **_in_callback(lambda: change(pipe)))
+    if change is not _other_unet:  # whose map stock does not see, either
+        assert relative(found, expected) < 1e-5
+    pipe = pag_fast.patch(_build(), strict=True)
+    with pytest.raises(ValueError, match=r"compiled or replaced during the call.*strict=True"):
+        _latents(pipe, **_in_callback(lambda: change(pipe)))
+
+
+def test_passes_that_do_not_come_are_told():
+    pipe = pag_fast.patch(_build(), strict=True)
+    unet = pipe.unet
+
+    def other_for_one_step(step, timestep, x):
+        pipe.unet = copy.deepcopy(unet) if step == 0 else unet
+
+    with pytest.raises(ValueError, match=r"2 of 3 guided passes"):
+        _latents(pipe, callback=other_for_one_step, num_inference_steps=3)
+    _latents(pipe)
+
+
+def test_a_call_that_ends_as_it_should_tells_nothing():
+    pipe = pag_fast.patch(_build(diffusers.PNDMScheduler(skip_prk_steps=True)), strict=True)
+    for scale in (0.75, 0.0):
+        _latents(pipe, sag_scale=scale, num_inference_steps=3)
+    assert not pipe._pag_fast.fallbacks

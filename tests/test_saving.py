@@ -7,21 +7,21 @@ import io
 import os
 import pickle
 from contextlib import contextmanager
-from threading import get_ident
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launches import fusion_of
 from numerics import relative
 from safetensors.torch import load_file, save_file, save_model
 from tiny import build
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from pag_fast.fusion import Fusion
 from pag_fast.fusion.packed_linears import _WHOLES
 from pag_fast.sharing.replacement import MISSING, Replacement
 from pag_fast.sharing.rows import BranchState
+from pag_fast.sharing.threads import HERE
 
 UNET = "StableDiffusionPAGPipeline"
 OPTIONAL = ("peft",)
@@ -33,7 +33,7 @@ class Joined:
     def __init__(self) -> None:
         self.pipe, self.stock = build(UNET), build(UNET)
         self.state = BranchState()
-        self.fusion = Fusion(self.pipe.unet, state=self.state)
+        self.fusion = fusion_of(self.pipe.unet, state=self.state)
         self.run()
         assert self.members() and wholes(self.pipe.unet)
 
@@ -46,9 +46,8 @@ class Joined:
         fusion = self.fusion
         with torch.no_grad():
             fusion.refresh()
-        fusion.begin()
         self.state.step += 1
-        self.state.thread = get_ident()
+        self.state.thread = HERE.me
         before = [(own, key, own.get(key, MISSING)) for own, key, _ in fusion.entries]
         for (own, key, value), (_, _, was) in zip(fusion.entries, before, strict=True):
             if isinstance(value, Replacement):
@@ -57,7 +56,7 @@ class Joined:
         try:
             yield
         finally:
-            self.state.thread = 0
+            self.state.thread = None
             for own, key, was in before:
                 own.pop(key) if was is MISSING else own.update({key: was})
             fusion.forget()
@@ -425,7 +424,7 @@ def test_gradients(joined):
 
 def test_joined_in_inference_mode_and_trained_later():
     pipe = build(UNET)
-    fusion = Fusion(pipe.unet)
+    fusion = fusion_of(pipe.unet)
     with torch.inference_mode():
         assert fusion.refresh() and wholes(pipe.unet)
     assert not any(p.is_inference() or p.data.is_inference() for p in pipe.unet.parameters())

@@ -92,8 +92,7 @@ def test_layer_sets(name):
     assert executed[-1] not in sets["middle"]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
+@pytest.mark.parametrize(("cfg", "batch"), [(True, 1), (False, 2)], ids=["cfg", "nocfg"])
 @NAMES
 def test_runs(name, cfg, batch):
     pipe = _pipe(name)

@@ -10,7 +10,7 @@ import torch
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Size
-from ..models.registry import controlnets, denoiser_name, uncompiled
+from ..models.registry import controlnets, denoiser_name, fusable_processors, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, host_of
 from ..runtime.compatibility import explain_lines, look
@@ -62,6 +62,7 @@ def explain(
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
     ]
+    notes += _graphs(found)
     predicted = _predict(model, nets, layers, config, size, host, notes) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
@@ -86,6 +87,13 @@ def explain(
         frames=size.frames,
         source=host.source if host is not None and tuple(layers) == host.layers else "",
     )
+
+
+def _graphs(found: Any) -> Iterator[str]:
+    """What graphs there were in the calls so far."""
+    capture = getattr(found, "capture", None)
+    if capture is not None:
+        yield f"graphs of forwards: {capture.bytes / 2**20:.0f} MiB held while a call runs"
 
 
 def _describe(branch: PerturbedBranch) -> str:
@@ -118,7 +126,9 @@ def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iter
 def _fusion(pipe: Any, net: Any, names: dict[str, int], config: PatchConfig) -> Fusion:
     """What ran in the latest call of a patched pipeline, or would run."""
     ran = getattr(getattr(pipe, "_pag_fast", None), "fusion_of", lambda _: None)(net)
-    return Fusion(net, names, traced=config.traces) if ran is None else ran
+    if ran is not None:
+        return ran
+    return Fusion(net, names, traced=config.traces, fusable=fusable_processors(net))
 
 
 def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[str]:

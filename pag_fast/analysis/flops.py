@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Inputs
-from ..models.registry import family_of
+from ..models.registry import family_of, fusable_processors
 from ..perturbations import Identity
 from ..runtime.installation import Installation, forward_entries, perturbed_branches
 from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
 from ..sharing.rows import BranchState
+from ..sharing.threads import HERE
 from ..sharing.unet_plan import plan_controlnet
 from .lower_bound import Traced, lower_bound, row_flops, trace
 
@@ -127,12 +127,12 @@ def patched_step(
 @contextmanager
 def as_in_a_forward(patch: InstancePatch, state: BranchState) -> Iterator[None]:
     """A model as it is while a patched pipeline runs it in this thread."""
-    state.thread = get_ident()
+    state.thread = HERE.me
     try:
         with as_put_on(patch):
             yield
     finally:
-        state.thread = 0
+        state.thread = None
 
 
 @contextmanager
@@ -147,10 +147,9 @@ def controlnet_step(
     entries = forward_entries(state, plan.hooks(state, without=kept))
     entries += [(vars(x.module), "forward", x) for x in kept.values()]
     if eager:
-        fusion = Fusion(model, traced=False, state=state)
+        fusion = Fusion(model, traced=False, state=state, fusable=fusable_processors(model))
         with torch.no_grad():
             fusion.refresh()
-        fusion.begin()
         entries += fusion.entries
     with as_in_a_forward(InstancePatch(entries), state):
         yield state, rows

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import PatchConfig
 from ..fusion import Fusion
-from ..models.registry import has_compiled, uncompiled
+from ..models.registry import fusable_processors, has_compiled, uncompiled
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import is_compiled
 from .explanation import Explanation, ModelCall
@@ -61,4 +61,5 @@ def _launches(model: Any, config: PatchConfig) -> Iterator[str]:
     name = type(model).__name__
     yield f"{name}: fused attention in {ATTENTION}, no map stored"
     if config.fewer_launches:
-        yield from (f"{name}: {line}" for line in Fusion(model).summary())
+        fusion = Fusion(model, fusable=fusable_processors(model))
+        yield from (f"{name}: {line}" for line in fusion.summary())

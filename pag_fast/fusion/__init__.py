@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.autocast import region_of
 from ..sharing.plan import eager_modules, has_diffusers_hooks
 from ..sharing.rows import BranchState
 from .packed_linears import shared_memory
@@ -44,6 +45,8 @@ class Fusion:
         traced: join queries, keys and values of compiled modules too. Their compiler sees the one
             product; it would not join the weights itself.
         state: of the model, which says whose forward runs.
+        fusable: class names of diffusers' attention processors that take projections that are views
+            of one product: those of the model's description.
 
     Attributes:
         entries: ``(dict, key, value)`` of everything that has to be on the model while a forward of
@@ -57,8 +60,10 @@ class Fusion:
         *,
         traced: bool = False,
         state: BranchState | None = None,
+        fusable: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
+        self._fusable = fusable
         self.state = BranchState() if state is None else state
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
@@ -88,7 +93,9 @@ class Fusion:
             for parts, linears in attention_projections(name, module, perturbed.get(name, 3)):
                 if all(owners[id(linear)] == 1 for linear in linears):
                     ours = name in perturbed
-                    self.groups.append(QKV(self.state, module, parts, perturbed=ours))
+                    self.groups.append(
+                        QKV(self.state, module, parts, perturbed=ours, fusable=self._fusable)
+                    )
         if len(layers) > 1:
             self.groups.append(TimeProjections(self.state, layers))
 
@@ -106,16 +113,11 @@ class Fusion:
         self.entries = self._apart if paused else self._together
         return self.entries is not before
 
-    def begin(self) -> None:
-        """A forward begins: nothing is left of the one before."""
-        for group in self._used:
-            group.broken = False
-            group.forget()
-
     def forget(self) -> None:
         """A forward has ended: free what belonged to it."""
         for group in self._used:
-            group.forget()
+            if group.pending:
+                group.forget()
             if group.wasted:
                 self._seen = None
 
@@ -144,7 +146,6 @@ class Fusion:
                 steady = group.addresses in (None, _addresses(group))
                 if packed.fits(shared) and steady:
                     packed.join()
-                    group.broken = False
                 elif not steady:
                     group.addresses, waits = _addresses(group), True
             elif whole and not packed.joined:
@@ -231,7 +232,7 @@ class _Watch:
         self._registries = [x for x in registries if x is not None]
         # an address is compared only as long as nothing else can have got it
         self._held = [self._values(), self._children(), self._processors()]
-        self.device = next((x.device.type for x in self._values() if x is not None), "cpu")
+        self.device = region_of(self._values())
 
     def _values(self) -> list[Any]:
         return list(map(dict.get, self._parameters, self._slots))
@@ -248,7 +249,7 @@ class _Watch:
         there = all(map(is_, self._children(), self._modules))
         if not there or any(map(is_, parameters, repeat(None))):
             return None
-        if any(own.get("bias") is not None for own in self._bare):
+        if not all(map(is_, map(dict.get, self._bare, repeat("bias")), repeat(None))):
             return None
         try:
             tensors = [list(map(get, parameters)) for get in _OF_PARAMETERS]

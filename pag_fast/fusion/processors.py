@@ -1,9 +1,10 @@
 """Which attentions project queries, keys and values of one tensor, and take views of one product.
 
-Every processor named here calls ``to_q``, ``to_k`` and ``to_v`` in this order on the very same
-tensor (``add_q_proj``, ``add_k_proj`` and ``add_v_proj`` likewise, on the text) wherever its
-attention is one over a single stream, and goes on with ``view``, ``unflatten`` or ``reshape`` of
-the last dimension. Diffusers' own fused projections hand on views with the same strides.
+Every processor that a model's description names as fusable calls ``to_q``, ``to_k`` and ``to_v`` in
+this order on the very same tensor (``add_q_proj``, ``add_k_proj`` and ``add_v_proj`` likewise, on
+the text) wherever its attention is one over a single stream, and goes on with ``view``,
+``unflatten`` or ``reshape`` of the last dimension. Diffusers' own fused projections hand on views
+with the same strides.
 """
 
 from __future__ import annotations
@@ -13,30 +14,6 @@ from typing import Any
 
 from torch import nn
 
-FUSABLE_PROCESSORS = frozenset(
-    {
-        "AttnProcessor",
-        "AttnProcessor2_0",
-        "CogVideoXAttnProcessor2_0",
-        "FluxAttnProcessor",
-        "HunyuanAttnProcessor2_0",
-        "HunyuanVideoAttnProcessor2_0",
-        "JointAttnProcessor2_0",
-        "LTXVideoAttnProcessor",
-        "Lumina2AttnProcessor2_0",
-        "PAGCFGHunyuanAttnProcessor2_0",
-        "PAGCFGIdentitySelfAttnProcessor2_0",
-        "PAGCFGJointAttnProcessor2_0",
-        "PAGCFGSanaLinearAttnProcessor2_0",
-        "PAGHunyuanAttnProcessor2_0",
-        "PAGIdentitySanaLinearAttnProcessor2_0",
-        "PAGIdentitySelfAttnProcessor2_0",
-        "PAGJointAttnProcessor2_0",
-        "QwenDoubleStreamAttnProcessor2_0",
-        "SanaLinearAttnProcessor2_0",
-        "WanAttnProcessor",
-    }
-)
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 # attentions that do not say whether they are over a second sequence: the names of those that aren't
 _SELF_ATTENTIONS: dict[str, tuple[str, ...]] = {"FluxAttention": (), "LTXAttention": ("attn1",)}
@@ -50,16 +27,19 @@ _TIME = {
 }
 
 
-def is_fusable(attention: nn.Module) -> bool:
-    """Whether an attention's own processor takes projections that are views of one tensor."""
+def is_fusable(attention: nn.Module, known: frozenset[str]) -> bool:
+    """Whether an attention's own processor takes projections that are views of one tensor.
+
+    ``known`` names those of diffusers that do.
+    """
     from ..processors.rows import PerturbedProcessor
 
     if getattr(attention, "fused_projections", False):
         return False  # diffusers has done it: its processor calls to_qkv
     processor = getattr(attention, "processor", None)
     cls = type(processor)
-    known = cls.__name__ in FUSABLE_PROCESSORS and cls.__module__.startswith("diffusers.")
-    return known or isinstance(processor, PerturbedProcessor)
+    stock = cls.__name__ in known and cls.__module__.startswith("diffusers.")
+    return stock or isinstance(processor, PerturbedProcessor)
 
 
 def attention_projections(

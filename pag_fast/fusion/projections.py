@@ -15,6 +15,7 @@ from torch import nn
 
 from ..sharing.replacement import Replacement
 from ..sharing.rows import BranchState, change_level
+from ..sharing.threads import HERE
 from .packed_linears import PackedLinears, is_plain, is_untouched
 from .processors import is_fusable
 
@@ -25,10 +26,13 @@ Child = tuple[nn.Module, str, nn.Module]
 class Group:
     """Linear layers that are computed together, or each on its own.
 
+    Where a forward needs gradients of the weights, none of this is on its model: the whole has none
+    to hand on to the parameters. Inputs that need gradients are left to the layers, too.
+
     Attributes:
         children: every layer and activation that takes part, and where it has to be.
         members: what takes the place of their forwards, in the same order.
-        broken: the layers have been parted while a call runs; each computes on its own.
+        pending: what belongs to the running forward, to be forgotten with it.
         wasted: what was computed together was not asked for: the layers see different inputs.
         addresses: where the weights of layers lay that were not joined, when last looked at.
     """
@@ -38,7 +42,7 @@ class Group:
         linears = [child for _, _, child in children if isinstance(child, nn.Linear)]
         self.packed = PackedLinears(linears)
         self.members: list[Replacement] = []
-        self.broken = False
+        self.pending: list[Any] = []
         self.wasted = False
         self.addresses: list[int] | None = None
         self.use(state)
@@ -57,14 +61,9 @@ class Group:
             for parent, name, child in self.children
         )
 
-    def differentiates(self, x: torch.Tensor) -> bool:
-        """Whether gradients are wanted: the whole has none to hand on to the parameters."""
-        return torch.is_grad_enabled() and (
-            x.requires_grad or any(linear.weight.requires_grad for linear in self.packed.linears)
-        )
-
     def forget(self) -> None:
         """Free what belongs to one forward."""
+        self.pending = []
 
 
 class QKV(Group):
@@ -75,6 +74,7 @@ class QKV(Group):
         names: of the layers. Perturbed attention projects V on rows for which it needs no queries
             and keys: there it is two.
         perturbed: our processor runs in this attention, whatever it has of its own.
+        fusable: class names of the processors of its own that take what is computed together.
     """
 
     def __init__(
@@ -84,56 +84,83 @@ class QKV(Group):
         names: Sequence[str],
         *,
         perturbed: bool = False,
+        fusable: frozenset[str] = frozenset(),
     ) -> None:
         children = [(attention, name, attention._modules[name]) for name in names]
         super().__init__(state, children)  # type: ignore[arg-type]
         self.attention = attention
         self.perturbed = perturbed
+        self.fusable = fusable
         # compiled graphs guard on these objects: they are made once
-        self.members = [
-            _Projection(self, index, linear) for index, linear in enumerate(self.packed.linears)
+        query, *others = self.packed.linears
+        self.members = [_Query(self, query)]
+        self.members += [
+            _KeyOrValue(self, index, linear, last=index == len(others))
+            for index, linear in enumerate(others, 1)
         ]
-        self.forget()
+        # inputs, and what was computed from them that nobody has asked for yet: CogVideoX projects
+        # text and image in turns, through the same layers
+        self.pending: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
 
     def is_whole(self) -> bool:
         fused = getattr(self.attention, "fused_projections", False)
-        known = (self.perturbed and not fused) or is_fusable(self.attention)
+        known = (self.perturbed and not fused) or is_fusable(self.attention, self.fusable)
         return known and super().is_whole()
 
-    def forget(self) -> None:
-        # CogVideoX projects text and image in turns, through the same layers
-        self._pending: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
 
-    def part(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
-        """The output of one layer; ``None``: it has to compute that itself."""
-        weight, last = self.packed.weight, len(self.packed.linears) - 1
-        if self.broken or weight is None or self.differentiates(x):
-            return None
-        if index == 0:
-            parts = F.linear(x, weight, self.packed.bias).split(self.packed.rows, dim=-1)
-            self._pending = [*self._pending[-1:], (x, parts)]
-            return parts[0]
-        for at, (seen, parts) in enumerate(self._pending):
-            if seen is x:
-                if index == last:
-                    self._pending = self._pending[:at] + self._pending[at + 1 :]
-                return parts[index]
-        if index == last and self._pending and not torch.compiler.is_compiling():
-            self.wasted = True
-        return None
+class _Query(Replacement):
+    """The forward of the first layer of a :class:`QKV`: it computes all of them."""
+
+    def __init__(self, group: QKV, linear: nn.Linear) -> None:
+        super().__init__(group.state, linear)
+        self.group = group
+
+    # these stand in every attention of a model: as few calls as there can be
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.state.thread is not HERE.me:
+            return self._base(*args, **kwargs)
+        group = self.group
+        packed = group.packed
+        if packed.weight is None or kwargs or args[1:] or not args:
+            return self.run_original(args, kwargs)
+        x = args[0]
+        if x.requires_grad:
+            return self.run_original(args, kwargs)
+        whole = F.linear(x, packed.weight, packed.bias)
+        parts = whole.split_with_sizes(packed.rows, -1)
+        group.pending = [*group.pending[-1:], (x, parts)]
+        return parts[0]
 
 
-class _Projection(Replacement):
-    """The forward of a query, key or value projection."""
+class _KeyOrValue(Replacement):
+    """The forward of another layer of a :class:`QKV`: it hands out what the first has computed.
 
-    def __init__(self, group: QKV, index: int, linear: nn.Linear) -> None:
+    Args:
+        last: nobody asks for the same input afterwards.
+    """
+
+    def __init__(self, group: QKV, index: int, linear: nn.Linear, *, last: bool) -> None:
         super().__init__(group.state, linear)
         self.group = group
         self.index = index
+        self.last = last
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.group.part(self.index, args[0]) if len(args) == 1 and not kwargs else None
-        return self.original(*args, **kwargs) if part is None else part
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.state.thread is not HERE.me:
+            return self._base(*args, **kwargs)
+        group, pending = self.group, self.group.pending
+        if not pending or kwargs or args[1:] or not args or group.packed.weight is None:
+            return self.run_original(args, kwargs)
+        x = args[0]
+        for at, (seen, parts) in enumerate(pending):
+            if seen is x:
+                if self.last:
+                    group.pending = pending[:at] + pending[at + 1 :]
+                return parts[self.index]
+        if self.last and not torch.compiler.is_compiling():
+            group.wasted = True
+        return self.run_original(args, kwargs)
 
 
 class TimeProjections(Group):
@@ -152,48 +179,55 @@ class TimeProjections(Group):
         children = [(owner, name, owner._modules[name]) for owner, *names in layers
                     for name in names]  # fmt: skip
         super().__init__(state, children)  # type: ignore[arg-type]
+        self._activations = []
         for index, linear in enumerate(self.packed.linears):
             owner, name, _ = self.children[2 * index]
             activation = _Activation(self, owner._modules[name], linear)
+            self._activations.append(activation)
             self.members += [activation, _TimeProjection(self, index, linear, activation)]
         self.forget()
 
     def forget(self) -> None:
+        super().forget()
         self._step = -1
+        # the embedding as it was first seen, and as it was last seen: other rows are other views
         self._x: torch.Tensor | None = None
+        self._latest: torch.Tensor | None = None
         self._version: int | None = None
         self._wholes: dict[int, torch.Tensor] = {}
         self._parts: dict[int, Sequence[torch.Tensor]] = {}
-        for member in self.members:
-            if isinstance(member, _Activation):
-                member.left = None
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether an embedding can be projected by all layers at once."""
-        weight = self.packed.weight
-        return (
-            x.ndim == 2
-            and not self.broken
-            and weight is not None
-            and x.dtype == weight.dtype
-            and not self.differentiates(x)
-        )
+        for activation in self._activations:
+            activation.left = None
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
-        """The projection of an embedding by one layer; ``None``: it is another embedding."""
-        if self.broken or self.packed.weight is None:
-            return None
+        """The projection of an embedding by one layer; ``None``: it has to compute that itself."""
+        version = self._version
+        if (
+            x is not self._latest
+            or self._step != self.state.step
+            or (version is not None and x._version != version)
+        ):
+            if not self._is_known(x):
+                return None
+            self._latest = x
+        return self._parts[x.shape[0]][index]
+
+    def _is_known(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is this forward's embedding, whose projections there are from here on."""
+        if self.packed.weight is None or x.requires_grad:
+            return False
+        # inference tensors do not tell whether somebody has written into them
         version = None if x.is_inference() else x._version
         if self._step != self.state.step or self._x is None:
             self._wholes, self._parts = {}, {}
             self._step, self._x, self._version = self.state.step, x, version
         elif not _is_same(x, self._x) or version != self._version:
-            return None
+            return False
         rows = x.shape[0]
         if rows not in self._parts:
             self._wholes[rows] = whole = self._at_level(x)
-            self._parts[rows] = whole.split(self.packed.rows, dim=-1)
-        return self._parts[rows][index]
+            self._parts[rows] = whole.split_with_sizes(self.packed.rows, -1)
+        return True
 
     def _at_level(self, x: torch.Tensor) -> torch.Tensor:
         """All projections of ``x``, from those of other rows where there are any."""
@@ -219,18 +253,27 @@ class _Activation(Replacement):
     def __init__(self, group: TimeProjections, activation: Any, linear: nn.Linear) -> None:
         super().__init__(group.state, activation)
         self.group = group
-        self.linear = linear
+        self._layer = vars(linear)
         self.member: Any = None
         self.left: torch.Tensor | None = None
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.left = None
-        # somebody may have wrapped the layer meanwhile: what it gets is activated then
-        ours = vars(self.linear).get("forward") is self.member
-        if not ours or kwargs or len(args) != 1 or not self.group.takes(args[0]):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.state.thread is not HERE.me:
+            return self._base(*args, **kwargs)
+        self.left, weight = None, self.group.packed.weight
+        if weight is not None and args and not args[1:] and not kwargs:
+            x, layer = args[0], self._layer
+            # somebody may have wrapped the layer meanwhile: what it gets is activated then
+            ours = "forward" in layer and layer["forward"] is self.member
+            if ours and x.ndim == 2 and x.dtype == weight.dtype:
+                self.left = x
+                self.group.pending = [x]
+                return x
+        self._inside = True
+        try:  # as in run_original: a resnet activates its images with the same module
             return self.original(*args, **kwargs)
-        self.left = args[0]
-        return args[0]
+        finally:
+            self._inside = False
 
 
 class _TimeProjection(Replacement):
@@ -245,13 +288,20 @@ class _TimeProjection(Replacement):
         self.activation = activation
         activation.member = self
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.state.thread is not HERE.me:
+            return self._base(*args, **kwargs)
         left, self.activation.left = self.activation.left, None
-        if left is None or len(args) != 1 or kwargs:
-            return self.original(*args, **kwargs)
-        x = args[0]
-        part = self.group.part(self.index, x) if x is left else None
-        return self.original(F.silu(x)) if part is None else part
+        if left is None:
+            return self.run_original(args, kwargs)
+        if args and args[0] is left and not args[1:] and not kwargs:
+            part = self.group.part(self.index, left)
+            if part is not None:
+                return part
+        # what the activation has left to us
+        args = tuple([F.silu(x) if x is left else x for x in args])
+        kwargs = {name: F.silu(x) if x is left else x for name, x in kwargs.items()}
+        return self.run_original(args, kwargs)
 
 
 def _is_same(x: torch.Tensor, first: torch.Tensor) -> bool:

@@ -54,7 +54,7 @@ class Record(Intercepted):
         self.versions: list[int] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         self.value = _walk(out, self.kept, _outline)[0]
         if not torch.compiler.is_compiling():
             self.versions = self._versions()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from ..runtime.instance_patch import Entry
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
+from ..sharing.threads import HERE
 from .recording import Record, Replay
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
@@ -101,14 +101,13 @@ class Resumption:
             resumed: a perturbed forward follows cond's in this step.
             apart: why no forward may be taken over from another one, if there is a reason.
         """
-        me = get_ident()
-        self.state.thread = me
+        self.state.thread = HERE.me
         try:
             if branch == PERTURBED:
                 return self._perturbed(model, run, args, kwargs, apart)
             return self._recorded(branch, run, args, kwargs, traced, resumed and not apart)
         finally:
-            self.state.thread = 0
+            self.state.thread = None
 
     def _recorded(
         self,

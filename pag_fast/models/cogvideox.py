@@ -45,6 +45,7 @@ DESCRIPTION = ModelDescription(
     blocks={"CogVideoXBlock": IMAGE_THEN_TEXT},
     layout=_LAYOUT,
     replaces=frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"}),
+    fusable_processors=frozenset({"CogVideoXAttnProcessor2_0"}),
     checkpoints=(
         Checkpoint("CogVideoXPipeline", "CogVideoX 5b", _5B, **_SIZE),
         Checkpoint("CogVideoXPipeline", "CogVideoX 2b", **_SIZE, variant="2b"),

@@ -9,5 +9,5 @@ CONTROLNET = ControlNetDescription(
     "ControlNetModel",
     inputs=unet_inputs,
     blocks=("BasicTransformerBlock",),
-    fusable_processors=frozenset({"AttnProcessor2_0"}),
+    fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
 )

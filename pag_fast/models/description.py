@@ -73,7 +73,8 @@ class ModelDescription:
             has one.
         replaces: class names of the processors whose arithmetic ours repeats; empty: any.
         fusable_processors: class names of diffusers' attention processors that project queries,
-            keys and values of one tensor, and take projections that are views of one product.
+            keys and values of one tensor, and take projections that are views of one product; the
+            ``stock_processors`` do, too.
         sequence: where blocks get text and image as one sequence, how long each is.
         learned_sigma: with twice as many channels as go in, the second half of what comes out is
             a variance.

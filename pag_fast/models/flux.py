@@ -46,6 +46,7 @@ DESCRIPTION = ModelDescription(
     },
     layout=_LAYOUT,
     replaces=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}),
+    fusable_processors=frozenset({"FluxAttnProcessor"}),
     sequence=_sequence,
     checkpoints=(Checkpoint("FluxPipeline", "FLUX.1-dev", {"guidance_embeds": True}),),
 )

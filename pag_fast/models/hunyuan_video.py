@@ -43,6 +43,8 @@ DESCRIPTION = ModelDescription(
     },
     layout=_LAYOUT,
     replaces=frozenset({"HunyuanVideoAttnProcessor2_0"}),
+    # the second is that of the layers that refine its text
+    fusable_processors=frozenset({"HunyuanVideoAttnProcessor2_0", "AttnProcessor2_0"}),
     checkpoints=(
         Checkpoint(
             "HunyuanVideoPipeline",

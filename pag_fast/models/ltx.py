@@ -40,6 +40,7 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     text=frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
     replaces=frozenset({"LTXVideoAttnProcessor", "LTXVideoAttentionProcessor2_0"}),
+    fusable_processors=frozenset({"LTXVideoAttnProcessor"}),
     checkpoints=(
         Checkpoint(
             "LTXPipeline",

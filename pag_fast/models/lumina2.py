@@ -42,6 +42,7 @@ DESCRIPTION = ModelDescription(
     blocks={"Lumina2TransformerBlock": (Stream("hidden_states", (TEXT, IMAGE, PADDING)),)},
     layout=_LAYOUT,
     replaces=frozenset({"Lumina2AttnProcessor2_0"}),
+    fusable_processors=frozenset({"Lumina2AttnProcessor2_0"}),
     sequence=_sequence,
     checkpoints=(Checkpoint("Lumina2Pipeline", "Lumina-Image 2.0", {"cap_feat_dim": 2304}),),
 )

@@ -52,7 +52,7 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     text=frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
     stock_processors=IDENTITY,
-    fusable_processors=frozenset({"AttnProcessor2_0"}),
+    fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
     learned_sigma=True,
     checkpoints=(Checkpoint("PixArtSigmaPAGPipeline", "PixArt-Σ XL 2 1024", _XL_2),),
 )

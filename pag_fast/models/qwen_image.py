@@ -41,6 +41,7 @@ DESCRIPTION = ModelDescription(
     blocks={"QwenImageTransformerBlock": TEXT_THEN_IMAGE},
     layout=_LAYOUT,
     replaces=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
+    fusable_processors=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
     # the size that its README names for squares
     checkpoints=(Checkpoint("QwenImagePipeline", "Qwen-Image", height=1328, width=1328),),
 )

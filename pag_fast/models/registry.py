@@ -6,6 +6,7 @@ A file in this package describes one class of denoisers. To add one is to add a 
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
@@ -84,6 +85,23 @@ def describe(model: nn.Module) -> ModelDescription:
 
 
 family_of = describe
+
+
+def fusable_processors(model: nn.Module) -> frozenset[str]:
+    """Class names of the processors of a model whose projections may be views of one product."""
+    denoiser, net = find(model), find_controlnet(model)
+    if denoiser is not None:
+        return denoiser.fusable_processors | set(denoiser.stock_processors or ())
+    return frozenset() if net is None else net.fusable_processors
+
+
+@functools.cache
+def stock_pag_processors() -> frozenset[type]:
+    """Classes of the processors that PAG pipelines of diffusers put on a model while they run."""
+    import diffusers.models.attention_processor as processors
+
+    names = {name for entry in DESCRIPTIONS for name in entry.stock_processors or ()}
+    return frozenset(getattr(processors, name) for name in names)
 
 
 def repeated_blocks(cls: type) -> frozenset[str]:

@@ -28,7 +28,7 @@ DESCRIPTION = ModelDescription(
     blocks={"BasicTransformerBlock": IMAGE_ALONE, "FreeNoiseTransformerBlock": IMAGE_ALONE},
     text=TEXT,
     stock_processors=IDENTITY,
-    fusable_processors=frozenset({"AttnProcessor2_0"}),
+    fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
     checkpoints=(
         Checkpoint(
             "AnimateDiffPAGPipeline",

@@ -37,6 +37,7 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     text=frozenset({"encoder_hidden_states"}),
     replaces=frozenset({"WanAttnProcessor", "WanAttnProcessor2_0"}),
+    fusable_processors=frozenset({"WanAttnProcessor"}),
     checkpoints=(
         Checkpoint("WanPipeline", "Wan 2.1 T2V 14B", **_SIZE),
         Checkpoint("WanPipeline", "Wan 2.1 T2V 1.3B", _1300M, **_SIZE, variant="1.3B"),

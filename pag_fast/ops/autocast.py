@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+_KNOWN = ("cpu", "cuda")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The lower dtype of a running autocast region of that device; ``None`` outside of one."""
     # meta tensors, for one, know no autocast
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in _KNOWN and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):
         return None
@@ -24,8 +26,11 @@ def lowered(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     Norms return fp32 there and projections the lower dtype: autocast brings all of them to the
     lower one. It leaves fp64 and what is not floating as it is, and so does this.
     """
-    like = next(x for x in tensors if x is not None)
-    dtype = autocast_dtype(like.device.type)
+    dtype = None
+    for x in tensors:
+        if x is not None:
+            dtype = autocast_dtype(x.device.type)
+            break
     if dtype is None:
         return list(tensors)
 
@@ -46,3 +51,12 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 def lower_all(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """As :func:`lowered`, of tensors that are all there."""
     return tuple(x for x in lowered(*tensors) if x is not None)
+
+
+def region_of(tensors: Iterable[torch.Tensor | None]) -> str:
+    """The type of device whose autocast region tensors are in, that of the first of them.
+
+    Meta tensors, for one, know no autocast: the CPU's stands for theirs.
+    """
+    found = next((x.device.type for x in tensors if x is not None), "cpu")
+    return found if torch.amp.is_autocast_available(found) else "cpu"

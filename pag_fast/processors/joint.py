@@ -206,4 +206,5 @@ def _split_tables(rotary: Rotary | None, context: int) -> tuple[Any, Any]:
     """Rotary tables of image and text, where those of the text come first in one table."""
     if rotary is None:
         return None, None
-    return tuple(x[context:] for x in rotary), tuple(x[:context] for x in rotary)
+    cosine, sine = rotary
+    return (cosine[context:], sine[context:]), (cosine[:context], sine[:context])

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
-from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
 
-from ..ops.autocast import lowered, without_autocast
+from ..ops.autocast import autocast_dtype, lowered, without_autocast
 from ..perturbations import AttentionPerturbation, Identity, Layer, Rows
 from ..sharing.rows import SPLIT, BranchState
+from ..sharing.threads import HERE
 
 _IDENTITY = Identity()
 
@@ -75,7 +75,9 @@ class PerturbedProcessor:
         if state is None or slabs is None:
             return total, 0
         if not torch.compiler.is_dynamo_compiling():
-            if state.thread not in (0, get_ident()):  # somebody else's: his rows all attend
+            if (
+                state.thread is not HERE.me and state.thread is not None
+            ):  # somebody else's: his rows all attend
                 return total, 0
             state.entered += 1
         have, full = slabs[self.level], slabs[SPLIT]
@@ -123,10 +125,13 @@ class PerturbedProcessor:
 
         ``query`` and ``key`` have the rows that :meth:`scored` says; ``value`` may be overwritten.
         """
-        # norms return fp32 under autocast: it would bring all to one dtype for fused attention
-        query, key, value, attn_mask, mean_query = lowered(  # type: ignore[assignment]
-            query, key, value, attn_mask, mean_query
-        )
+        device = value.device.type
+        lowers = autocast_dtype(device) is not None
+        if lowers:
+            # norms return fp32: autocast would bring all to one dtype for fused attention
+            query, key, value, attn_mask, mean_query = lowered(  # type: ignore[assignment]
+                query, key, value, attn_mask, mean_query
+            )
         rows = Rows(
             query,
             key,
@@ -140,7 +145,9 @@ class PerturbedProcessor:
             self.layer,
             mean_query=mean_query,
         )
-        with without_autocast(value.device.type):
+        if not lowers:
+            return self._attention(rows)
+        with without_autocast(device):
             return self._attention(rows)
 
     def _attention(self, rows: Rows) -> torch.Tensor:

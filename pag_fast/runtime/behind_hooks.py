@@ -46,7 +46,7 @@ class BehindHooks(Replacement):
             a is b and version == own for (a, version), (b, own) in zip(now, before, strict=True)
         ):
             self._again(call)
-        return self.original(*args, **kwargs)
+        return self.run_original(args, kwargs)
 
 
 def _signature(call: dict[str, Any]) -> Signature:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..models.registry import stock_pag_processors
 from .compatibility_answers import (
     UNKNOWN,
     WEIGHTS,
@@ -48,6 +49,7 @@ from .compatibility_surroundings import Surroundings
 from .compatibility_watch import Watch
 
 __all__ = [
+    "STOCK_PAG",
     "UNKNOWN",
     "Answer",
     "Compatibility",
@@ -71,6 +73,13 @@ _FRAMES = (
     "PAG's batches hold a perturbed part too: use set_default_attn_processor()."
 )
 _IN_PARTS: Found = ("weights held in parts", WEIGHTS, "a part of a weight is not fused or kept.")
+STOCK_PAG = "processors of diffusers' PAG"
+_RUNNING: Found = (
+    STOCK_PAG,
+    Answer.FINE,
+    "a PAG pipeline is running on this model, or an error has ended it: its layers have to be "
+    "among those that are perturbed here.",
+)
 _QUANTIZED = "weights have a format of their own, so they are not fused or kept."
 
 
@@ -209,6 +218,8 @@ def _of_processor(module: nn.Module) -> Iterator[Found]:
         yield "cross-frame attention", Answer.REFUSE, _FRAMES
     elif getattr(processor, "_parallel_config", None) is not None:
         yield context_parallel()
+    elif cls in stock_pag_processors():
+        yield _RUNNING
     elif isinstance(processor, nn.Module) or is_row_wise(processor):
         pass  # the class of a module is looked at where all classes are
     elif package(cls.__module__) not in TRUSTED:
@@ -240,7 +251,9 @@ class Compatibility:
             modules = list(model.named_modules())
             known = Watch(model, modules), attached(modules, passes_apart=self.passes_apart)
             self._known[model] = known
-        return known[1] + known[0].surroundings.findings(model)
+        # the same object in every forward, where nothing has changed
+        around = known[0].surroundings.findings(model)
+        return known[1] + around if around else known[1]
 
     def forget(self) -> None:
         """Let go of all models."""

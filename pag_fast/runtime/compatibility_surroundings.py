@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ _CHECKPOINTS = (
 )
 # offloaded weights do not show where the model will run
 _DEVICES = ("cuda", "cpu", "mps", "xpu")
+_training = attrgetter("training")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -34,7 +36,7 @@ class Surroundings:
 
     def findings(self, model: nn.Module) -> tuple[Finding, ...]:
         """What holds now."""
-        found = []
+        found: list[Finding] = []
         if any(map(torch.is_autocast_enabled, _DEVICES)):
             sentence = "weights are cast where they are used, so they are not fused or kept."
             found.append(Finding("torch.autocast", "", WEIGHTS, sentence))
@@ -50,9 +52,9 @@ class Surroundings:
                     found.append(Finding(what, "all modules", asks, sentence))
         if torch.is_grad_enabled():
             found += self._of_gradients(model)
-        if model.training or any(dropout.training for dropout in self._dropouts):
+        if model.training or (self._dropouts and any(map(_training, self._dropouts))):
             found.append(self._of_training())
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(found)) if found else ()
 
     def _of_gradients(self, model: nn.Module) -> list[Finding]:
         checkpointed = [m for m in (model, *self._checkpointed) if m.training]

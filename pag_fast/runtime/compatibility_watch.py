@@ -8,7 +8,7 @@ forwards, hooks and the kinds of parameters.
 from __future__ import annotations
 
 from itertools import chain, repeat
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from .compatibility_surroundings import Surroundings
 # hooks are sometimes cleared by putting a new dictionary in place of the old one
 _before = itemgetter("_forward_pre_hooks")
 _after = itemgetter("_forward_hooks")
+_forward = attrgetter("forward")
 
 
 class Watch:
@@ -53,23 +54,26 @@ class Watch:
     def _glance(self, model: nn.Module) -> tuple[Any, ...]:
         owns = self._owns
         classes: list[Any] = [type(model), *map(type, self._inner)]
-        registries = [own.get("_diffusers_hook") for own in self._hooked]
+        hooked: list[Any] = []
+        if self._hooked:
+            hooked = [own.get("_hf_hook") for own in self._hooked]
+            registries = [own.get("_diffusers_hook") for own in self._hooked]
+            hooked += [tuple(getattr(registry, "hooks", {}).values()) for registry in registries]
         return (
             list(chain.from_iterable(map(dict.values, self._children))),
             any(self._leaves),
             classes,
             # a function put on a class
-            [cls.forward for cls in self._kinds],
+            list(map(_forward, self._kinds)),
             list(map(dict.get, owns, repeat("forward"))),
             len(owns[0]),
-            [tuple(hooks.items()) for hooks in filter(None, map(_before, owns))],
-            [tuple(hooks.items()) for hooks in filter(None, map(_after, owns))],
+            list(map(tuple, map(dict.items, filter(None, map(_before, owns))))),
+            list(map(tuple, map(dict.items, filter(None, map(_after, owns))))),
             list(map(type, map(dict.get, self._weighted, repeat("weight")))),
             list(map(type, chain.from_iterable(map(dict.values, self._parameters)))),
             any(self._bare),
-            [own.get("processor") for own in self._processed],
-            [own.get("_hf_hook") for own in self._hooked],
-            [tuple(getattr(registry, "hooks", {}).values()) for registry in registries],
+            list(map(dict.get, self._processed, repeat("processor"))),
+            hooked,
         )
 
 

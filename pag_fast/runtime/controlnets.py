@@ -11,11 +11,11 @@ from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import BranchState, change_level, map_tensors
 from ..sharing.unet_plan import plan_controlnet
-from .compatibility import Answer
 from .entry import Entry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
+from .graphs import Graphs
 from .installation import forward_entries, is_eager
 from .instance_patch import InstancePatch
 
@@ -57,7 +57,6 @@ class InstalledControlNets:
         for fusion in fusions:
             if fusion.refresh():
                 self._patches.pop(True, None)
-            fusion.begin()
         fused = bool(fusions)
         found = self._patches.get(fused)
         if found is None:
@@ -73,14 +72,19 @@ class InstalledControlNets:
 
 
 class ControlNets:
-    """The ControlNets of one session: they never run on the perturbed rows."""
+    """The ControlNets of one session: they never run on the perturbed rows.
+
+    Attributes:
+        kept: what is kept from step to step, once a forward has begun.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.owner = f"{session.owner}, its ControlNet"
         self._equality = RowEquality()
         self._slabs: tuple[int, int] | None = None
-        self._kept: ConditioningCache | None = None
+        self.kept: ConditioningCache | None = None
+        self._graphs: Graphs | None = None
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of the running call."""
@@ -93,8 +97,11 @@ class ControlNets:
         session = self.session
         controlnet = session.pipe.controlnet
         installed = session.patch.controlnets(controlnet)
-        if self._kept is None:
-            self._kept = ConditioningCache(installed.state, installed.invariants)
+        if self.kept is None:
+            self.kept = ConditioningCache(installed.state, installed.invariants)
+            self._graphs = session.patch.graphs(
+                controlnet, installed.state, installed.invariants, installed.nets
+            )
         forward = Forward(entry, uncompiled(controlnet), args, kwargs)
         found = Findings.together([session.patch.look(net) for net in installed.nets])
         found.refuse()
@@ -102,15 +109,17 @@ class ControlNets:
         session.begin_step()
         rows = call["sample"].shape[0]
         same = self._equality.same_objects(call, rows)
-        fused = session.pag and Answer.WEIGHTS_APART not in found.answer
+        fused = session.pag and not found.weights_apart
         try:
             call = self.rows(call, rows, installed, found)
-            session.advance(self._kept, call, found, same)
-            out = forward.run(
-                lambda: installed.instance_patch(fused=fused),
-                (installed.state,),
-                call,
-            )
+            session.advance(self.kept, call, found, same)
+            if self._graphs is None:
+                out = forward.run(
+                    lambda: installed.instance_patch(fused=fused), (installed.state,), call
+                )
+            else:
+                patch = installed.instance_patch(fused=fused)
+                out = self._graphs.run(forward, patch, (installed.state,), call, found)
         finally:
             installed.left()
         if session.patch.compilation is not None:
@@ -123,8 +132,10 @@ class ControlNets:
 
     def forget(self) -> None:
         """Free what is kept."""
-        if self._kept is not None:
-            self._kept.forget()
+        if self.kept is not None:
+            self.kept.forget()
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def end(self) -> None:
         """The call is over."""
@@ -144,7 +155,7 @@ class ControlNets:
             start = layout.index(COND) * session.unit
             stop = start + session.unit
             return map_tensors(call, lambda x: x[start:stop] if x.shape[0] == rows else x)
-        if not (session.pag and config.share_branches) or Answer.UNSHARED in found.answer:
+        if not (session.pag and config.share_branches) or found.unshared:
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:

@@ -7,40 +7,30 @@ else: in front of hooks, graphs and offloading, and left on every way out.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Condition, get_ident
+from threading import get_ident
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
-from ..models.registry import uncompiled
+from ..models.registry import stock_pag_processors, uncompiled
 from ..processors.rows import PerturbedProcessor
-from .frames import calling_pipeline, running_pipeline
+from .frames import calling_pipeline
 from .instance_patch import InstancePatch
+from .lease import Lease, Named, Owner, Run
 
 NAME, SETTER = "_compiled_call_impl", "set_attn_processor"
-PATIENCE = 60.0
-"""Seconds that a forward waits for the model while nothing moves on."""
-
-Run = Callable[..., Any]
-
 
 # the user's module.compile() takes an entry's place, and two for one model would not exclude
 # each other
 _MADE: WeakKeyDictionary[nn.Module, ref[Entry]] = WeakKeyDictionary()
 
 
-class Claim(Protocol):
+class Claim(Named, Protocol):
     """Somebody who has put himself in front of a model."""
-
-    @property
-    def owner(self) -> str:
-        """Who it is, in words, for errors."""
 
     def owns(self) -> bool:
         """Whether the forward that begins now, in this thread, is his."""
@@ -49,177 +39,13 @@ class Claim(Protocol):
         """Run it, with :meth:`Entry.run`; nobody else has the model meanwhile."""
 
 
-Owner = str | Claim
-"""Who has a model: in words, or somebody who can say it."""
-
-
-class Lease:
-    """One user at a time: forwards that change a model exclude each other, and wait for the others.
-
-    A forward of the same thread in the middle of another one does not wait: the changes of the
-    outer one are taken off for it.
-    """
-
-    def __init__(self) -> None:
-        self._changed = Condition()
-        self._holder = 0
-        self._owner: Owner = ""
-        # what each forward of the holder has put on, innermost last; None: nothing yet
-        self._held: list[tuple[InstancePatch, list[Any]] | None] = []
-        self._passing: Counter[int] = Counter()
-        # threads that want the model for themselves: forwards that overlap without end let them in
-        self._wanted: Counter[int] = Counter()
-        self._waiting = 0
-        self._progress = 0
-
-    # plain methods, as context managers would cost several calls in every forward
-
-    def take(self, owner: Owner) -> Owner:
-        """The model is this thread's, as it is without us; returns what :meth:`give` needs."""
-        me = get_ident()
-        with self._changed:
-            if self._holder not in (0, me) or (self._passing and self._others_pass(me)):
-                self._await(owner, me)
-            before = self._owner
-            self._holder, self._owner = me, owner
-        self._suspend()
-        self._held.append(None)
-        return before
-
-    def give(self, before: Owner) -> None:
-        """The opposite of :meth:`take`."""
-        self._held.pop()
-        self._resume()
-        with self._changed:
-            self._owner = before
-            if not self._held:
-                self._holder = 0
-            self._progress += 1
-            if self._waiting:
-                self._changed.notify_all()
-
-    def run(self, patch: InstancePatch, forward: Run, args: Any, kwargs: Any) -> Any:
-        """A forward with ``patch`` on the model, which this thread has taken."""
-        self._held[-1] = patch, patch.on()
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self._take_off()
-
-    @contextmanager
-    def hold(self, owner: Owner, make: Callable[[], InstancePatch]) -> Iterator[None]:
-        """The model for this thread alone, with what ``make`` returns on it."""
-        before = self.take(owner)
-        try:
-            patch = make()
-            if not patch.entries:
-                yield
-                return
-            self._held[-1] = patch, patch.on()
-            try:
-                yield
-            finally:
-                self._take_off()
-        finally:
-            self.give(before)
-
-    def _take_off(self) -> None:
-        worn = self._held[-1]
-        if worn is not None:
-            worn[0].off(worn[1])
-            self._held[-1] = None
-
-    @contextmanager
-    def share(self) -> Iterator[None]:
-        """The model as it is without us."""
-        me = get_ident()
-        with self._changed:
-            if not self._admits(me):
-                self._wait("", lambda: self._admits(me))
-            self._passing[me] += 1
-        mine = self._holder == me
-        if mine:
-            self._suspend()
-            self._held.append(None)
-        try:
-            yield
-        finally:
-            if mine:
-                self._held.pop()
-                self._resume()
-            with self._changed:
-                self._passing -= Counter((me,))
-                self._progress += 1
-                if self._waiting:
-                    self._changed.notify_all()
-
-    def _suspend(self) -> None:
-        """What an outer forward of this thread has put on is off meanwhile."""
-        if self._held and self._held[-1] is not None:
-            patch, before = self._held[-1]
-            patch.off(before)
-
-    def _resume(self) -> None:
-        if self._held and self._held[-1] is not None:
-            patch, _ = self._held[-1]
-            self._held[-1] = patch, patch.on()
-
-    def _others_pass(self, me: int) -> bool:
-        return any(thread != me for thread in self._passing)
-
-    def _admits(self, me: int) -> bool:
-        """Whether a stock forward may begin; one inside of another of its thread has to."""
-        if self._holder:
-            return self._holder == me
-        return me in self._passing or not self._wanted
-
-    def _user(self) -> str:
-        """Who runs the model, in words."""
-        if self._holder:
-            return _in_words(self._owner)
-        me = get_ident()
-        names = [running_pipeline(thread) for thread in self._passing if thread != me]
-        return next(filter(None, names), "another thread")
-
-    def _await(self, owner: Owner, me: int) -> None:
-        """Wait until the model is free or this thread's."""
-        self._wanted[me] += 1
-        try:
-            self._wait(owner, lambda: self._holder in (0, me) and not self._others_pass(me))
-        finally:
-            self._wanted -= Counter((me,))
-            self._changed.notify_all()
-
-    def _wait(self, owner: Owner, free: Callable[[], bool]) -> None:
-        seen, since = self._progress, time.monotonic()
-        self._waiting += 1
-        try:
-            while not free():
-                self._changed.wait(min(1.0, PATIENCE))
-                if self._progress != seen:
-                    seen, since = self._progress, time.monotonic()
-                elif time.monotonic() - since > PATIENCE:
-                    raise ValueError(
-                        f"{_in_words(owner)} has waited {PATIENCE:g} s for a model that "
-                        f"{self._user()} is running: two pipelines that share a model may run in "
-                        "turns, but neither from another thread inside of a forward of the other. "
-                        "Give each a model of its own."
-                    )
-        finally:
-            self._waiting -= 1
-
-
-def _in_words(owner: Owner) -> str:
-    if isinstance(owner, str):
-        return owner or running_pipeline(get_ident()) or "A forward outside of pipelines"
-    return owner.owner
-
-
 class ProcessorSetter:
     """A model's ``set_attn_processor`` while it has an entry: it waits until nobody runs the model.
 
     PAG pipelines read the processors when a call begins and set them again when it ends. In the
-    middle of a forward in another thread they would read ours, and take ours off.
+    middle of a forward in another thread they would read ours, and take ours off. In the middle of
+    another PAG pipeline's call they read its processors, and a patched one, which has put none of
+    its own there, leaves those alone.
     """
 
     def __init__(self, model: Any, lease: Lease) -> None:
@@ -233,9 +59,9 @@ class ProcessorSetter:
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
         with self._lease.hold(owner, InstancePatch.nothing):
             if isinstance(processor, dict):
-                there = self._model.attn_processors
+                there, is_patched = self._model.attn_processors, bool(patched)
                 processor = {
-                    name: there.get(name, own) if isinstance(own, PerturbedProcessor) else own
+                    name: _chosen(own, there.get(name, own), is_patched=is_patched)
                     for name, own in processor.items()
                 }
             return set_processors(processor, *args, **kwargs)
@@ -246,6 +72,14 @@ class ProcessorSetter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], SETTER)
+
+
+def _chosen(own: Any, there: Any, *, is_patched: bool) -> Any:
+    """The processor that a pipeline's loop means that sets ``own`` in the place of ``there``."""
+    stock = stock_pag_processors()
+    if isinstance(own, PerturbedProcessor):  # read in the middle of our forward
+        return own.displaced if type(there) in stock else there
+    return there if is_patched and (type(own) in stock or type(there) in stock) else own
 
 
 def own_setter(model: Any) -> Run:
@@ -267,7 +101,8 @@ class Entry:
         self.model = model
         self.displaced: Run | None = vars(model).get(NAME)
         self.claims: list[Claim] = []
-        self.lease = Lease()
+        self.lease = Lease.of(model)
+        self._wraps = uncompiled(model) is not model
         # of a MultiControlNetModel, in front of its nets: its forward changes them, too
         self.inner: list[Entry] = []
         self.inside = 0
@@ -338,7 +173,7 @@ class Entry:
             return self.below(*args, **kwargs)
         for claim in tuple(self.claims):
             if claim.owns():
-                if self.inner:
+                if self.inner or self._wraps:
                     with self.alone(claim):
                         return claim.forward(self, args, kwargs)
                 before = self.lease.take(claim)
@@ -348,6 +183,15 @@ class Entry:
                     self.lease.give(before)
         with self.lease.share():
             return self.below(*args, **kwargs)
+
+    def _parts(self) -> list[Entry]:
+        """Entries that a forward comes through behind this one.
+
+        They are those of nets, and that of what ``torch.compile`` has wrapped, if somebody has one.
+        """
+        made = _MADE.get(uncompiled(self.model)) if self._wraps else None
+        wrapped = None if made is None else made()
+        return self.inner if wrapped is None else [*self.inner, wrapped]
 
     @contextmanager
     def alone(self, owner: Owner) -> Iterator[None]:
@@ -360,7 +204,7 @@ class Entry:
             # in one order for everybody, so that nobody waits for somebody who waits for him:
             # stock forwards enter the whole model first, too
             stack.enter_context(self.lease.hold(owner, InstancePatch.nothing))
-            for entry in sorted(self.inner, key=id):
+            for entry in sorted(self._parts(), key=id):
                 stack.enter_context(entry._lent(owner))
             yield
 

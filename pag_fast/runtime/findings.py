@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .compatibility import Answer, Finding, combined, refuse
+from .compatibility import STOCK_PAG, Answer, Finding, combined, refuse
 
 
 class Findings:
@@ -13,11 +13,22 @@ class Findings:
     Attributes:
         items: each thing that was found.
         answer: all their answers together.
+        unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck, refuses: what they ask
+            for, each by itself: a forward reads these, where asking a flag would be a call.
+        stock_pag: a PAG pipeline of diffusers has put its processors there.
     """
 
     def __init__(self, items: Iterable[Finding] = ()) -> None:
-        self.items = tuple(items)
-        self.answer = combined(self.items)
+        self.items = items if isinstance(items, tuple) else tuple(items)
+        self.answer = answer = combined(self.items)
+        self.unshared = Answer.UNSHARED in answer
+        self.keep_rows = Answer.KEEP_ROWS in answer
+        self.weights_apart = Answer.WEIGHTS_APART in answer
+        self.nothing_kept = Answer.NOTHING_KEPT in answer
+        self.may_skip = Answer.MAY_SKIP in answer
+        self.recheck = Answer.RECHECK in answer
+        self.refuses = Answer.REFUSE in answer
+        self.stock_pag = any(item.what == STOCK_PAG for item in self.items)
 
     @staticmethod
     def together(several: Iterable[Findings]) -> Findings:
@@ -26,7 +37,7 @@ class Findings:
 
     def refuse(self) -> None:
         """Raises ValueError where the call cannot be right."""
-        if Answer.REFUSE in self.answer:
+        if self.refuses:
             refuse(self.items)
 
     def why(self, answer: Answer) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
 from ..sharing.plan import argument_names
 from ..sharing.rows import BranchState
+from ..sharing.threads import HERE
 from .entry import Entry
 from .instance_patch import InstancePatch
 
@@ -43,11 +43,11 @@ class Forward:
         """
         kwargs = dict(call)
         args = tuple(kwargs.pop(name) for name in self._positional) + self._rest
-        me = get_ident()
+        me = HERE.me
         for state in states:
             state.thread = me
         try:
             return self.entry.run(make, args, kwargs)
         finally:
             for state in states:
-                state.thread = 0
+                state.thread = None

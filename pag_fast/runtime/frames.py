@@ -12,6 +12,8 @@ from typing import Any
 _CALLBACKS = ("callback_on_step_end", "callback")
 # of pipelines whose __call__ is a function of another name, such as one that was copied
 _LOOPS: set[CodeType] = set()
+Inside = dict[CodeType, None]
+"""Code that runs inside of a frame."""
 
 
 def know_loops(cls: type) -> None:
@@ -22,12 +24,20 @@ def know_loops(cls: type) -> None:
             _LOOPS.add(code)
 
 
-def _is_pipeline(value: Any) -> bool:
+# whether a class is one of pipelines: every forward asks for the same few
+_KINDS: dict[type, bool] = {}
+_MOST_KINDS = 256
+
+
+def _is_pipeline_class(cls: type) -> bool:
     diffusers = sys.modules.get("diffusers")
     if diffusers is None:
         return False
     kinds = [getattr(diffusers, name, None) for name in ("DiffusionPipeline", "ModularPipeline")]
-    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+    if len(_KINDS) >= _MOST_KINDS:
+        _KINDS.clear()
+    _KINDS[cls] = issubclass(cls, tuple(kind for kind in kinds if isinstance(kind, type)))
+    return _KINDS[cls]
 
 
 def running_pipeline(thread: int) -> str:
@@ -37,17 +47,20 @@ def running_pipeline(thread: int) -> str:
     return ""
 
 
-def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, set[CodeType]]]:
+def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, Inside]]:
     """Every ``__call__`` of a pipeline on the stack, innermost first, and the code inside of it."""
-    inside: set[CodeType] = set()
+    inside: Inside = {}
     while frame is not None:
         code = frame.f_code
-        named = code.co_name == "__call__" and code.co_varnames[:1] == ("self",)
-        if named or code in _LOOPS:
-            pipe = frame.f_locals.get(code.co_varnames[0])
-            if _is_pipeline(pipe):
-                yield pipe, frame, inside
-        inside.add(code)
+        # every forward looks at all frames between a model and its pipeline: comparisons, no calls
+        if code in _LOOPS or (code.co_name == "__call__" and code.co_varnames[:1] == ("self",)):
+            local, name = frame.f_locals, code.co_varnames[0]
+            if name in local:
+                pipe = local[name]
+                cls = type(pipe)
+                if _KINDS[cls] if cls in _KINDS else _is_pipeline_class(cls):
+                    yield pipe, frame, inside
+        inside[code] = None
         frame = frame.f_back
 
 
@@ -59,9 +72,10 @@ def calling_pipeline() -> tuple[Any, dict[str, Any]]:
     """
     for pipe, frame, inside in _pipeline_calls(sys._getframe(1)):
         local = frame.f_locals
-        callbacks = [local[name] for name in _CALLBACKS if local.get(name) is not None]
-        if any(_code(callback) in inside for callback in callbacks):
-            break
+        for name in _CALLBACKS:
+            callback = local[name] if name in local else None  # noqa: SIM401
+            if callback is not None and _code(callback) in inside:
+                return None, {}
         return pipe, local
     return None, {}
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of, version_of
+from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of
+from ..sharing.plan import argument_names
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
@@ -62,8 +63,8 @@ class InjectedSession(Session):
         self._arguments: dict[str, Any] | None = None
         self._extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._pass = COND
-        # d, of the step that it belongs to
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        # what is added to other passes, of the step that it belongs to, and which those are
+        self._pending: tuple[Any, torch.Tensor, tuple[str, ...]] | None = None
         self._seen: tuple[Any, list[str]] = (None, [])
         # of schedulers that do not count their steps: the loop's own, and how many there were
         self._timestep: Any = None
@@ -71,6 +72,7 @@ class InjectedSession(Session):
 
     @property
     def steps(self) -> int:
+        # of all denoisers: a pipeline with two may need only one of them
         return self.loop.step + 1
 
     def start(self) -> None:
@@ -80,8 +82,7 @@ class InjectedSession(Session):
 
     def end(self, *, whole: bool) -> None:
         self._extended, self._pending, self._arguments = {}, None, None
-        # a pipeline with two denoisers may need only one of them
-        super().end(whole=whole and self.loop.step < 0)
+        super().end(whole=whole)
 
     def _own_rescale(self) -> float:
         return float(self._argument("guidance_rescale") or 0.0)
@@ -140,14 +141,17 @@ class InjectedSession(Session):
         text = call.get("encoder_hidden_states")
         if not isinstance(text, torch.Tensor):
             return ""
-        found = []
+        found: list[str] = []
+        local, address = self._locals, text.data_ptr()
         for name, branch in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
-            embeds = self._locals.get(name)
-            if not isinstance(embeds, torch.Tensor) or embeds.data_ptr() != text.data_ptr():
-                continue
+            embeds = local[name] if name in local else None  # noqa: SIM401
             # a negative prompt may be a view of the prompt
-            if embeds.shape == text.shape:
-                found.append(branch)
+            if (
+                isinstance(embeds, torch.Tensor)
+                and embeds.shape == text.shape
+                and embeds.data_ptr() == address
+            ):
+                found += [branch]
         # one tensor for both tells nothing
         return found[0] if len(found) == 1 else ""
 
@@ -229,11 +233,13 @@ class InjectedSession(Session):
         def extend(x: torch.Tensor) -> torch.Tensor:
             if x.shape[0] not in (rows, rows * frames):
                 return x
-            own, version, copy = self._extended.get(id(x), (None, 0, x))
+            key, known = id(x), self._extended
+            own, version, copy = known.get(key, (None, 0, x))
             # inference tensors do not tell whether somebody has written into them
-            if own is not x or version != version_of(x) or x.is_inference():
+            now = -1 if x.is_inference() else x._version
+            if own is not x or version != now or now < 0:
                 copy = change_level(x, have, have + more)
-            extended[id(x)] = x, version_of(x), copy
+            extended[key] = x, now, copy
             return copy
 
         call = change_arguments(call, extend)
@@ -250,6 +256,8 @@ class InjectedSession(Session):
         if self._pass != COND:
             if self._pending is None or self._pending[0] != self._seen[0]:
                 return out
+            if self._pass not in self._pending[2]:
+                return out
             return self._result(out, prediction + self._pending[1])
         self._pending = None
         uncond, cond, perturbed, scale = self.predictions(prediction)
@@ -264,7 +272,7 @@ class InjectedSession(Session):
                 )
             wide = torch.promote_types(prediction.dtype, torch.float32)
             difference = scale * (cond.to(wide) - perturbed.to(wide))
-            self._pending = self._seen[0], difference
+            self._pending = self._seen[0], difference, (UNCOND, SKIP)
             guided = cond + difference
             both = guided if uncond is None else torch.cat([uncond + difference, guided])
             return self._result(out, both)
@@ -278,6 +286,9 @@ class InjectedSession(Session):
             rescale_mode=config.rescale_mode or "cfg",
             backend=config.backend,
         )
+        if "skip_layers" in argument_names(self.installed.denoiser):
+            # skip-layer guidance subtracts a pass from cond, and what is added here with it
+            self._pending = self._seen[0], guided - cond, (SKIP,)
         return self._result(out, guided if uncond is None else torch.cat([uncond, guided]))
 
     def _is_linear(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.layer_names import resolve, self_attentions, transformer_blocks
-from ..models.registry import family_of, has_compiled
+from ..models.registry import family_of, fusable_processors, has_compiled, stock_pag_processors
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..sharing.block_hooks import perturbed_blocks
@@ -111,9 +112,10 @@ class Installation:
         self.state = BranchState()
         self.branches = perturbed_branches(denoiser, layers, config)
         names = {name for branch in self.branches for name in branch.layers}
-        self.attentions: dict[str, Any] = {
-            name: module for name, module in self_attentions(denoiser).items() if name in names
-        }
+        attentions: dict[str, Any] = self_attentions(denoiser)
+        self.attentions = {name: x for name, x in attentions.items() if name in names}
+        self._others = {name: vars(x) for name, x in attentions.items() if name not in names}
+        self._other_owns = list(self._others.values())
         check_processors(self.attentions, self.replaces)
         blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
@@ -146,11 +148,7 @@ class Installation:
         )
         keeps = eager and config.cache_conditioning
         self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
-        self.fusion: Fusion | None = None
-        if eager and config.fewer_launches:
-            self.fusion = Fusion(
-                denoiser, self.same_input(), traced=config.traces, state=self.state
-            )
+        self.fusion = self._fused(config) if eager and config.fewer_launches else None
         self._own = self._entries()
         self._patches: dict[bool, InstancePatch] = {}
         self._placed = self._with_constants()
@@ -158,6 +156,15 @@ class Installation:
         self.states = (self.state,)
         # layers inside of a graph cannot be counted, nor can those of blocks that branches skip
         self.counts = not traced and not blocks
+
+    def _fused(self, config: PatchConfig) -> Fusion:
+        return Fusion(
+            self.denoiser,
+            self.same_input(),
+            traced=config.traces,
+            state=self.state,
+            fusable=fusable_processors(self.denoiser),
+        )
 
     def _block_actions(self, names: set[str]) -> dict[str, list[Any]]:
         """What happens to each branch in each block that is perturbed as a whole."""
@@ -200,15 +207,39 @@ class Installation:
         """
         check_processors(self.attentions, self.replaces)
         fusion = self.fusion if fused else None
-        if fusion is not None:
-            if fusion.refresh():
-                self._patches.pop(True, None)
-            fusion.begin()
+        if fusion is not None and fusion.refresh():
+            self._patches.pop(True, None)
         found = self._patches.get(fused)
         if found is None:
             entries = [] if fusion is None else fusion.entries
             found = self._patches[fused] = InstancePatch([*self._own, *entries])
         return found
+
+    def check_others(self) -> None:
+        """Raises ValueError where a PAG pipeline of diffusers perturbs layers that we do not.
+
+        It has put its processors on the model for all of its call.
+        """
+        # no module is asked in Python, as this runs behind every forward
+        kinds = map(type, map(dict.get, self._other_owns, repeat("processor")))
+        if stock_pag_processors().isdisjoint(kinds):
+            return
+        name, kind = next(
+            (name, type(own.get("processor")))
+            for name, own in self._others.items()
+            if type(own.get("processor")) in stock_pag_processors()
+        )
+        raise ValueError(
+            f"{name} runs {kind.__name__}, which a PAG pipeline that shares this model has put "
+            "there: it is running, in another thread or around this call, or an error has ended "
+            "it. Patch that pipeline too, run one after the other, or give the model its own "
+            "processors back with set_attn_processor() if it is over."
+        )
+
+    def taken(self) -> bool:
+        """Whether a PAG pipeline of diffusers has its processors on layers that are perturbed."""
+        own = map(vars, self.attentions.values())
+        return not stock_pag_processors().isdisjoint(type(x.get("processor")) for x in own)
 
     def same_input(self) -> dict[str, int]:
         """How many projections of each perturbed attention (of q, k, v) see the same rows."""
@@ -230,7 +261,7 @@ class Installation:
 
     def left(self) -> None:
         """After a forward: what is on the model then does nothing."""
-        self.state.thread = 0
+        self.state.thread = None
         self.state.slabs = None
         try:
             if self.fusion is not None:
@@ -306,7 +337,7 @@ class HookedForward(Replacement):
             changed = before(self.module, args, kwargs)
             if changed is not None:
                 args, kwargs = changed
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         for after in self._after_forward:
             changed = after(self.module, args, out)
             if changed is not None:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
-from ..models.registry import controlnets, uncompiled
+from ..models.registry import controlnets, fusable_processors, uncompiled
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
+from ..sharing.conditioning_cache import Invariant
 from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
-from .compatibility import Compatibility
+from .basic_state import BasicState, models_of
+from .capture import Capture, capture_on
 from .compilation import Compilation, enough_graphs
 from .controlnets import InstalledControlNets
-from .entry import Entry
-from .findings import Findings
 from .frames import know_loops
+from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
@@ -35,127 +31,6 @@ from .undoing import undo_after_error, undo_all
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
 _MOST_INSTALLATIONS = 8
-
-
-class Doorkeeper:
-    """The claim of one patch on one model: it is asked about every call, and knows the session.
-
-    Args:
-        part: the pipeline's attribute that holds the model.
-        asked: off for the nets of a ``MultiControlNetModel``, which are entered through it.
-    """
-
-    def __init__(self, state: BasicState, part: str, *, asked: bool = True) -> None:
-        # the entry holds this object, and a pipeline that nobody has any more is to be let go
-        self._state = weakref.ref(state)
-        self.part = part
-        self.asked = asked
-
-    @property
-    def owner(self) -> str:
-        return self._running().owner
-
-    def _running(self) -> Any:
-        state = self._state()
-        return None if state is None else state.running.get(self.part)
-
-    def owns(self) -> bool:
-        running = self._running() if self.asked else None
-        return running is not None and running.owns()
-
-    def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._running().forward(entry, args, kwargs)
-
-
-class BasicState:
-    """What every kind of patch has: counters, fallbacks, and a place in front of its models.
-
-    Attributes:
-        host: the description of a pipeline without PAG; ``None`` for the others.
-        session: the running call, if any.
-        running: what takes the forwards of each part of the pipeline while a call runs.
-        steps: forwards of the denoiser so far, by how they ran.
-        fallbacks: reasons why something ran otherwise than it should, and how often.
-    """
-
-    host: PipelineDescription | None = None
-    original_class: type
-
-    def __init__(self, config: PatchConfig) -> None:
-        self.config = config
-        self.session: Any = None
-        self._call = Lock()
-        self.running: dict[str, Any] = {}
-        self.steps: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()
-        self._entries: dict[str, list[tuple[Entry, Doorkeeper]]] = {}
-        weakref.finalize(self, _leave_all, self._entries).atexit = False
-        self._compatibility: WeakKeyDictionary[Any, Compatibility] = WeakKeyDictionary()
-
-    @contextmanager
-    def one_call(self) -> Iterator[None]:
-        """The time of one call. Raises ValueError while another one runs."""
-        if not self._call.acquire(blocking=False):
-            raise ValueError(
-                "This pipeline is already running: a patched pipeline cannot be called from its "
-                "own callback or from a second thread."
-            )
-        try:
-            yield
-        finally:
-            self._call.release()
-
-    def check_idle(self, what: str) -> None:
-        """Raises ValueError for something that cannot be done while a call runs."""
-        if self._call.locked():
-            raise ValueError(
-                f"This pipeline is running and cannot be {what} now: do that before or after its "
-                "call, not in a callback or from another thread."
-            )
-
-    @contextmanager
-    def alone(self, part: str, owner: str) -> Iterator[None]:
-        """The model of a part for this thread alone, for a look at it as it is without us."""
-        with self._entries[part][0][0].alone(owner):
-            yield
-
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time, raise if strict."""
-        if self.config.strict:
-            raise ValueError(f"{reason} (strict=True)")
-        if reason not in self.fallbacks:
-            warnings.warn(f"pag_fast: {reason}", stacklevel=2)
-        self.fallbacks[reason] += 1
-
-    def look(self, model: Any) -> Findings:
-        """What others have put on a model, now."""
-        found = self._compatibility.get(model)
-        if found is None:
-            apart = self.host is not None and self.host.sequential
-            found = self._compatibility[model] = Compatibility(passes_apart=apart)
-        return Findings(found.look(model))
-
-    def enter(self, pipe: Any, part: str) -> None:
-        """Stand in front of the model that ``pipe`` has now, and no longer of one it had."""
-        model = getattr(pipe, part)
-        wanted = _models(model)
-        held = self._entries.get(part, [])
-        if [id(entry.model) for entry, _ in held] != [id(m) for m in wanted]:
-            self.leave(part)
-            held = [(Entry.of(m), Doorkeeper(self, part, asked=m is model)) for m in wanted]
-            self._entries[part] = held
-        for entry, keeper in held:
-            entry.add(keeper)
-        held[0][0].inner = [entry for entry, _ in held[1:]]
-
-    def leave(self, part: str) -> None:
-        """Stand in front of the model no longer."""
-        for entry, keeper in self._entries.pop(part, []):
-            entry.remove(keeper)
-
-    def release(self) -> None:
-        """Leave the models as they were found."""
-        undo_all(*[partial(self.leave, part) for part in tuple(self._entries)])
 
 
 class PatchState(BasicState):
@@ -184,6 +59,9 @@ class PatchState(BasicState):
         self._fusions: dict[int, tuple[Any, Fusion]] = {}
         self._controlnets: tuple[Any, InstalledControlNets] | None = None
         self.compilation: Compilation | None = None
+        # what records forwards, made in the first call that wants it
+        self.make_capture: Callable[[Any], Capture] = capture_on
+        self.capture: Capture | None = None
         # what is perturbed behind a running call that has named layers for itself
         self.lasting_layers: Any = None
 
@@ -205,7 +83,7 @@ class PatchState(BasicState):
 
     def recall(self, pipe: Any) -> None:
         """Take over what earlier patches with these settings have left with compiled models."""
-        take_over(self, [m for part in self.parts(pipe) for m in _models(getattr(pipe, part))])
+        take_over(self, [m for part in self.parts(pipe) for m in models_of(getattr(pipe, part))])
 
     def parts(self, pipe: Any) -> list[str]:
         """The attributes of the pipeline that hold models we stand in front of."""
@@ -306,6 +184,8 @@ class PatchState(BasicState):
         if self.compilation is not None:
             self.compilation.check_compiler(pipe.device.type)
         self.enter_models(pipe)
+        if self.capture is not None:
+            self.capture.bytes = 0
         regional = self.compilation is not None and self.compilation.config.regional
         sessions: list[Session] = []
         try:
@@ -383,7 +263,8 @@ class PatchState(BasicState):
         if found is None or found[0] != key:
             if found is not None:
                 found[1].release()
-            fusion = Fusion(controlnet, traced=self.config.traces, state=state)
+            known = fusable_processors(controlnet)
+            fusion = Fusion(controlnet, traced=self.config.traces, state=state, fusable=known)
             self._fusions[id(controlnet)] = found = key, fusion
         return found[1]
 
@@ -399,6 +280,24 @@ class PatchState(BasicState):
         found = self._fusions.get(id(controlnet))
         if found is not None:
             found[1].forget()
+
+    def graphs(
+        self,
+        model: Any,
+        state: BranchState,
+        invariants: Iterable[Invariant],
+        nets: Sequence[Any],
+    ) -> Graphs | None:
+        """For one call: what records the forwards of a model, of one net or several, if wanted.
+
+        Raises:
+            ValueError: the model is on no device that can.
+        """
+        if not self.config.graphs:
+            return None
+        if self.capture is None:
+            self.capture = self.make_capture(next(uncompiled(model).parameters()).device)
+        return Graphs(self, self.capture, state, invariants, nets)
 
     def controlnets(self, controlnet: Any) -> InstalledControlNets:
         """What is put on the ControlNets, made anew when something changed."""
@@ -435,18 +334,6 @@ class PatchState(BasicState):
         finally:
             leave_behind(self, models)
             self._controlnets = None
-
-
-def _models(part: Any) -> list[Any]:
-    """A model of a pipeline and, of a ``MultiControlNetModel``, its nets."""
-    return [part, *getattr(uncompiled(part), "nets", ())]
-
-
-def _leave_all(entries: dict[str, list[tuple[Entry, Doorkeeper]]]) -> None:
-    """A patched pipeline is gone without having been unpatched: its models are nobody's again."""
-    for held in entries.values():
-        for entry, keeper in held:
-            entry.remove(keeper)
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

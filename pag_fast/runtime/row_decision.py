@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ class RowDecision:
         self.copies = copies
         self._decided: Slabs = (0, 0, 0)
         self._decided_for: tuple[str, ...] = ()
-        self._concatenated: list[Any] = []
+        self._concatenated: tuple[list[torch.Tensor], list[int]] = ([], [])
         self._recheck = False
 
     def same_objects(
@@ -68,15 +69,17 @@ class RowDecision:
             context: tells passes apart that take turns in a step.
         """
         same = self.equality.same_objects(call, rows, context)
-        parts: list[Any] = []
-        for x in (local.get(name) for name in _CONCATENATED):
-            if isinstance(x, torch.Tensor):
-                parts += [x, -1 if x.is_inference() else x._version]
-        kept = len(parts) == len(self._concatenated) and all(
-            a is b or (isinstance(a, int) and a == b and a >= 0)
-            for a, b in zip(parts, self._concatenated, strict=True)
-        )
-        self._concatenated = parts
+        tensors, versions = [], []
+        for name in _CONCATENATED:
+            x = local[name] if name in local else None  # noqa: SIM401
+            if x is not None and isinstance(x, torch.Tensor):
+                tensors += [x]
+                versions += [-1 if x.is_inference() else x._version]
+        before, known = self._concatenated
+        kept = len(tensors) == len(before) and all(map(is_, tensors, before))
+        # inference tensors do not tell whether somebody has written into them
+        kept = kept and versions == known and -1 not in versions
+        self._concatenated = tensors, versions
         self._recheck = not kept
         if not (same and kept):
             self._decided_for = ()
@@ -97,9 +100,9 @@ class RowDecision:
             return None
         full, plan = len(layout), self.installed.plan
         reason = ""
-        if Answer.UNSHARED in found.answer:
+        if found.unshared:
             reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
-        elif Answer.RECHECK in found.answer and not self.installed.hooks_show:
+        elif found.recheck and not self.installed.hooks_show:
             reason = "hooks run inside of a compiled model: the branches run apart"
         elif plan.shuffled and knows_places(call):
             reason = (

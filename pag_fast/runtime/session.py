@@ -8,27 +8,22 @@ forwards the model is as diffusers made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import ops
 from ..models.registry import COND, PERTURBED, UNCOND, denoiser_name, uncompiled
 from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
-from ..sharing.guidance_reuse import Difference
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
 from .behind_hooks import BehindHooks
-from .compatibility import Answer
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_pipeline
-from .guidance import scale_at, scales_ahead
-from .installation import Installation, is_eager
+from .graphs import Graphs
+from .guided import Guided
+from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
 from .row_decision import RowDecision, align_residuals
 from .undoing import undo_after_error, undo_all
@@ -37,39 +32,30 @@ if TYPE_CHECKING:
     from .patch_state import PatchState
 
 
-class Session:
+class Session(Guided):
     """The state of one running call, for one denoiser of a pipeline that has PAG.
 
     Attributes:
-        ran: what the latest forward returned: its branches in order, and the scale of each
-            perturbed one.
-        rescaled: CFG rescale has been applied to the current prediction.
         freed: the pipeline has offloaded its models at the end of the call.
         pag: the pipeline denoises with PAG: forwards of its denoiser are ours.
-        forwards: how many forwards were ours so far.
-        running_forward: one of them is running.
+        running_forward: a forward of ours is running.
     """
 
-    installed: Installation
+    _kept: ConditioningCache
 
     def __init__(self, pipe: Any, patch: PatchState, denoiser: str | None = None) -> None:
-        self.pipe = pipe
+        super().__init__(pipe, patch)
         self.denoiser = denoiser or denoiser_name(pipe)
-        self.patch = patch
         self.owner = f"{type(pipe).__name__} (patched)"
-        self.ran: tuple[tuple[str, ...], tuple[float, ...]] | None = None
-        self.rescaled = False
         self.freed = False
         self.pag = False
         self.cfg = False
-        self.unit = 0
-        self.forwards = 0
         self.running_forward = False
         self.controlnets = ControlNets(self)
+        self._graphs: Graphs | None = None
+        self._pass = ""
         self._locals: dict[str, Any] = {}
-        self._scales: dict[Any, Any] = {}
         self._looked_ahead: set[Any] = set()
-        self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
 
     # ---- the life of the call ----
 
@@ -89,6 +75,9 @@ class Session:
             self.installed = self.patch.installation(model, layers, eager=eager)
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
         self._rows = RowDecision(self.installed, self.patch, RowEquality())
+        self._graphs = self.patch.graphs(
+            denoiser, self.installed.state, self.installed.invariants.values(), [model]
+        )
         self.pag, self.cfg = True, cfg
         if self.installed.plan.reason and self.patch.config.share_branches:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
@@ -100,33 +89,21 @@ class Session:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
         self._locals = {}
-        if not self.pag:
-            self.controlnets.end()
-            return
-        undo_all(self.controlnets.end, self._kept.forget, self.installed.forget)
-        if whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
+        ours = [self._kept.forget, self.installed.forget] if self.pag else []
+        undo_all(self.controlnets.end, *ours)
+        self._graphs = None
+        if whole:
+            self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
+        if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"
             )
 
-    def _own_rescale(self) -> float:
-        """The ``guidance_rescale`` of the pipeline's call."""
-        return float(getattr(self.pipe, "_guidance_rescale", 0.0))
-
     @property
     def steps(self) -> int:
         """How many steps of the call have begun, as far as they came through here."""
         return self.forwards
-
-    def refuse_two_rescales(self) -> None:
-        """Raises ValueError where both the call and the patch rescale the guidance."""
-        own, mode = self._own_rescale(), self.patch.config.rescale_mode
-        if mode is not None and own > 0.0:
-            raise ValueError(
-                f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave "
-                "one of them out."
-            )
 
     # ---- a forward ----
 
@@ -145,14 +122,23 @@ class Session:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
         found = self.patch.look(self.installed.denoiser)
-        found.refuse()
+        if found.refuses:
+            found.refuse()
+        if found.stock_pag:
+            self.installed.check_others()
         self.forwards += 1
         self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
             out = self._combined(self._run(forward, call, found))
-        except BaseException:
+        except BaseException as error:
             undo_after_error(self._left)
+            if isinstance(error, Exception) and not found.stock_pag and self.installed.taken():
+                raise ValueError(
+                    "A PAG pipeline that shares this model has begun in the middle of a forward, "
+                    "in another thread, and has put its processors there: patch that pipeline "
+                    "too, or run one after the other."
+                ) from error
             raise
         self._left()
         return out
@@ -166,7 +152,7 @@ class Session:
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         """The model on ``call``; the perturbed layers it comes through are counted."""
         installed = self.installed
-        fused = Answer.WEIGHTS_APART not in found.answer
+        fused = not found.weights_apart
         perturbs = installed.state.slabs is not None
         installed.state.entered = 0
 
@@ -176,11 +162,16 @@ class Session:
             patch = installed.patch(fused=fused)
             return InstancePatch([*patch.entries, *behind]) if behind else patch
 
-        out = forward.run(make, installed.states, call)
+        if self._graphs is None:
+            out = forward.run(make, installed.states, call)
+        else:
+            out = self._graphs.run(forward, make(), installed.states, call, found)
         if self.patch.compilation is not None:
             out = self.patch.compilation.after_model(out)
+        if perturbs:  # a PAG pipeline may have begun in another thread meanwhile
+            installed.check_others()
         expected = len(installed.attentions)
-        counts = installed.counts and Answer.MAY_SKIP not in found.answer
+        counts = installed.counts and not found.may_skip
         if perturbs and counts and installed.state.entered < expected:
             self.patch.fall_back(
                 f"{expected - installed.state.entered} of {expected} perturbed layers did not run: "
@@ -190,7 +181,7 @@ class Session:
 
     def _behind(self, call: Call, found: Findings) -> list[Entry]:
         """What compares rows again behind hooks of others in front of the denoiser."""
-        if Answer.RECHECK not in found.answer or not self.installed.hooks_show:
+        if not found.recheck or not self.installed.hooks_show:
             return []
         state, frames = self.installed.state, frames_of(call)
         assert self.ran is not None and state.slabs is not None
@@ -264,6 +255,9 @@ class Session:
     ) -> None:
         """Write down, for everything on the model, what the forward that follows runs on."""
         state = self.installed.state
+        if self._difference is not None:
+            # steps with and without the perturbed rows take turns: what is kept has rows of both
+            state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
         self.advance(self._kept, call, found, same)
         align_residuals(call, len(layout), self.unit, state.slabs, self.installed.plan)
@@ -271,35 +265,11 @@ class Session:
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""
-        kept.advance(latents_of(call), same=same and Answer.NOTHING_KEPT not in found.answer)
+        kept.advance(latents_of(call), same=same and not found.nothing_kept)
 
     def begin_step(self) -> None:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
-
-    # ---- scales, and steps without the perturbed branch ----
-
-    def _scales_at(self, timestep: Any) -> tuple[float, ...]:
-        """The guidance scale of each perturbed branch."""
-        schedule = self.patch.config.schedule
-        return tuple(
-            [
-                scale_at(self.pipe, timestep, self._scales, schedule, branch.scale)
-                for branch in self.installed.branches
-            ]
-        )
-
-    def _drops(self, scales: tuple[float, ...], latents: torch.Tensor, found: Findings) -> bool:
-        """Whether a step does without the perturbed rows."""
-        if Answer.KEEP_ROWS in found.answer:
-            return False
-        if not any(scales):
-            self.patch.steps["perturbed branch dropped"] += 1
-            return True
-        if self._difference is not None and self._difference.serves(latents[-self.unit :]):
-            self.patch.steps["difference reused"] += 1
-            return True
-        return False
 
     def _warm(
         self,
@@ -334,92 +304,15 @@ class Session:
         self._run(forward, other, found)
         self.patch.steps = counted
 
-    def _ahead(self, call: Call) -> Iterator[bool]:
-        """Of this step and those that follow, as far as can be told: do they have a scale?"""
-        schedule = self.patch.config.schedule
-        scales = [
-            scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
-            for branch in self.installed.branches
-        ]
-        return (any(step) for step in zip(*scales, strict=True))
-
-    def _scheduled(self, call: Call) -> Any:
-        """The scheduler's timestep of a forward."""
-        return call["timestep"]
-
     # ---- the combination ----
 
     def _combined(self, out: Any) -> Any:
         """What the pipeline gets; one that has PAG combines the branches by :meth:`combine`."""
         return out
 
-    def predictions(
-        self, prediction: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, float]:
-        """Uncond, cond, one perturbed prediction that stands for all, and its scale.
-
-        With several branches in fp32, to be rounded once. What was not run may be had by the
-        difference of an earlier step.
-        """
-        assert self.ran is not None
-        layout, scales = self.ran
-        slabs = prediction.chunk(len(layout))
-        branches, scale = dict(zip(layout, slabs, strict=True)), sum(scales)
-        uncond, cond, perturbed = branches.get(UNCOND), branches[COND], branches.get(PERTURBED)
-        if len(scales) > 1:
-            wide = torch.promote_types(prediction.dtype, torch.float32)
-            uncond, cond = None if uncond is None else uncond.to(wide), cond.to(wide)
-            if perturbed is not None and scale:
-                # s·(c − p) of one p is the sum over all
-                weighted = zip(scales, slabs[-len(scales) :], strict=True)
-                perturbed = torch.stack([s / scale * p.to(wide) for s, p in weighted]).sum(0)
-        if not scale:
-            perturbed = None
-        elif self._difference is not None:
-            perturbed = self._difference.perturbed(cond, perturbed)
-        return uncond, cond, perturbed, scale
-
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         self._kept.forget()
+        if self._graphs is not None:
+            self._graphs.forget()
         self.controlnets.forget()
-
-    def combine(
-        self, noise_pred: torch.Tensor, guidance_scale: float, *, rescales: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(guided prediction, cond prediction)`` from the rows the denoiser returned.
-
-        Args:
-            rescales: the pipeline leaves its ``guidance_rescale`` to the guidance op.
-        """
-        if self.forwards == getattr(self.pipe, "_num_timesteps", None):
-            self.forget()
-        channels = noise_pred.shape[1]
-        sigma = self.installed.learned_sigma
-        useful = noise_pred[:, : channels // 2] if sigma else noise_pred
-        config, rescale = self.patch.config, 0.0
-        uncond, cond, perturbed, scale = self.predictions(useful)
-        # once: a forward that was not ours is combined as stock does
-        self.ran = None
-        if config.rescale_mode is not None:
-            rescale = config.rescale or 0.0
-        elif uncond is not None and rescales:
-            rescale = self._own_rescale()
-            self.rescaled = rescale > 0.0
-        combined = ops.combine_guidance(
-            uncond,
-            cond,
-            perturbed,
-            guidance_scale=guidance_scale,
-            pag_scale=scale,
-            rescale=rescale,
-            rescale_mode=config.rescale_mode or "cfg",
-            backend=config.backend,
-        ).to(useful.dtype)
-        if sigma:
-            # the pipeline splits the sigma channels off behind this point: give it some to split
-            # off
-            padded = combined.new_zeros((combined.shape[0], channels, *combined.shape[2:]))
-            padded[:, : channels // 2] = combined
-            combined = padded
-        return combined, cond.to(useful.dtype)

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..config import PatchConfig
 from ..fusion import Fusion
-from ..runtime.patch_state import BasicState
+from ..models.registry import fusable_processors
+from ..runtime.basic_state import BasicState
 from ..runtime.undoing import undo_after_error, undo_all
 from ..sharing.rows import BranchState
 from .attention import RememberingSelfAttention
@@ -61,6 +62,7 @@ class SagPatch(BasicState):
                 raise
             self.session, self.running = None, {}
             session.end()
+            session.check(self._entries["unet"][0][0])
             return result
 
     def fusion(self, model: Any) -> Fusion:
@@ -68,7 +70,8 @@ class SagPatch(BasicState):
         key = [id(module) for module in model.modules()]
         if self._fusion is None or self._fusion[0] != key:
             self._release_fusion()
-            self._fusion = key, Fusion(model, traced=False, state=self.step)
+            known = fusable_processors(model)
+            self._fusion = key, Fusion(model, traced=False, state=self.step, fusable=known)
         return self._fusion[1]
 
     def release(self) -> None:

@@ -9,7 +9,6 @@ import torch
 from .. import ops
 from ..models.registry import has_compiled, uncompiled
 from ..ops import reference
-from ..runtime.compatibility import Answer
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
@@ -34,7 +33,7 @@ class SagSession:
 
     Attributes:
         images: the IP-Adapter's embeddings of uncond and cond, as they were prepared.
-        awaits_degraded: the UNet's next call is the degraded pass.
+        awaited: the degraded latents that the UNet has not been called with yet.
     """
 
     def __init__(self, pipe: Any, patch: SagPatch) -> None:
@@ -42,7 +41,8 @@ class SagSession:
         self.patch = patch
         self.owner = f"{type(pipe).__name__} (patched)"
         self.images: list[torch.Tensor] | None = None
-        self.awaits_degraded = False
+        self.awaited: torch.Tensor | None = None
+        self._is_degraded = False
         self._schedule = NoiseSchedule(pipe)
         self._equality = RowEquality()
         self._degrades = False
@@ -75,6 +75,30 @@ class SagSession:
         if self._shared is not None:
             self._shared.forget()
 
+    def check(self, entry: Entry) -> None:
+        """The pipeline has returned its result by itself: tell of what went wrong meanwhile.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        if self._shared is None:
+            return
+        self.patch.tell_of_changes(self._shared.kept)
+        wanted = len(self.pipe.scheduler.timesteps)
+        whole = self._steps >= wanted and self.awaited is None
+        if whole or getattr(self.pipe, "_interrupt", False):
+            return
+        if self.pipe.unet is not entry.model or not entry.is_in_front:
+            self.patch.fall_back(
+                "the unet was compiled or replaced during the call: what ran since then ran as "
+                "stock does. Do so between two calls"
+            )
+        else:
+            self.patch.fall_back(
+                f"{self._steps} of {wanted} guided passes were seen in this call, or a degraded "
+                "one was not: something else ran the unet, as stock does"
+            )
+
     # ---- a forward ----
 
     def owns(self) -> bool:
@@ -91,6 +115,12 @@ class SagSession:
         forward = Forward(entry, self._model, args, kwargs)
         found = self.patch.look(self._model)
         found.refuse()
+        if found.stock_pag:
+            raise ValueError(
+                "A PAG pipeline that shares this UNet has put its processors there: it is running, "
+                "in another thread or around this call, or an error has ended it. Run one after "
+                "the other, or call set_attn_processor() if it is over."
+            )
         self._running_forward = True
         try:
             call = self._enter(forward.call, shared, found)
@@ -108,13 +138,13 @@ class SagSession:
             # the pipeline has put its own there, which stores the map
             entries = [(vars(self._attention), "processor", self.patch.processor), *entries]
         fuses = self.patch.config.fewer_launches and not self._model.training
-        if fuses and Answer.WEIGHTS_APART not in found.answer:
+        if fuses and not found.weights_apart:
             fusion = self.patch.fusion(self._model)
             # products are fused for the processors that are going to run
             with as_put_on(InstancePatch(entries)):
                 fusion.refresh()
-            if not self.awaits_degraded:
-                fusion.begin()  # the degraded pass goes on with what the guided one has projected
+            if not self._is_degraded:
+                fusion.forget()  # the degraded pass goes on with what the guided one has projected
             entries = [*entries, *fusion.entries]
         return InstancePatch(entries)
 
@@ -134,8 +164,10 @@ class SagSession:
 
     def _enter(self, call: dict[str, Any], shared: SharedPasses, found: Findings) -> dict[str, Any]:
         latents, timestep = latents_of(call), call["timestep"]
-        keeps = Answer.NOTHING_KEPT not in found.answer
-        if self.awaits_degraded:
+        keeps = not found.nothing_kept
+        self._is_degraded = latents is self.awaited
+        if self._is_degraded:
+            self.awaited = None
             leads = keeps and self._equality.leads(call)
             shared.degraded(latents, timestep, leads=leads)
             return call
@@ -154,8 +186,7 @@ class SagSession:
 
     def _leave(self, shared: SharedPasses) -> None:
         seen = self.patch.processor.take()
-        degraded, self.awaits_degraded = self.awaits_degraded, False
-        store = self._attention.processor
+        degraded, store = self._is_degraded, self._attention.processor
         if not degraded and _stores_map(store):
             store.attention_probs = seen
         self.patch.steps["degraded passes" if degraded else "guided passes"] += 1
@@ -184,8 +215,8 @@ class SagSession:
             self._blur = reference.gaussian_kernel(
                 sample.shape[1], device=sample.device, dtype=wide
             )
-        self._degrades = self.awaits_degraded = True
-        return ops.degrade_latents(
+        self._degrades = True
+        self.awaited = ops.degrade_latents(
             sample,
             model_output,
             received,
@@ -195,6 +226,7 @@ class SagSession:
             noise=noise,
             backend=backend,
         )
+        return self.awaited
 
 
 def _stores_map(processor: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.rows import BranchState
+from ..sharing.weight_signature import WeightSignature
 
 _TIME = ("time_proj", "time_embedding")
 
@@ -64,11 +65,16 @@ class SharedPasses:
     def __init__(self, model: nn.Module, step: BranchState, *, keeps: bool) -> None:
         self.text, self.time = PassState(), PassState()
         self.step = step
+        # what is checked takes turns from call to call, and only this state lasts
+        self.text.checked = step.checked
         self._invariants: list[Invariant] = []
         self._times: list[Invariant] = []
         if keeps:
             found = invariant_modules(model)
-            self._invariants = [LeadingRows(self.text, module) for module in found.values()]
+            weights = WeightSignature(found.values())
+            self._invariants = [
+                LeadingRows(self.text, module, weights=weights) for module in found.values()
+            ]
             self._times = [
                 LeadingRows(self.time, module)
                 for name in _TIME
@@ -114,5 +120,6 @@ class SharedPasses:
 
     def forget(self) -> None:
         """Free everything that is kept."""
+        self.step.checked = self.text.checked
         self.kept.forget()
         self.timed.forget()

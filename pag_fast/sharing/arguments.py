@@ -54,13 +54,15 @@ CONDITIONING = frozenset(
 
 def latents_of(call: dict[str, Any]) -> torch.Tensor:
     """The latents among a model's arguments, whatever its family calls them."""
-    return next(call[name] for name in SAMPLE if name in call)
+    sample, hidden_states = SAMPLE
+    return call[sample] if sample in call else call[hidden_states]
 
 
 def frames_of(call: dict[str, Any]) -> int:
     """Frames of a UNet for videos: its text, and its batch inside, have a row for each."""
-    sample = call.get("sample")
-    return 1 if sample is None or sample.ndim != 5 else sample.shape[2]
+    if "sample" not in call or call["sample"].ndim != 5:
+        return 1
+    return int(call["sample"].shape[2])
 
 
 def version_of(x: torch.Tensor) -> int:
@@ -91,16 +93,19 @@ def complete_rows(call: dict[str, Any], rows: int, frames: int) -> dict[str, Any
     """
     call = dict(call)
     mend_rows(call, rows)
-    for name, value in call.items():
-        if name in ("added_cond_kwargs",) and isinstance(value, dict):
-            call[name] = {n: _completed(n, x, rows, frames) for n, x in value.items()}
-        else:
-            call[name] = _completed(name, value, rows, frames)
+    for name in call:
+        value = call[name]
+        if name == "added_cond_kwargs" and isinstance(value, dict):
+            call[name] = {
+                n: _completed(x, rows, frames) if n in CONDITIONING else x for n, x in value.items()
+            }
+        elif name in CONDITIONING and value is not None:
+            call[name] = _completed(value, rows, frames)
     return call
 
 
-def _completed(name: str, x: Any, rows: int, frames: int) -> Any:
-    if name not in CONDITIONING or not isinstance(x, torch.Tensor) or not x.ndim:
+def _completed(x: Any, rows: int, frames: int) -> Any:
+    if not isinstance(x, torch.Tensor) or not x.ndim:
         return x
     have = x.shape[0]
     if not have or have in (rows, rows * frames) or rows % have:
@@ -151,9 +156,9 @@ def knows_places(call: dict[str, Any]) -> bool:
 
 def mend_rows(call: dict[str, Any], rows: int) -> None:
     """Arguments that diffusers hands over with too few or too many rows."""
-    cond = call.get("timestep_cond")
+    cond = call["timestep_cond"] if "timestep_cond" in call else None  # noqa: SIM401
     if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:
         call["timestep_cond"] = torch.cat([cond] * (rows // cond.shape[0]))
     for name in ("image_meta_size", "style"):
-        if call.get(name) is not None and call[name].shape[0] > rows:
+        if name in call and call[name] is not None and call[name].shape[0] > rows:
             call[name] = call[name][:rows]

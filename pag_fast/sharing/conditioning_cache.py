@@ -3,6 +3,10 @@
 Prompts, added embeddings and the control image are the same in all steps of a call, and so is what
 is projected from them alone: text keys and values, caption projections, the embedding of the
 control image. Stock diffusers computes them anew in every step.
+
+Whatever could change what they compute is compared before an output is handed out again. Writes
+into weights through ``.data`` leave no trace: for those one kept output a step, in turn, is
+computed again and compared.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import nn
 from .plan import BranchPlan, argument_names, eager_modules, has_diffusers_hooks
 from .replacement import Replacement
 from .rows import Align, BranchState, Leave
+from .spot_checks import SpotChecks
+from .weight_signature import WeightSignature
 
 # see text, image embeddings, sizes or the control image, never latents or timesteps
 _EMBEDDINGS = (
@@ -44,23 +50,27 @@ _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Output:
+    """A kept output: good for one epoch, as long as neither it nor the weights are changed."""
+
     value: Any
     epoch: int
-    versions: list[int | None]
-    weights: list[Any]
+    version: Any
+    weights: int
 
 
 class Invariant(Replacement):
     """The forward of a module, computed once for each epoch of its model's :class:`BranchState`.
 
     ``align`` and ``leave`` are the hooks of the module's site in the branch plan, which it then
-    does without. What the module itself consists of is compared whenever it is entered, behind all
-    hooks: parameters, buffers, LoRA scales and plain settings.
+    does without. ``weights`` tells whether what the module consists of has been changed; without
+    one it has its own.
 
     Attributes:
         kept: the outputs that are handed out again, by ``state.context``.
+        checks: where the next one is noted that is computed again, rather than handed out;
+            ``None``: it is not this module's turn.
     """
 
     def __init__(
@@ -69,11 +79,15 @@ class Invariant(Replacement):
         module: nn.Module,
         align: Align | None = None,
         leave: Leave | None = None,
+        weights: WeightSignature | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(state, module)
+        self.name = name or type(module).__name__
+        self.checks: SpotChecks | None = None
         self._align = align
         self._leave = leave
-        self._weights = WeightSignature(module)
+        self._weights = WeightSignature([module]) if weights is None else weights
         self.forget()
 
     def forget(self) -> None:
@@ -83,93 +97,58 @@ class Invariant(Replacement):
         self._repeated = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # somebody has compiled the model's forward alone
+        if torch.compiler.is_dynamo_compiling():  # somebody has compiled the model's forward alone
             return self._compute(args, kwargs)
-        state = self.state
+        state, weights = self.state, self._weights
         # called twice in one forward, its inputs need not be the same
-        self._repeated |= self._step == state.step
+        if self._step == state.step:
+            self._repeated = True
         self._step = state.step
-        kept = self.kept.get(state.context)
-        if kept is None or kept.epoch != state.epoch or self._repeated:
-            return self._renew(args, kwargs)
-        # somebody may have written into it; inference tensors do not tell
-        unchanged = kept.versions == _versions(kept.value) and self._weights.same(kept.weights)
-        return kept.value if unchanged else self._renew(args, kwargs)
+        number = weights.number if weights.step == state.step else weights.look(state.step)
+        if state.context in self.kept and not self._repeated:
+            kept = self.kept[state.context]
+            if kept.epoch == state.epoch and kept.weights == number:
+                value, version = kept.value, kept.version
+                # somebody may have written into it
+                if version is None or version == (
+                    _version(value) if isinstance(version, list) else value._version
+                ):
+                    return value if self.checks is None else self._again(kept, args, kwargs)
+        return self._renew(args, kwargs, number)
 
-    def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _again(self, kept: _Output, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand out what the module computes now, and note how far from that the kept output is."""
+        checks, self.checks = self.checks, None
+        value, before = self._compute(args, kwargs), kept.value
+        pairs = (
+            ((before, value),) if type(value) is torch.Tensor else zip(before, value, strict=True)
+        )
+        for old, new in pairs:
+            # a pass on fewer rows takes the first ones of what is kept
+            if old.shape != new.shape:
+                return before
+            checks.add(self.name, old, new)  # type: ignore[union-attr]
+        kept.value, kept.version = value, _version(value)
+        return value
+
+    def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: int) -> Any:
         self.kept.pop(self.state.context, None)
-        weights = self._weights.take()
         value = self._compute(args, kwargs)
         if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
-        if weights is not None:
-            output = _Output(value, self.state.epoch, _versions(value), weights)
+        if self._weights.sees(self.module):
+            output = _Output(value, self.state.epoch, _version(value), weights)
             self.kept[self.state.context] = output
         return value
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._align is not None:
             args, kwargs = self._align(self.module, args, kwargs) or (args, kwargs)
-        out = self.original(*args, **kwargs)
+        out = self.run_original(args, kwargs)
         if self._leave is None:
             return out
         left = self._leave(self.module, args, out)
         return out if left is None else left
-
-
-class WeightSignature:
-    """What a module computes with: another one whenever somebody has changed it.
-
-    Parameters and buffers are held as objects, since an ``id`` may be given again, with their
-    versions and addresses; of the rest the plain settings and the scales of LoRAs are compared.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._root = module
-        self._found: list[tuple[nn.Module, int, bool]] = []
-        self._held: list[torch.Tensor] = []
-
-    def take(self) -> list[Any] | None:
-        """What there is now; ``None`` where changes do not show: inference tensors."""
-        self._found = [(m, len(m._modules), type(m) is not nn.Linear) for m in self._root.modules()]
-        tensors = [
-            x
-            for module, _, _ in self._found
-            for x in (*module._parameters.values(), *module._buffers.values())
-            if x is not None
-        ]
-        if any(x.is_inference() for x in tensors):
-            return None
-        # an address is compared only as long as nothing else can have got it
-        self._held = tensors
-        return self._now()
-
-    def same(self, before: list[Any]) -> bool:
-        """Whether nothing has changed since :meth:`take` returned ``before``."""
-        return self._now() == before
-
-    def _now(self) -> list[Any]:
-        found: list[Any] = [torch.is_autocast_enabled(), torch.is_grad_enabled()]
-        for module, children, settings in self._found:
-            own = module.__dict__
-            if len(own["_modules"]) != children:
-                return []
-            for tensors in (own["_parameters"], own["_buffers"]):
-                for name in tensors:
-                    x = tensors[name]
-                    if x is not None:
-                        found += (id(x), x._version if not x.is_inference() else -1, x.data_ptr())
-            if settings:
-                for name, value in own.items():
-                    if isinstance(value, bool | int | float | str):
-                        found.append(value)
-                    elif name in _ADAPTERS:
-                        found.append(dict(value) if isinstance(value, dict) else str(value))
-        return found
-
-
-# of peft's layers: scales by adapter, and which adapters count
-_ADAPTERS = ("scaling", "_active_adapter", "merged_adapters")
 
 
 def _tensors(value: Any) -> list[Any]:
@@ -177,16 +156,33 @@ def _tensors(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _versions(value: Any) -> list[int | None]:
-    return [None if x.is_inference() else x._version for x in _tensors(value)]
+def _version(value: Any) -> Any:
+    """The version of an output, or versions: an IP-Adapter's image projection returns a list.
+
+    ``None`` for inference tensors, which do not tell whether somebody has written into them.
+    """
+    if isinstance(value, list):
+        return [_version(x) for x in value]
+    return None if value.is_inference() else value._version
 
 
 class ConditioningCache:
-    """The invariants of one model, or of all ControlNets, while one call runs."""
+    """The invariants of one model, or of all ControlNets, while one call runs.
+
+    In every step one of them computes its output again, although it is kept; they take turns, from
+    call to call.
+
+    Attributes:
+        checks: what has come of it.
+    """
 
     def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
         self.invariants = list(invariants)
+        self.checks = SpotChecks()
+        self._checked: Invariant | None = None
+        # the pass of a step that checks; the others run the same modules
+        self._checking: str | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
         self._epochs = state.epoch
 
@@ -205,9 +201,28 @@ class ConditioningCache:
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
         self._last[context] = rows, epoch
         self.state.epoch = epoch
+        if self._checking is None:
+            self._checking = context
+        if same and context == self._checking:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Have the next invariant that has kept something compute it again."""
+        if self._checked is not None:
+            self._checked.checks = None
+        self._checked, state, count = None, self.state, len(self.invariants)
+        for turn in range(state.checked, state.checked + count):
+            invariant = self.invariants[turn % count]
+            if invariant.kept:
+                invariant.checks, self._checked = self.checks, invariant
+                state.checked = turn + 1
+                break
 
     def forget(self) -> None:
-        """Free every output."""
+        """Free every output; what has been checked is still to be told."""
+        if self._checked is not None:
+            self._checked.checks = None
+            self._checked = None
         for invariant in self.invariants:
             invariant.forget()
 
@@ -249,9 +264,11 @@ def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[s
     Their sites are left out of the hooks by ``plan.hooks(state, without=...)``.
     """
     sites = {id(site.module): site for site in plan.sites}
+    found = invariant_modules(model)
+    weights = WeightSignature(found.values())
     made = {}
-    for name, module in invariant_modules(model).items():
+    for name, module in found.items():
         site = sites.get(id(module))
         align, leave = (None, None) if site is None else site.hooks(state)
-        made[name] = Invariant(state, module, align, leave)
+        made[name] = Invariant(state, module, align, leave, weights, name)
     return made

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -158,7 +158,7 @@ def has_diffusers_hooks(module: nn.Module) -> bool:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, which some models pass by position."""
-    return _argument_names(cast(Any, type(module)))
+    return _argument_names(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 
 from .rows import BranchState
+from .threads import HERE
 
 MISSING: Any = object()
 """Stands for an attribute that an instance does not have, so that its class's counts."""
@@ -22,7 +22,8 @@ class Replacement:
     this object when we are gone. So it does something only in the thread of its owner's running
     forward, and not a second time inside of itself; otherwise it calls what was there.
 
-    Instances are made once per patch, as compiled graphs guard on them.
+    Instances are made once per patch, as compiled graphs guard on them. A step runs hundreds of
+    them, so the test of whose forward runs reads attributes, and calls nothing.
 
     Args:
         state: of the model, which says whose forward runs.
@@ -41,7 +42,8 @@ class Replacement:
         self.original: Callable[..., Any] = self._class_forward if own is MISSING else own
         # what runs for whoever has captured this object while it was on
         self._base = self.original
-        self._entered = False
+        # what was there is running, and may be a wrapper that calls this object again
+        self._inside = False
 
     def displace(self, before: Any) -> None:
         """Note what this object takes the place of: the instance's own forward, or ``MISSING``."""
@@ -69,18 +71,20 @@ class Replacement:
         """What the module does in its owner's forward."""
         raise NotImplementedError
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # while a compiler traces, the owner's forward runs
-            return self.run(*args, **kwargs)
-        if self._entered or self.state.thread != get_ident():
-            return self._base(*args, **kwargs)
-        self._entered = True
+    def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What would run without us: the module's own forward, or what somebody has put there."""
+        if torch.compiler.is_dynamo_compiling():  # a graph would write the attribute every time
+            return self.original(*args, **kwargs)
+        self._inside = True
         try:
-            return self.run(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
-            self._entered = False
+            self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.state.thread is not HERE.me:
+            return self._base(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
 
 def _forward_of_class(module: Any) -> Any:

@@ -29,12 +29,12 @@ class RowEquality:
         """
         last, now = self._last.get(context), _conditioning(call)
         self._last[context] = rows, now
-        return (
-            last is not None
-            and last[0] == rows
-            and len(last[1]) == len(now)
-            and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(last[1], now, strict=True))
-        )
+        if last is None or last[0] != rows or len(last[1]) != len(now):
+            return False
+        for (before, version), (x, own) in zip(last[1], now, strict=True):
+            if before is not x or version != own:
+                return False
+        return True
 
     def leads(self, call: dict[str, Any]) -> bool:
         """Whether a call has the first rows of the conditioning that :meth:`same_objects` saw last.
@@ -78,8 +78,8 @@ def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append((value, version_of(value)))
+    if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
+        found += [(value, 0 if value.is_inference() else value._version)]
     elif isinstance(value, list | tuple):
         for item in value:
             _collect(item, found)
@@ -87,7 +87,7 @@ def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
         for item in value.values():
             _collect(item, found)
     elif isinstance(value, bool | int | float | str):
-        found.append((None, value))
+        found += [(None, value)]
 
 
 def _leads(whole: tuple[Any, Any], part: tuple[Any, Any]) -> bool:

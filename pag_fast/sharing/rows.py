@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .threads import Thread
+
 MERGED, SHARED, SPLIT = 0, 1, 2
 LEVEL_NAMES = ("merged", "shared", "split")
 
@@ -43,8 +45,10 @@ class BranchState:
         size: height and width of the latents.
         clock: number of the step in its pipeline call, one int64 on the device: random numbers
             start from it. A tensor, so that compiled graphs are the same in every step.
-        thread: the thread whose forward of the model runs on what was decided; 0 between forwards.
+        thread: the thread whose forward of the model runs on what was decided; ``None`` between
+            forwards.
         entered: how many perturbed layers the forward has come through, outside of graphs.
+        checked: whose turn it is to compute again what is kept from step to step.
     """
 
     def __init__(self) -> None:
@@ -56,8 +60,9 @@ class BranchState:
         self.num_image = 0
         self.size: tuple[int, int] | None = None
         self.clock: torch.Tensor | None = None
-        self.thread = 0
+        self.thread: Thread | None = None
         self.entered = 0
+        self.checked = 0
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""

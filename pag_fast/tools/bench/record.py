@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 SCHEMA = 1
-SUITES = ("op", "step", "pipeline", "user")
+SUITES = ("op", "step", "pipeline", "overhead", "user")
 TESTS = ("passed", "failed", "not run")
 EQUAL = "equal to stock"
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
@@ -59,6 +59,7 @@ class Row:
         psnr: dB against stock, of pictures with peak 1, or of latents with the range of what the
             call changes in them as peak; ``None`` where nothing was compared, and where ``note``
             says that all is equal.
+        samples: seconds of every round, in order.
     """
 
     suite: str
@@ -72,6 +73,7 @@ class Row:
     peak_bytes: int | None = None
     psnr: float | None = None
     note: str = ""
+    samples: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def make_rows(
                 (peaks or {}).get(name),
                 None if equal else found,
                 EQUAL if equal else "",
+                list(own),
             )
         )
     return rows

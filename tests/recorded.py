@@ -1,0 +1,63 @@
+"""Graphs without a GPU: records every operation of a forward, and runs them on the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pag_fast.runtime.capture import NotCapturable, Replay
+
+# these wait for the device
+_WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+
+
+class Tape(TorchDispatchMode):
+    """The operations that run, and whether one of them waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WAITS:
+            raise NotCapturable(f"{func} waits for the device")
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """What a CUDA graph does: the same operations on the same addresses, and no Python."""
+        with torch.no_grad():
+            for func, args, kwargs, out in self.operations:
+                returns = func._schema.returns
+                aliases = any(x.alias_info is not None for x in returns)
+                if aliases and not func._schema.is_mutable:
+                    continue  # a view is where it was
+                now = func(*args, **kwargs)
+                if not aliases:
+                    for x, fresh in zip(tree_leaves(out), tree_leaves(now), strict=True):
+                        if isinstance(x, torch.Tensor):
+                            x.copy_(fresh)
+
+
+class RecordingCapture:
+    """Stands for :class:`pag_fast.runtime.capture.CudaCapture`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes = 0
+        self.tapes: list[Tape] = []
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Replay, Any]:
+        tape = Tape()
+        with tape:
+            out = run()
+        self.tapes.append(tape)
+        self.bytes += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        return tape.replay, out
+
+    def stream(self) -> Any:
+        return None

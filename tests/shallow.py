@@ -1,0 +1,81 @@
+"""Pipelines with as few blocks as show a fork with something before and behind it, to compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny
+import tiny_hosts
+
+_TWO_BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+ONE_BLOCK = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+_XL_TWO_BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+}
+_MOTION_TWO_BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+}
+
+
+def _net(unet: dict[str, Any]) -> dict[str, Any]:
+    return {key: unet[key] for key in ("block_out_channels", "down_block_types")}
+
+
+SHALLOW = {
+    "StableDiffusionPAGPipeline": _TWO_BLOCKS,
+    "StableDiffusionXLPAGPipeline": _XL_TWO_BLOCKS,
+    "AnimateDiffPAGPipeline": _MOTION_TWO_BLOCKS,
+    "SanaPAGPipeline": {"num_layers": 3},
+    "StableDiffusion3PAGPipeline": {"num_layers": 3},
+    "HunyuanDiTPAGPipeline": {"num_layers": 4},
+    "PixArtSigmaPAGPipeline": {"num_layers": 3},
+    "StableDiffusionControlNetPAGPipeline": {**_TWO_BLOCKS, "net": _net(_TWO_BLOCKS)},
+    # without PAG of their own, for the choice between graphs: even fewer
+    "StableDiffusionPipeline": ONE_BLOCK,
+    "StableDiffusionControlNetPipeline": {**ONE_BLOCK, "net": _net(ONE_BLOCK)},
+    "StableDiffusion3Pipeline": {"num_layers": 2},
+    "FluxPipeline": {"num_layers": 1, "num_single_layers": 2},
+    "WanPipeline": {"num_layers": 2},
+}
+_UNET = {
+    "middle": ["down_blocks.0.attentions.0", "mid", "up_blocks.1.attentions.1"],
+    "last": ["up_blocks.1.attentions.1"],
+}
+_DIT = {"middle": [r"blocks\.1\.", r"blocks\.2\."], "last": [r"blocks\.2\."]}
+# sets of layers as in tiny.py: a middle set, and the last layer in execution order
+LAYERS = {
+    "StableDiffusionPAGPipeline": _UNET,
+    "StableDiffusionControlNetPAGPipeline": _UNET,
+    "StableDiffusionXLPAGPipeline": {
+        "middle": ["down_blocks.1.attentions.0.transformer_blocks.1", "mid"],
+        "last": ["up_blocks.0.attentions.1.transformer_blocks.1"],
+    },
+    "AnimateDiffPAGPipeline": {**_UNET, "last": ["up_blocks.1.motion_modules.1"]},
+    "SanaPAGPipeline": _DIT,
+    "StableDiffusion3PAGPipeline": _DIT,
+    "HunyuanDiTPAGPipeline": {**_DIT, "last": [r"blocks\.3\."]},
+    "PixArtSigmaPAGPipeline": _DIT,
+    "StableDiffusionPipeline": {"middle": ["mid", "up_blocks.0.attentions.1"]},
+    "StableDiffusion3Pipeline": {"middle": [r"blocks\.1\."]},
+    "FluxPipeline": {"middle": [r"single_transformer_blocks\.1\."]},
+    "WanPipeline": {"middle": [r"blocks\.1\."]},
+}
+
+
+def build(name: str, **options: Any) -> Any:
+    """The pipeline ``name`` of ``tiny.py`` or ``tiny_hosts.py``, shallow where there is a way."""
+    made = tiny_hosts if name in tiny_hosts.HOSTS else tiny
+    return made.build(name, **{**SHALLOW.get(name, {}), **options})
