@@ -183,7 +183,7 @@ def tile(chip: str, dtype: torch.dtype, head_dim: int) -> Config:
         return Config(64, 32, 4, 1) if wide <= 96 else Config(32, 32, 4, 1)
     if chip in ("mma", "mma120") and wide <= 128:
         if dim_b == 0:
-            return Config(32, 64, 8, 1)
+            return Config(64 if chip == "mma120" and wide == 128 else 32, 64, 8, 1)
         if wide < 64:
             return Config(64, 64, 8, 1)
         return Config(64, 64, 4, 1) if wide == 80 else Config(64, 32, 4, 1)
