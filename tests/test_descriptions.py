@@ -235,6 +235,7 @@ _SET = {
     "cache_conditioning": False,
     "fewer_launches": False,
     "compile": True,
+    "graphs": True,
     "reuse": pag_fast.Reuse(every=2),
     "exact_layers": True,
     "strict": True,

@@ -153,7 +153,9 @@ def attention_with_lse(
     natural, fp32 or fp64. ``bias`` ``[rows or 1, H or 1, 1, N]`` is added to the scores. A row
     whose keys are all hidden by it has the output 0 and the log-sum-exp −∞.
     """
-    q, k, v = (_on_units(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cuda":
+        q, k, v = _on_units(q), _on_units(k), _on_units(v)
     hidden = None
     if bias is not None:
         # some kernels say 0 there
@@ -167,7 +169,7 @@ def attention_with_lse(
 
 def _on_units(x: torch.Tensor) -> torch.Tensor:
     """``x``, copied where a row of a head does not begin on 16 bytes."""
-    return x if x.device.type != "cuda" or is_aligned(x) else x.contiguous()
+    return x if is_aligned(x) else x.contiguous()
 
 
 def is_aligned(x: torch.Tensor) -> bool:

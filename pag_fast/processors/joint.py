@@ -91,8 +91,7 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         x = x if layer is None else layer(x)
         return x if rotary is None else self.rotate(x, rotary)
 
-    def rotate(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
-        return rotate(x, rotary)
+    rotate = staticmethod(rotate)
 
 
 class PerturbedFluxAttention(PerturbedJointAttention):
