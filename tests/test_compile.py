@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from numerics import relative
 from shallow import LAYERS, ONE_BLOCK, build
@@ -11,15 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
 
-FAMILIES = [
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLPAGPipeline",
-    "AnimateDiffPAGPipeline",
-    "StableDiffusion3PAGPipeline",
-    "HunyuanDiTPAGPipeline",
-    "PixArtSigmaPAGPipeline",
-    "SanaPAGPipeline",
-]
+FAMILIES = [name for name in tiny.FAMILIES if "ControlNet" not in name]
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,9 @@ import re
 import pytest
 import torch
 from numerics import observing, relative
-from tiny import PIPELINES, build, call_kwargs, latents
+from tiny import FAMILIES, PIPELINES, build, call_kwargs, latents
 
 import pag_fast
-
-# one pipeline per denoiser family, and the ControlNet that can sit in front
-FAMILIES = [
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLPAGPipeline",
-    "AnimateDiffPAGPipeline",
-    "StableDiffusion3PAGPipeline",
-    "HunyuanDiTPAGPipeline",
-    "PixArtSigmaPAGPipeline",
-    "SanaPAGPipeline",
-    "StableDiffusionControlNetPAGPipeline",
-]
 
 
 class Injected(Exception):

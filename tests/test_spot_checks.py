@@ -122,7 +122,7 @@ def checks(monkeypatch):
     names, ask = [], SpotChecks.differing
 
     def differing(self):
-        names.extend(self.names)
+        names.extend(name for name, *_ in self._noted)
         return ask(self)
 
     monkeypatch.setattr(SpotChecks, "differing", differing)

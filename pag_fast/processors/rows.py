@@ -75,9 +75,8 @@ class PerturbedProcessor:
         if state is None or slabs is None:
             return total, 0
         if not torch.compiler.is_dynamo_compiling():
-            if (
-                state.thread is not HERE.me and state.thread is not None
-            ):  # somebody else's: his rows all attend
+            # somebody else's: his rows all attend
+            if state.thread is not HERE.me and state.thread is not None:
                 return total, 0
             state.entered += 1
         have, full = slabs[self.level], slabs[SPLIT]

@@ -50,6 +50,5 @@ class BehindHooks(Replacement):
 
 
 def _signature(call: dict[str, Any]) -> Signature:
-    # inference tensors do not tell whether somebody has written into them
     tensors = [x for x in tree_leaves(dict(sorted(call.items()))) if isinstance(x, torch.Tensor)]
-    return [(x, -1 if x.is_inference() else version_of(x)) for x in tensors]
+    return [(x, version_of(x)) for x in tensors]

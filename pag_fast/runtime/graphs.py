@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..sharing.arguments import version_of
 from ..sharing.conditioning_cache import Invariant
 from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
@@ -137,11 +138,9 @@ class Graphs:
                 self.forget()
                 self._refused = str(error)
                 self.patch.fall_back(f"no graphs: {self._refused}")
-                # what was begun counts as another forward
-                self.state.step += 1
-                return run(call)
             if graph is None:
                 self._seen.discard(key)
+                # what was begun counts as another forward
                 self.state.step += 1
                 return run(call)
             self._graphs[key] = graph
@@ -204,7 +203,7 @@ class Graphs:
             self._number = number
             self.forget()
         for key, graph in list(self._graphs.items()):
-            if any(_version(x) != version for x, version in graph.kept):
+            if any(version_of(x) != version for x, version in graph.kept):
                 # the next forward keeps others, which a recording has to find there
                 del self._graphs[key]
                 self._seen.discard(key)
@@ -224,7 +223,7 @@ class Graphs:
             for x in leaves
         ]
         arguments = [x if copy is None else copy for x, copy in zip(leaves, inputs, strict=True)]
-        versions = [-1 if x is None else _version(x) for x in inputs]
+        versions = [-1 if x is None else version_of(x) for x in inputs]
         for invariant in self._invariants:
             invariant.checks = None  # what is kept stays what it is: a graph reads it there
         before = self._outputs()
@@ -242,7 +241,7 @@ class Graphs:
             return None
         # the forward may write into its arguments: those are given anew every time
         filled = [
-            None if copy is None or _version(copy) != version else (x, _version(x))
+            None if copy is None or version_of(copy) != version else (x, version_of(x))
             for x, copy, version in zip(leaves, inputs, versions, strict=True)
         ]
         self.patch.steps["captured"] += 1
@@ -253,7 +252,7 @@ class Graphs:
             filled,
             clock,
             state.entered,
-            [(x, _version(x)) for x in kept],
+            [(x, version_of(x)) for x in kept],
             patch,
         )
 
@@ -268,7 +267,7 @@ class Graphs:
             if copy is None:
                 continue
             before = graph.filled[index]
-            version = _version(x)
+            version = version_of(x)
             if before is None or before[0] is not x or before[1] != version or version < 0:
                 copy.copy_(x)
                 graph.filled[index] = x, version
@@ -279,11 +278,6 @@ class Graphs:
         self.patch.steps["replayed"] += 1
         # the next replay writes where these are
         return tree_map_only(torch.Tensor, torch.clone, graph.out)
-
-
-def _version(x: torch.Tensor) -> int:
-    """-1 for inference tensors, which do not tell whether somebody has written into them."""
-    return -1 if x.is_inference() else x._version
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..sharing.arguments import (
     batched,
     knows_places,
     latents_of,
+    version_of,
 )
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
@@ -74,7 +75,7 @@ class RowDecision:
             x = local[name] if name in local else None  # noqa: SIM401
             if x is not None and isinstance(x, torch.Tensor):
                 tensors += [x]
-                versions += [-1 if x.is_inference() else x._version]
+                versions += [version_of(x)]
         before, known = self._concatenated
         kept = len(tensors) == len(before) and all(map(is_, tensors, before))
         # inference tensors do not tell whether somebody has written into them

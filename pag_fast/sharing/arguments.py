@@ -66,8 +66,8 @@ def frames_of(call: dict[str, Any]) -> int:
 
 
 def version_of(x: torch.Tensor) -> int:
-    """Another number whenever somebody has written into ``x``; inference tensors do not tell."""
-    return 0 if x.is_inference() else x._version
+    """Another number after every write into ``x``; -1 for inference tensors, which do not tell."""
+    return -1 if x.is_inference() else x._version
 
 
 def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:

@@ -79,7 +79,8 @@ def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 def _collect(value: Any, found: list[tuple[Any, Any]]) -> None:
     if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
-        found += [(value, 0 if value.is_inference() else value._version)]
+        # version_of, without its call: this runs for every argument of every forward
+        found += [(value, -1 if value.is_inference() else value._version)]
     elif isinstance(value, list | tuple):
         for item in value:
             _collect(item, found)

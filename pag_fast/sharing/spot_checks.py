@@ -21,11 +21,6 @@ class SpotChecks:
     def __init__(self) -> None:
         self._noted: list[tuple[str, float, torch.Tensor, torch.Tensor]] = []
 
-    @property
-    def names(self) -> list[str]:
-        """Of the modules that have been checked."""
-        return [name for name, *_ in self._noted]
-
     def add(self, name: str, kept: torch.Tensor, now: torch.Tensor) -> None:
         """Note how far from the output that a module computes now the one is that was kept."""
         if now.dtype in _TOLERANCES:
