@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults_of_calls import CALLS
+from faults_of_kept import KEPT
 from faults_of_numbers import NUMBERS
 from planting import Fault
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 _IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "bench-results")
 
 
-FAULTS = [*NUMBERS, *CALLS]
+FAULTS = [*NUMBERS, *CALLS, *KEPT]
 
 
 def anchors() -> list[str]:

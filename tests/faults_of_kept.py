@@ -1,0 +1,95 @@
+"""Faults of what later steps take over: spot checks of kept outputs, graphs of forwards."""
+
+from __future__ import annotations
+
+from planting import Fault, tests_of
+
+_CHECKS, _CACHE = "pag_fast/sharing/spot_checks.py", "pag_fast/sharing/conditioning_cache.py"
+_GRAPHS = "pag_fast/runtime/graphs.py"
+
+KEPT = [
+    Fault(
+        "a kept output that has become another one is not told",
+        _CHECKS,
+        "if math.isfinite(size) and not distance <= tolerance * size:",
+        "if False:",
+        tests_of("spot_checks", "a_write_is_told"),
+    ),
+    Fault(
+        "rounding counts as another output",
+        _CHECKS,
+        "not distance <= tolerance * size",
+        "distance >= 0.0",
+        tests_of("spot_checks", "no_false_alarm"),
+    ),
+    Fault(
+        "one module is checked in every step",
+        _CACHE,
+        "state.checked = turn + 1",
+        "pass",
+        tests_of("spot_checks", "every_module_has_its_turn"),
+    ),
+    Fault(
+        "what a check has computed is not kept",
+        _CACHE,
+        "kept.value, kept.version = value, _version(value) return value",
+        "return value",
+        tests_of("spot_checks", "launches_of_a_check"),
+    ),
+    Fault(
+        "a graph reads the arguments that it was recorded with",
+        _GRAPHS,
+        "copy.copy_(x) graph.filled[index] = x, version",
+        "graph.filled[index] = x, version",
+        tests_of("graphs", "the_picture_is_the_same"),
+    ),
+    Fault(
+        "an argument written into in place is not copied again",
+        _GRAPHS,
+        "if before is None or before[0] is not x or before[1] != version or version < 0:",
+        "if before is None or before[0] is not x:",
+        tests_of("graphs", "written_into_by_the_scheduler"),
+    ),
+    Fault(
+        "a graph outlives the weights that it was recorded with",
+        _GRAPHS,
+        "if number != self._number:",
+        "if False:",
+        tests_of("graphs", "changes_in_the_middle or lora_scale"),
+    ),
+    Fault(
+        "a graph outlives what was kept of the conditioning",
+        _GRAPHS,
+        "any(version_of(x) != version for x, version in graph.kept)",
+        "False",
+        tests_of("graphs", "changes_in_the_middle"),
+    ),
+    Fault(
+        "a graph counts for other rows",
+        _GRAPHS,
+        "(state.context, state.slabs, state.epoch, state.num_contexts, state.num_image),",
+        "(),",
+        tests_of("graphs"),
+    ),
+    Fault(
+        "a graph has the random numbers of the step that it was recorded in",
+        _GRAPHS,
+        "graph.clock.copy_(self.state.clock)",
+        "pass",
+        tests_of("graphs", "other_options"),
+    ),
+    Fault(
+        "two steps have one output",
+        _GRAPHS,
+        "tree_map_only(torch.Tensor, torch.clone, graph.out)",
+        "graph.out",
+        tests_of("graphs", "callers_own"),
+    ),
+    Fault(
+        "hooks are left out in a replay",
+        _GRAPHS,
+        "if any(map(any, map(_HOOKS, self._owns))) or any(",
+        "if any(",
+        tests_of("graphs", "hooks_run"),
+    ),
+]
