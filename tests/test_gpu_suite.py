@@ -106,25 +106,26 @@ def test_a_stage_out_of_time(stage, monkeypatch):
 
 def test_who_is_stopped_leaves_the_files(tmp_path):
     """As ``timeout`` stops: parts are ended, what was measured before is there."""
+    mark = tmp_path / "two has begun"
+    two = f"import time, pathlib; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
     code = f"""
 import sys
 from benchmarks import gpu_suite, stages
 stages.STAGES['step'] = [
     stages.Part('one', 30.0, (sys.executable, '-c', {ROWS!r}, '{{rows}}', 'one')),
-    stages.Part('two', 60.0, (sys.executable, '-c', 'import time; time.sleep(60)')),
+    stages.Part('two', 60.0, (sys.executable, '-c', {two!r})),
 ]
 gpu_suite.probe_here = lambda: {FOUND!r}
 sys.exit(gpu_suite.main(['--out', sys.argv[1], 'step']))
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    for line in process.stdout:
-        if "step: two" in line:
-            break
+    while not mark.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
-    process.stdout.close()
     report = json.loads((tmp_path / "step.json").read_text())
     assert report["rows"] == [{"case": "one"}]
     with tarfile.open(tmp_path / "step.tar.gz") as tar:
