@@ -198,7 +198,8 @@ def test_passes_are_as_described(name):
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=1))
     handle.remove()
-    assert rows == ([1, 1] if entry.passes == "apart" else [2])
+    expected = {"apart": [1, 1], "alone": [1], "together": [len(entry.rows)]}
+    assert rows == expected[entry.passes]
 
 
 def test_subclasses_and_strangers():

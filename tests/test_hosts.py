@@ -34,7 +34,7 @@ def _model(pipe):
 
 def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
     attentions = list(resolve(_model(pipe), layers).values())
-    scale = kwargs[HOSTS[name].cfg]
+    scale = HOSTS[name].cfg_scale(kwargs)
     with slow_pag(pipe, name, attentions, pag_scale, scale):
         return latents(pipe, kwargs)
 
@@ -42,9 +42,10 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
 def _everywhere():
     """Every pipeline with a fork in the middle and without CFG; of each denoiser one with all."""
     for name, spec in HOSTS.items():
-        yield name, "middle", True, 2
-        yield name, "middle", False, 1
-        if spec.brings_a_model or spec.like in tiny.FAMILIES:
+        yield name, "middle", bool(spec.cfg), spec.batches[-1]
+        if spec.cfg:
+            yield name, "middle", False, 1
+        if spec.brings_a_model or spec.like in tiny.FAMILIES and not spec.base:
             yield name, "all", True, 1
 
 

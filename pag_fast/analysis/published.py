@@ -98,7 +98,7 @@ def find_card(pipeline: str) -> ModelCard:
             f"Unknown pipeline {pipeline!r}: try {' or '.join(near)}, or one of those that "
             "`pag-fast layers` lists."
         )
-    related = pipeline.replace("Alpha", "Sigma")
+    related = (HOSTS[pipeline].base or pipeline).replace("Alpha", "Sigma")
     if related not in _ALIKE:
         related = related.replace("Img2Img", "").replace("Inpaint", "")
     return replace(_ALIKE[related], pipeline=pipeline, documented_layers=HOSTS[pipeline].layers)

@@ -14,7 +14,8 @@ from ..sharing.layout import TEXT_THEN_IMAGE, Layout
 from .description import Checkpoint, ModelDescription
 from .tensors import Latent, NewTensors, packed
 
-_LAYOUT = Layout(("transformer_blocks",), ("attn",))
+# with zero_cond_t tokens of pictures that are edited are modulated as at timestep 0
+_LAYOUT = Layout(("transformer_blocks",), ("attn",), twice=("temb",))
 _TEXT_TOKENS = 128  # the pipeline pads prompts to the longest of a batch
 
 

@@ -29,6 +29,11 @@ def property_cfg(pipe: Any, arguments: Arguments) -> bool:
     return bool(pipe.do_classifier_free_guidance)
 
 
+def no_cfg(pipe: Any, arguments: Arguments) -> bool:
+    """Never: a model that was distilled from CFG gets its scale as an embedding."""
+    return False
+
+
 def property_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
     """The pipeline's own property, which a callback may have changed."""
     return float(pipe.guidance_scale)
@@ -73,9 +78,12 @@ class PipelineDescription:
         layers: layers that are perturbed unless others are chosen; for PAG pipelines, those that
             the documentation names.
         source: where that choice comes from.
+        base: a pipeline with the same denoiser, whose published models stand for this one's.
         denoisers: attributes that hold the denoisers.
         passes: ``"together"``: one call of the denoiser with ``[uncond | cond]``; ``"apart"``: one
-            with cond, then one with uncond.
+            with cond, then one with uncond; ``"alone"``: there is no CFG, and no uncond.
+        rows: the branches in a batch of ``"together"``, in order; ``"image"`` is what has the
+            picture and no text, for guidance with a scale for each.
         guidance: ``"linear"``: what CFG returns is a linear function of both predictions;
             ``"normalised"``: it is scaled by a norm or a deviation of them.
         normalised_by: the argument of the call that turns the latter on; empty: it always is.
@@ -91,8 +99,10 @@ class PipelineDescription:
     kind: Kind
     layers: tuple[str, ...] = ()
     source: str = ""
+    base: str = ""
     denoisers: tuple[str, ...] = ("transformer",)
-    passes: Literal["together", "apart"] = "together"
+    passes: Literal["together", "apart", "alone"] = "together"
+    rows: tuple[str, ...] = ("uncond", "cond")
     guidance: Literal["linear", "normalised"] = "linear"
     normalised_by: str = ""
     cfg: Callable[[Any, Arguments], bool] = property_cfg
@@ -105,6 +115,11 @@ class PipelineDescription:
     def sequential(self) -> bool:
         """Whether uncond and cond are two calls of the denoiser."""
         return self.passes == "apart"
+
+    @property
+    def cond_is_first(self) -> bool:
+        """Whether a batch has cond in front, where ours has it right before the perturbed rows."""
+        return self.rows[0] == "cond"
 
     @property
     def options(self) -> frozenset[str]:
@@ -129,11 +144,16 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
         if field.name not in description.options and value != field.default:
             raise ValueError(_no_option(description, field.name, value))
     mode = config.rescale_mode
-    if description.sequential and mode not in (None, "partial"):
+    if description.passes != "together" and mode not in (None, "partial"):
+        runs = "runs its model once for each" if description.sequential else "has none"
         raise ValueError(
             f"rescale_mode={mode!r} needs the unconditional prediction next to the others, and "
-            f"{description.name} runs its model once for each: use rescale_mode='partial', or no "
-            "rescale."
+            f"{description.name} {runs}: use rescale_mode='partial', or no rescale."
+        )
+    if len(description.rows) > 2 and mode is not None:
+        raise ValueError(
+            f"rescale_mode={mode!r} is made for guidance with one scale, and {description.name} "
+            "has two, of the text and of the picture: leave it out."
         )
 
 

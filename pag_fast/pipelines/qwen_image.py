@@ -18,4 +18,14 @@ _QWEN = partial(
     scale=true_scale,
 )
 
-PIPELINES = (_QWEN("QwenImagePipeline"), _QWEN("QwenImageImg2ImgPipeline"))
+_VARIANT = partial(_QWEN, base="QwenImagePipeline")
+
+PIPELINES = (
+    _QWEN("QwenImagePipeline"),
+    _VARIANT("QwenImageImg2ImgPipeline"),
+    _VARIANT("QwenImageInpaintPipeline"),
+    _VARIANT("QwenImageEditPipeline"),
+    _VARIANT("QwenImageEditPlusPipeline"),
+    _VARIANT("QwenImageEditInpaintPipeline"),
+    _VARIANT("QwenImageLayeredPipeline", normalised_by="cfg_normalize"),
+)

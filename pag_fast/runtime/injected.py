@@ -156,24 +156,29 @@ class InjectedSession(Session):
         return found[0] if len(found) == 1 else ""
 
     def layout(self, rows: int) -> tuple[str, ...]:
-        both = not self.host.sequential and self._has_both(rows)
-        self.unit = rows // 2 if both else rows
-        return (UNCOND, COND) if both else (COND,)
+        branches = self.host.rows
+        both = self.host.passes == "together" and self._has_all(rows, len(branches))
+        self.unit = rows // len(branches) if both else rows
+        if not both:
+            return (COND,)
+        return branches[::-1] if self.host.cond_is_first else branches
 
-    def _has_both(self, rows: int) -> bool:
-        """Whether a batch holds uncond and cond.
+    def _has_all(self, rows: int, branches: int) -> bool:
+        """Whether a batch holds all branches of CFG, or cond alone.
 
         The loop's latents say so, by their own number of rows, or its name for CFG.
         """
         latents = self._locals.get("latents")
         if isinstance(latents, torch.Tensor) and latents.shape[0] and not rows % latents.shape[0]:
             slabs = rows // latents.shape[0]
-            if slabs in (1, 2):
-                return slabs == 2
+            if slabs in (1, branches):
+                return slabs == branches
         return self._cfg()
 
     def _cfg(self) -> bool:
         """Whether the running call uses CFG."""
+        if self.host.passes == "alone":
+            return False
         for name in ("do_true_cfg", "do_classifier_free_guidance"):
             if isinstance(self._locals.get(name), bool):
                 return bool(self._locals[name])
@@ -243,6 +248,9 @@ class InjectedSession(Session):
             return copy
 
         call = change_arguments(call, extend)
+        shapes = call.get("img_shapes")
+        if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
+            call["img_shapes"] = shapes + shapes[-(rows // have) :] * more
         self._extended = extended
         return call
 

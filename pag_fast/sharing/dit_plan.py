@@ -127,7 +127,16 @@ def _plan_shared_block(
     arrives = SPLIT if index == 0 or is_behind else SHARED
     leaves = SPLIT if index == fork.index - 1 and not fork.behind else None
     plan.sites.append(
-        Site(name, block, arrives, SHARED, leaves, _streams(block), argument_names(block))
+        Site(
+            name,
+            block,
+            arrives,
+            SHARED,
+            leaves,
+            _streams(block),
+            argument_names(block),
+            layout.twice,
+        )
     )
     if index >= fork.index:
         plan.blocks[name] = arrives, SHARED

@@ -33,6 +33,7 @@ class Layout:
         merge: only the text, behind block 0's self-attention, sets uncond apart.
         before: in front of the blocks, modules or lists of them that take more than a block's
             share.
+        twice: arguments of a block that may hold every row twice, all of them once and then again.
         equivariant: blocks treat an image token alike wherever it is.
     """
 
@@ -40,6 +41,7 @@ class Layout:
     attentions: tuple[str, ...]
     merge: bool = False
     before: tuple[str, ...] = ()
+    twice: tuple[str, ...] = ()
     equivariant: bool = False
 
 

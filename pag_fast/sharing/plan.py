@@ -25,11 +25,13 @@ class Site:
     leaves: int | None = None
     streams: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # of positional arguments, where some have no rows
+    twice: tuple[str, ...] = ()
 
     def hooks(self, state: BranchState) -> tuple[Align, Leave | None]:
         """The pre-hook and, where rows change on the way out, the hook of this site."""
         leave = None if self.leaves is None else Leave(state, self.runs, self.leaves)
-        return Align(state, self.arrives, self.runs, self.streams, self.names), leave
+        align = Align(state, self.arrives, self.runs, self.streams, self.names, self.twice)
+        return align, leave
 
     def __str__(self) -> str:
         path = [self.arrives, self.runs] + ([] if self.leaves is None else [self.leaves])

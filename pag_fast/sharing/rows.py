@@ -122,12 +122,14 @@ class Align:
         runs: int,
         streams: tuple[str, ...] = (),
         names: tuple[str, ...] = (),
+        twice: tuple[str, ...] = (),
     ) -> None:
         self.state = state
         self.arrives = arrives
         self.runs = runs
         self.streams = streams
         self.names = names
+        self.twice = twice
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,6 +153,8 @@ class Align:
             if isinstance(value, torch.Tensor):
                 if value is primary or name in self.streams:
                     kwargs[name] = change_level(value, value.shape[0] // unit, want)
+                elif name in self.twice and value.shape[0] == 2 * full * unit:
+                    kwargs[name] = torch.cat([half[:rows] for half in value.chunk(2)])
                 elif _is_higher(value, rows, unit, slabs) and is_batched(name, value):
                     kwargs[name] = value[:rows]
             elif is_batched(name, value):
