@@ -40,6 +40,9 @@ DESCRIPTION = ModelDescription(
     blocks={
         "HunyuanVideoTransformerBlock": _STREAMS,
         "HunyuanVideoSingleTransformerBlock": _STREAMS,
+        # those of image_condition_type="token_replace"
+        "HunyuanVideoTokenReplaceTransformerBlock": _STREAMS,
+        "HunyuanVideoTokenReplaceSingleTransformerBlock": _STREAMS,
     },
     layout=_LAYOUT,
     replaces=frozenset({"HunyuanVideoAttnProcessor2_0"}),

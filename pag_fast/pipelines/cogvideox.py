@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .description import Arguments, PipelineDescription, argument_cfg
@@ -12,13 +13,18 @@ def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float |
     return None if arguments.get("use_dynamic_cfg") else float(arguments["guidance_scale"])
 
 
+_COGVIDEOX = partial(
+    PipelineDescription,
+    kind="injected",
+    layers=("blocks.11",),
+    source="STG, arXiv 2411.18664",
+    cfg=argument_cfg,
+    scale=_scale,
+)
+
 PIPELINES = (
-    PipelineDescription(
-        "CogVideoXPipeline",
-        "injected",
-        ("blocks.11",),
-        "STG, arXiv 2411.18664",
-        cfg=argument_cfg,
-        scale=_scale,
-    ),
+    _COGVIDEOX("CogVideoXPipeline"),
+    _COGVIDEOX("CogVideoXImageToVideoPipeline", base="CogVideoXPipeline"),
+    _COGVIDEOX("CogVideoXVideoToVideoPipeline", base="CogVideoXPipeline"),
+    _COGVIDEOX("CogVideoXFunControlPipeline", base="CogVideoXPipeline"),
 )

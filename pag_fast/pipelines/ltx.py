@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from .description import PipelineDescription
 
+_LTX = partial(
+    PipelineDescription,
+    kind="injected",
+    layers=("blocks.19",),
+    source="LTX-Video 2B's own configuration of STG",
+    guidance="normalised",
+    normalised_by="guidance_rescale",
+)
+
 PIPELINES = (
-    PipelineDescription(
-        "LTXPipeline",
-        "injected",
-        ("blocks.19",),
-        "LTX-Video 2B's own configuration of STG",
-        guidance="normalised",
-        normalised_by="guidance_rescale",
-    ),
+    _LTX("LTXPipeline"),
+    _LTX("LTXImageToVideoPipeline", base="LTXPipeline"),
+    _LTX("LTXConditionPipeline", base="LTXPipeline"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .description import Arguments, PipelineDescription
@@ -12,14 +13,17 @@ def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float |
     return float(pipe._guidance_scale if second is None else second)
 
 
+_WAN = partial(
+    PipelineDescription,
+    kind="injected",
+    layers=(r"^blocks\.8\.",),
+    source="STG, diffusers' community pipeline_stg_wan",
+    passes="apart",
+)
+_TWO = ("transformer", "transformer_2")
+
 PIPELINES = (
-    PipelineDescription(
-        "WanPipeline",
-        "injected",
-        (r"^blocks\.8\.",),
-        "STG, diffusers' community pipeline_stg_wan",
-        denoisers=("transformer", "transformer_2"),
-        passes="apart",
-        scale=_scale,
-    ),
+    _WAN("WanPipeline", denoisers=_TWO, scale=_scale),
+    _WAN("WanImageToVideoPipeline", denoisers=_TWO, scale=_scale, base="WanPipeline"),
+    _WAN("WanVideoToVideoPipeline", base="WanPipeline"),
 )
