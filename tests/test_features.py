@@ -465,7 +465,7 @@ def test_a_replaced_denoiser_is_used():
 
 
 def test_t2i_adapter_residuals():
-    """No PAG pipeline passes them, but a UNet call may: then the branches run apart."""
+    """No PAG pipeline passes them, but a UNet call may: they get the rows of what they go to."""
     name = "StableDiffusionPAGPipeline"
     for layers in PIPELINES[name].layers.values():
         pipe = build(name, pag_applied_layers=layers)
@@ -494,6 +494,8 @@ def test_t2i_adapter_residuals():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pag_fast.runtime.session.Session, "enter_denoiser", with_residuals)
-            with pytest.warns(UserWarning, match="T2I-Adapter residuals"):
-                patched = latents(pipe, call_kwargs(name, pipe))
+            patched = latents(pipe, call_kwargs(name, pipe))
+        assert pipe._pag_fast.steps["shared"] and not pipe._pag_fast.fallbacks
         assert relative(patched, stock) < 1e-5
+        pag_fast.unpatch(pipe)
+        assert relative(patched, latents(pipe, call_kwargs(name, pipe))) > 1e-3

@@ -13,7 +13,9 @@ from ..sharing.layout import IMAGE_ALONE, Layout
 from .description import Checkpoint, ModelDescription
 from .tensors import Latent, NewTensors
 
-_LAYOUT = Layout(("transformer_blocks",), ("attn1",), merge=True)
+_LAYOUT = Layout(
+    ("transformer_blocks",), ("attn1",), merge=True, residuals="controlnet_block_samples"
+)
 _1600M = {
     "sample_size": 32,
     "patch_size": 1,

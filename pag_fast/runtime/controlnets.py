@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
-from ..sharing.arguments import batched, change_rows
+from ..sharing.arguments import batched, change_rows, latents_of
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariants
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
@@ -107,7 +107,7 @@ class ControlNets:
         found.refuse()
         call = forward.call
         session.begin_step()
-        rows = call["sample"].shape[0]
+        rows = latents_of(call).shape[0]
         same = self._equality.same_objects(call, rows)
         fused = session.pag and not found.weights_apart
         try:

@@ -11,6 +11,7 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
+
+_Copies = dict[int, tuple[torch.Tensor, int, torch.Tensor]]
+"""Tensors, by id, with their versions and copies of them with other rows."""
 
 # the other passes of a step: uncond, and SD3's skip-layer guidance
 SKIP = "skip"
@@ -61,7 +65,8 @@ class InjectedSession(Session):
         self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
-        self._extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._extended: _Copies = {}
+        self._turned: _Copies = {}
         self._pass = COND
         # what is added to other passes, of the step that it belongs to, and which those are
         self._pending: tuple[Any, torch.Tensor, tuple[str, ...]] | None = None
@@ -81,7 +86,7 @@ class InjectedSession(Session):
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
 
     def end(self, *, whole: bool) -> None:
-        self._extended, self._pending, self._arguments = {}, None, None
+        self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
         super().end(whole=whole)
 
     def _own_rescale(self) -> float:
@@ -207,6 +212,10 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
+        if self._is_turned(layout):
+            call, self._turned = _copied(
+                call, rows, frames, self._turned, lambda x: _turned(x, len(layout))
+            )
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
         drops = self._drops(scales, sample, found)
         if self.patch.compilation is not None or not drops:
@@ -231,27 +240,18 @@ class InjectedSession(Session):
         host = host_timesteps(self.pipe, self._scales)
         return host[min(index, len(host) - 1)]
 
+    def _is_turned(self, layout: tuple[str, ...]) -> bool:
+        """Whether the pipeline has cond in front, and not at the end."""
+        return self.host.cond_is_first and len(layout) > 1
+
     def _extend(self, call: Call, rows: int, frames: int, have: int, more: int) -> Call:
         """Every batched argument with copies of its cond rows; the same copies in every step."""
-        extended: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-
-        def extend(x: torch.Tensor) -> torch.Tensor:
-            if x.shape[0] not in (rows, rows * frames):
-                return x
-            key, known = id(x), self._extended
-            own, version, copy = known.get(key, (None, 0, x))
-            # inference tensors do not tell whether somebody has written into them
-            now = -1 if x.is_inference() else x._version
-            if own is not x or version != now or now < 0:
-                copy = change_level(x, have, have + more)
-            extended[key] = x, now, copy
-            return copy
-
-        call = change_arguments(call, extend)
+        call, self._extended = _copied(
+            call, rows, frames, self._extended, lambda x: change_level(x, have, have + more)
+        )
         shapes = call.get("img_shapes")
         if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
             call["img_shapes"] = shapes + shapes[-(rows // have) :] * more
-        self._extended = extended
         return call
 
     # ---- the combination ----
@@ -266,11 +266,14 @@ class InjectedSession(Session):
                 return out
             if self._pass not in self._pending[2]:
                 return out
-            return self._result(out, prediction + self._pending[1])
+            return self._result(out, [prediction + self._pending[1]])
         self._pending = None
         uncond, cond, perturbed, scale = self.predictions(prediction)
+        assert self.ran is not None
+        layout = self.ran[0]
+        others = prediction.chunk(len(layout))[: layout.index(COND)]
         if perturbed is None:
-            return out
+            return self._result(out, [*others, cond]) if self._is_turned(layout) else out
         config = self.patch.config
         if config.rescale_mode is None and self._is_linear():
             if UNCOND in self._seen[1]:
@@ -281,9 +284,7 @@ class InjectedSession(Session):
             wide = torch.promote_types(prediction.dtype, torch.float32)
             difference = scale * (cond.to(wide) - perturbed.to(wide))
             self._pending = self._seen[0], difference, (UNCOND, SKIP)
-            guided = cond + difference
-            both = guided if uncond is None else torch.cat([uncond + difference, guided])
-            return self._result(out, both)
+            return self._result(out, [x + difference for x in (*others, cond)])
         guided = guided_cond(
             uncond,
             cond,
@@ -297,7 +298,7 @@ class InjectedSession(Session):
         if "skip_layers" in argument_names(self.installed.denoiser):
             # skip-layer guidance subtracts a pass from cond, and what is added here with it
             self._pending = self._seen[0], guided - cond, (SKIP,)
-        return self._result(out, guided if uncond is None else torch.cat([uncond, guided]))
+        return self._result(out, [*others, guided])
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
@@ -323,11 +324,14 @@ class InjectedSession(Session):
             )
         return g
 
-    def _result(self, out: Any, prediction: torch.Tensor) -> Any:
-        """A model's output, tuple or dataclass, with another prediction.
+    def _result(self, out: Any, predictions: list[torch.Tensor]) -> Any:
+        """A model's output, tuple or dataclass, with the predictions of other branches.
 
         In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
         """
+        if self.host.cond_is_first:
+            predictions = predictions[::-1]
+        prediction = predictions[0] if len(predictions) == 1 else torch.cat(predictions)
         latents, own = self._locals.get("latents"), out[0].dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
@@ -339,3 +343,33 @@ class InjectedSession(Session):
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
             return False
         return self._pass != COND or not (self.host.sequential and self._cfg())
+
+
+def _copied(
+    call: Call,
+    rows: int,
+    frames: int,
+    known: _Copies,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[Call, _Copies]:
+    """Arguments with ``change`` applied to what is batched; what ``known`` has is taken again."""
+    copies: _Copies = {}
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] not in (rows, rows * frames):
+            return x
+        key = id(x)
+        own, version, copy = known.get(key, (None, 0, x))
+        # inference tensors do not tell whether somebody has written into them
+        now = -1 if x.is_inference() else x._version
+        if own is not x or version != now or now < 0:
+            copy = change(x)
+        copies[key] = x, now, copy
+        return copy
+
+    return change_arguments(call, copied), copies
+
+
+def _turned(x: torch.Tensor, slabs: int) -> torch.Tensor:
+    """``x`` with its slabs in the opposite order."""
+    return torch.cat(x.chunk(slabs)[::-1])

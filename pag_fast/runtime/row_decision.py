@@ -10,6 +10,7 @@ import torch
 from ..models.registry import PERTURBED
 from ..sharing.arguments import (
     ADAPTER,
+    BLOCK_RESIDUALS,
     MID_RESIDUAL,
     RESIDUALS,
     batched,
@@ -19,7 +20,7 @@ from ..sharing.arguments import (
 )
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
-from ..sharing.rows import SPLIT, change_level
+from ..sharing.rows import SHARED, SPLIT, BranchState, change_level
 from .compatibility import Answer
 from .findings import Findings
 from .installation import Installation
@@ -110,9 +111,8 @@ class RowDecision:
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
                 "apart"
             )
-        elif call.get(ADAPTER) is not None:
-            # some are added in place, to a tensor of which a skip may already be a copy
-            reason = "T2I-Adapter residuals: the branches run apart"
+        elif not plan.block_levels and any(call.get(name) is not None for name in BLOCK_RESIDUALS):
+            reason = "residuals of a ControlNet go between the blocks: the branches run apart"
         if reason:
             self.patch.fall_back(reason)
         if plan.reason or reason:
@@ -176,9 +176,15 @@ class RowDecision:
 
 
 def align_residuals(
-    call: dict[str, Any], full: int, unit: int, slabs: Slabs | None, plan: BranchPlan
+    call: dict[str, Any],
+    full: int,
+    unit: int,
+    frames: int,
+    state: BranchState,
+    plan: BranchPlan,
 ) -> None:
-    """ControlNet residuals: each with the rows of the tensor it is added to."""
+    """Residuals of ControlNets and adapters: each with the rows of the tensor it is added to."""
+    slabs, unit = state.slabs, unit * frames
 
     def align(residual: torch.Tensor, level: int) -> torch.Tensor:
         want = full if slabs is None else slabs[level]
@@ -192,3 +198,26 @@ def align_residuals(
         call[RESIDUALS] = [align(residual, level) for residual, level in pairs]
     if call.get(MID_RESIDUAL) is not None:
         call[MID_RESIDUAL] = align(call[MID_RESIDUAL], plan.mid_level)
+    name = BLOCK_RESIDUALS[0]
+    if plan.block_levels and call.get(name) is not None:
+        pairs = zip(call[name], plan.block_levels[1:], strict=False)
+        call[name] = tuple([align(residual, level) for residual, level in pairs])
+    state.added = {}
+    if call.get(ADAPTER) is not None:
+        levels = (*plan.adapter_levels, plan.mid_level, *[SPLIT] * len(call[ADAPTER]))
+        pairs = zip(call[ADAPTER], levels, strict=False)
+        call[ADAPTER] = [align(residual, level) for residual, level in pairs]
+        if slabs is not None and slabs[SHARED] < slabs[SPLIT]:
+            _add_in_front_of_skips(call[ADAPTER], state, plan)
+
+
+def _add_in_front_of_skips(
+    residuals: list[torch.Tensor], state: BranchState, plan: BranchPlan
+) -> None:
+    """Some down blocks get their residual from the UNet, in place, when skips may be copies."""
+    for site in plan.skip_sites:
+        index = int(site.name.rpartition(".")[2])
+        takes_it = getattr(site.module, "has_cross_attention", False)
+        if index < len(residuals) and not takes_it:
+            state.added[site.name] = residuals[index]
+            residuals[index] = residuals[index].new_zeros((1, 1, 1, 1))

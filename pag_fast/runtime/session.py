@@ -260,7 +260,7 @@ class Session(Guided):
             state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
         self.advance(self._kept, call, found, same)
-        align_residuals(call, len(layout), self.unit, state.slabs, self.installed.plan)
+        align_residuals(call, len(layout), self.unit, frames, state, self.installed.plan)
         self.installed.prepare(latents_of(call), step)
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:

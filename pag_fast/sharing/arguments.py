@@ -12,6 +12,12 @@ from .rows import ROTARY, UNBATCHED, change_level, is_batched, map_tensors
 RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
 ADAPTER = "down_intrablock_additional_residuals"
+BLOCK_RESIDUALS = (
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "controlnet_states",
+    "block_controlnet_hidden_states",
+)
 
 # residuals are aligned one by one; timesteps are equal by construction and new in every step
 UNCHECKED = (
@@ -149,9 +155,8 @@ def change_rows(
 
 def knows_places(call: dict[str, Any]) -> bool:
     """Whether something between a transformer's blocks depends on where a token is."""
-    names = "block_controlnet_hidden_states", "controlnet_block_samples"
     masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-    return bool(masks) or any(call.get(name) is not None for name in names)
+    return bool(masks) or any(call.get(name) is not None for name in BLOCK_RESIDUALS)
 
 
 def mend_rows(call: dict[str, Any], rows: int) -> None:

@@ -79,6 +79,9 @@ def plan_dit(
     ]
     if fork.shuffled:
         plan.shuffled = tuple(name for name, _ in walked[fork.index :])
+    if layout.residuals:
+        last = fork.index - (not fork.behind)  # behind it rows are apart
+        plan.block_levels = tuple(SHARED if i < last else SPLIT for i in range(len(walked)))
     for index, (name, block) in enumerate(walked):
         is_alone = index > fork.index and runs_without(blocks.get(name))
         is_before = index < fork.index or (fork.behind and index == fork.index)

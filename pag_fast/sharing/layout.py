@@ -34,6 +34,8 @@ class Layout:
         before: in front of the blocks, modules or lists of them that take more than a block's
             share.
         twice: arguments of a block that may hold every row twice, all of them once and then again.
+        residuals: an argument of the model with what is added behind its second block, its third,
+            and so on.
         equivariant: blocks treat an image token alike wherever it is.
     """
 
@@ -42,6 +44,7 @@ class Layout:
     merge: bool = False
     before: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
+    residuals: str = ""
     equivariant: bool = False
 
 

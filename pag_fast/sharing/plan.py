@@ -60,6 +60,9 @@ class BranchPlan:
         sites, skip_sites: modules to hook.
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
+        adapter_levels: levels behind the down blocks, where a T2I-Adapter's residuals are added.
+        block_levels: levels behind the blocks of a transformer, where residuals of a ControlNet are
+            added.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
         order: the perturbed attentions and blocks in execution order.
         blocks: levels a perturbed block's input arrives at and that it runs on (both SPLIT if it is
@@ -75,6 +78,8 @@ class BranchPlan:
     skip_sites: list[SkipSite] = field(default_factory=list)
     residual_levels: tuple[int, ...] = ()
     mid_level: int = SPLIT
+    adapter_levels: tuple[int, ...] = ()
+    block_levels: tuple[int, ...] = ()
     merged: bool = False
     merged_until: str = ""
     order: tuple[str, ...] = ()
@@ -96,7 +101,7 @@ class BranchPlan:
         The sites named in ``without`` are left out.
         """
         hooks: list[tuple[nn.Module, Any, Any]] = [
-            (s.module, None, LeaveSkips(state, s.made, s.stored)) for s in self.skip_sites
+            (s.module, None, LeaveSkips(state, s.name, s.made, s.stored)) for s in self.skip_sites
         ]
         hooks += [(s.module, *s.hooks(state)) for s in self.sites if s.name not in without]
         return hooks

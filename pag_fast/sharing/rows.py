@@ -48,6 +48,7 @@ class BranchState:
         thread: the thread whose forward of the model runs on what was decided; ``None`` between
             forwards.
         entered: how many perturbed layers the forward has come through, outside of graphs.
+        added: what a T2I-Adapter adds behind down blocks that do not take it themselves, by name.
         checked: whose turn it is to compute again what is kept from step to step.
     """
 
@@ -63,6 +64,7 @@ class BranchState:
         self.thread: Thread | None = None
         self.entered = 0
         self.checked = 0
+        self.added: dict[str, torch.Tensor] = {}
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""
@@ -207,11 +209,15 @@ class LeaveSkips:
     """Forward hook of a UNet down block: its skip tensors, each at the level that will consume it.
 
     A down block returns ``(stream, skips)``; skip i comes at level ``made[i]`` and is stored at
-    level ``stored[i]``.
+    level ``stored[i]``. A T2I-Adapter's residual goes into both the stream and the last skip, which
+    are one tensor until then.
     """
 
-    def __init__(self, state: BranchState, made: tuple[int, ...], stored: tuple[int, ...]) -> None:
+    def __init__(
+        self, state: BranchState, name: str, made: tuple[int, ...], stored: tuple[int, ...]
+    ) -> None:
         self.state = state
+        self.name = name
         self.made = made
         self.stored = stored
 
@@ -220,5 +226,8 @@ class LeaveSkips:
         if slabs is None or slabs[SHARED] == slabs[SPLIT]:
             return None
         stream, skips = output
+        if self.name in self.state.added:
+            stream = stream + self.state.added[self.name]
+            skips = (*skips[:-1], stream)
         levels = zip(skips, self.made, self.stored, strict=True)
         return stream, tuple([change_level(x, slabs[made], slabs[to]) for x, made, to in levels])

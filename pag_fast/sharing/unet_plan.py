@@ -309,6 +309,7 @@ def _plan_skips(
         for step in range(len(block.resnets))
     ][::-1]
     plan.residual_levels = tuple(consumed)
+    plan.adapter_levels = tuple(own[-1] for own in made)
     start = 1  # behind conv_in's, which is made at the level it is consumed at
     for index, own in enumerate(made):
         stored = tuple(consumed[start : start + len(own)])
@@ -323,6 +324,8 @@ def plan_controlnet(model: Any) -> BranchPlan:
 
     Its input holds no perturbed rows any more, so its SHARED and SPLIT are the same.
     """
+    if not hasattr(model, "down_blocks"):
+        return BranchPlan(reason=f"{type(model).__name__} is no ControlNet of a UNet")
     units, reason = _walk(model)
     embedding = getattr(model, "controlnet_cond_embedding", None)
     plan = BranchPlan(reason=reason)
