@@ -62,6 +62,8 @@ class InjectedSession(Session):
         self.controlnets = InjectedControlNets(self)
         self.host = patch.host
         self.loop = loop
+        # the pipeline has cond in front of a batch, and not at its end
+        self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
@@ -212,14 +214,16 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
-        if self._is_turned(layout):
-            call, self._turned = _copied(
-                call, rows, frames, self._turned, lambda x: _turned(x, len(layout))
-            )
+        if self._cond_first and len(layout) > 1:
+            have = len(layout)
+            call, self._turned = _copied(call, rows, frames, self._turned, _turned, have, have)
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
         drops = self._drops(scales, sample, found)
         if self.patch.compilation is not None or not drops:
-            extended = self._extend(call, rows, frames, len(layout), branches)
+            have = len(layout)
+            extended, self._extended = _copied(
+                call, rows, frames, self._extended, change_level, have, have + branches
+            )
             everything = layout + (PERTURBED,) * branches
             if self.patch.compilation is not None:
                 self._warm(forward, extended, everything, frames, found, dropped=drops)
@@ -240,20 +244,6 @@ class InjectedSession(Session):
         host = host_timesteps(self.pipe, self._scales)
         return host[min(index, len(host) - 1)]
 
-    def _is_turned(self, layout: tuple[str, ...]) -> bool:
-        """Whether the pipeline has cond in front, and not at the end."""
-        return self.host.cond_is_first and len(layout) > 1
-
-    def _extend(self, call: Call, rows: int, frames: int, have: int, more: int) -> Call:
-        """Every batched argument with copies of its cond rows; the same copies in every step."""
-        call, self._extended = _copied(
-            call, rows, frames, self._extended, lambda x: change_level(x, have, have + more)
-        )
-        shapes = call.get("img_shapes")
-        if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
-            call["img_shapes"] = shapes + shapes[-(rows // have) :] * more
-        return call
-
     # ---- the combination ----
 
     def _combined(self, out: Any) -> Any:
@@ -269,11 +259,13 @@ class InjectedSession(Session):
             return self._result(out, [prediction + self._pending[1]])
         self._pending = None
         uncond, cond, perturbed, scale = self.predictions(prediction)
-        assert self.ran is not None
-        layout = self.ran[0]
-        others = prediction.chunk(len(layout))[: layout.index(COND)]
+        others: tuple[torch.Tensor, ...] = () if uncond is None else (uncond,)
+        if self._cond_first and uncond is not None:
+            assert self.ran is not None
+            layout = self.ran[0]
+            others = prediction.chunk(len(layout))[: layout.index(COND)]
         if perturbed is None:
-            return self._result(out, [*others, cond]) if self._is_turned(layout) else out
+            return self._result(out, [*others, cond]) if len(others) > 1 else out
         config = self.patch.config
         if config.rescale_mode is None and self._is_linear():
             if UNCOND in self._seen[1]:
@@ -329,9 +321,11 @@ class InjectedSession(Session):
 
         In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
         """
-        if self.host.cond_is_first:
+        if self._cond_first:
             predictions = predictions[::-1]
-        prediction = predictions[0] if len(predictions) == 1 else torch.cat(predictions)
+        prediction, *more = predictions
+        if more:
+            prediction = torch.cat(predictions)
         latents, own = self._locals.get("latents"), out[0].dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
@@ -350,9 +344,11 @@ def _copied(
     rows: int,
     frames: int,
     known: _Copies,
-    change: Callable[[torch.Tensor], torch.Tensor],
+    change: Callable[[torch.Tensor, int, int], torch.Tensor],
+    have: int,
+    want: int,
 ) -> tuple[Call, _Copies]:
-    """Arguments with ``change`` applied to what is batched; what ``known`` has is taken again."""
+    """Arguments with ``change`` applied to what is batched, the same copies in every step."""
     copies: _Copies = {}
 
     def copied(x: torch.Tensor) -> torch.Tensor:
@@ -363,13 +359,19 @@ def _copied(
         # inference tensors do not tell whether somebody has written into them
         now = -1 if x.is_inference() else x._version
         if own is not x or version != now or now < 0:
-            copy = change(x)
+            copy = change(x, have, want)
         copies[key] = x, now, copy
         return copy
 
-    return change_arguments(call, copied), copies
+    call = change_arguments(call, copied)
+    if "img_shapes" in call:
+        # of each picture a list, with those that are edited
+        shapes = call["img_shapes"]
+        if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
+            call["img_shapes"] = shapes + shapes[-(rows // have) :] * (want - have)
+    return call, copies
 
 
-def _turned(x: torch.Tensor, slabs: int) -> torch.Tensor:
+def _turned(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
     """``x`` with its slabs in the opposite order."""
-    return torch.cat(x.chunk(slabs)[::-1])
+    return torch.cat(x.chunk(have)[::-1])

@@ -13,7 +13,9 @@ from ..sharing.arguments import (
     BLOCK_RESIDUALS,
     MID_RESIDUAL,
     RESIDUALS,
+    SAMPLES,
     batched,
+    between_blocks,
     knows_places,
     latents_of,
     version_of,
@@ -111,7 +113,7 @@ class RowDecision:
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
                 "apart"
             )
-        elif not plan.block_levels and any(call.get(name) is not None for name in BLOCK_RESIDUALS):
+        elif not (plan.block_levels or BLOCK_RESIDUALS.isdisjoint(call)) and between_blocks(call):
             reason = "residuals of a ControlNet go between the blocks: the branches run apart"
         if reason:
             self.patch.fall_back(reason)
@@ -198,12 +200,11 @@ def align_residuals(
         call[RESIDUALS] = [align(residual, level) for residual, level in pairs]
     if call.get(MID_RESIDUAL) is not None:
         call[MID_RESIDUAL] = align(call[MID_RESIDUAL], plan.mid_level)
-    name = BLOCK_RESIDUALS[0]
-    if plan.block_levels and call.get(name) is not None:
-        pairs = zip(call[name], plan.block_levels[1:], strict=False)
-        call[name] = tuple([align(residual, level) for residual, level in pairs])
+    if plan.block_levels and call.get(SAMPLES) is not None:
+        pairs = zip(call[SAMPLES], plan.block_levels[1:], strict=False)
+        call[SAMPLES] = tuple([align(residual, level) for residual, level in pairs])
     state.added = {}
-    if call.get(ADAPTER) is not None:
+    if ADAPTER in call and call[ADAPTER] is not None:
         levels = (*plan.adapter_levels, plan.mid_level, *[SPLIT] * len(call[ADAPTER]))
         pairs = zip(call[ADAPTER], levels, strict=False)
         call[ADAPTER] = [align(residual, level) for residual, level in pairs]

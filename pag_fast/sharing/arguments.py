@@ -12,11 +12,15 @@ from .rows import ROTARY, UNBATCHED, change_level, is_batched, map_tensors
 RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
 ADAPTER = "down_intrablock_additional_residuals"
-BLOCK_RESIDUALS = (
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-    "controlnet_states",
-    "block_controlnet_hidden_states",
+SAMPLES = "controlnet_block_samples"
+# what ControlNets of transformers add between its blocks
+BLOCK_RESIDUALS = frozenset(
+    {
+        SAMPLES,
+        "block_controlnet_hidden_states",
+        "controlnet_single_block_samples",
+        "controlnet_states",
+    }
 )
 
 # residuals are aligned one by one; timesteps are equal by construction and new in every step
@@ -156,7 +160,12 @@ def change_rows(
 def knows_places(call: dict[str, Any]) -> bool:
     """Whether something between a transformer's blocks depends on where a token is."""
     masks = (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-    return bool(masks) or any(call.get(name) is not None for name in BLOCK_RESIDUALS)
+    return bool(masks) or between_blocks(call)
+
+
+def between_blocks(call: dict[str, Any]) -> bool:
+    """Whether residuals of a ControlNet are added between a transformer's blocks."""
+    return any(call.get(name) is not None for name in BLOCK_RESIDUALS)
 
 
 def mend_rows(call: dict[str, Any], rows: int) -> None:
