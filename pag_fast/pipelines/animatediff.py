@@ -12,8 +12,16 @@ _UNET = partial(
     source="PAG, arXiv 2403.17377",
     denoisers=("unet",),
 )
+_VARIANT = partial(_UNET, kind="injected", base="AnimateDiffPipeline")
 
 PIPELINES = (
     _UNET("AnimateDiffPAGPipeline", kind="pag"),
     _UNET("AnimateDiffPipeline", kind="injected"),
+    _VARIANT("AnimateDiffControlNetPipeline"),
+    _VARIANT(
+        "AnimateDiffSDXLPipeline", guidance="normalised", normalised_by="guidance_rescale"
+    ),
+    _VARIANT("AnimateDiffVideoToVideoPipeline"),
+    _VARIANT("AnimateDiffVideoToVideoControlNetPipeline"),
+    _VARIANT("PIAPipeline"),
 )

@@ -13,4 +13,5 @@ _UNET = partial(
 PIPELINES = (
     _UNET("KolorsPAGPipeline", kind="pag"),
     _UNET("KolorsPipeline", kind="injected"),
+    _UNET("KolorsImg2ImgPipeline", kind="injected"),
 )

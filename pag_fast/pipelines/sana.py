@@ -1,10 +1,19 @@
-"""Sana."""
+"""Sana and Sana Sprint."""
 
 from __future__ import annotations
 
-from .description import PipelineDescription
+from functools import partial
+
+from .description import PipelineDescription, no_cfg
+
+_SANA = partial(PipelineDescription, source="NVlabs/Sana")
+_INJECTED = partial(_SANA, kind="injected", layers=("blocks.8",))
+_DISTILLED = partial(_INJECTED, passes="alone", cfg=no_cfg, base="SanaPipeline")
 
 PIPELINES = (
-    PipelineDescription("SanaPAGPipeline", "pag", ("transformer_blocks.8",), "NVlabs/Sana"),
-    PipelineDescription("SanaPipeline", "injected", ("blocks.8",), "NVlabs/Sana"),
+    _SANA("SanaPAGPipeline", kind="pag", layers=("transformer_blocks.8",)),
+    _INJECTED("SanaPipeline"),
+    _INJECTED("SanaControlNetPipeline", base="SanaPipeline"),
+    _DISTILLED("SanaSprintPipeline"),
+    _DISTILLED("SanaSprintImg2ImgPipeline"),
 )

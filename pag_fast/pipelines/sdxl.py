@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from .description import PipelineDescription
+from .description import Arguments, PipelineDescription, argument_scale
 
 _UNET = partial(
     PipelineDescription, layers=("mid",), source="PAG, arXiv 2403.17377", denoisers=("unet",)
 )
 _PAG, _INJECTED = partial(_UNET, kind="pag"), partial(_UNET, kind="injected")
 _RESCALED = partial(_INJECTED, guidance="normalised", normalised_by="guidance_rescale")
+_UNION = partial(_INJECTED, base="StableDiffusionXLControlNetPipeline")
+
+
+def _two_scales(pipe: Any, arguments: Arguments) -> bool:
+    return arguments["guidance_scale"] > 1.0 and arguments["image_guidance_scale"] >= 1.0
+
 
 PIPELINES = (
     _PAG("StableDiffusionXLPAGPipeline", rescales_again=True),
@@ -24,4 +31,19 @@ PIPELINES = (
     _INJECTED("StableDiffusionXLControlNetPipeline"),
     _INJECTED("StableDiffusionXLControlNetImg2ImgPipeline"),
     _RESCALED("StableDiffusionXLControlNetInpaintPipeline"),
+    _UNION("StableDiffusionXLControlNetUnionPipeline"),
+    _UNION("StableDiffusionXLControlNetUnionImg2ImgPipeline"),
+    _UNION(
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        guidance="normalised",
+        normalised_by="guidance_rescale",
+    ),
+    _RESCALED("StableDiffusionXLAdapterPipeline", base="StableDiffusionXLPipeline"),
+    _RESCALED(
+        "StableDiffusionXLInstructPix2PixPipeline",
+        base="StableDiffusionXLPipeline",
+        rows=("cond", "image", "uncond"),
+        cfg=_two_scales,
+        scale=argument_scale,
+    ),
 )

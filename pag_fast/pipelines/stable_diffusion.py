@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from .description import PipelineDescription
+from .description import PipelineDescription, no_cfg
 
 _UNET = partial(
     PipelineDescription, layers=("mid",), source="PAG, arXiv 2403.17377", denoisers=("unet",)
 )
 _PAG, _INJECTED = partial(_UNET, kind="pag"), partial(_UNET, kind="injected")
+_DISTILLED = partial(_INJECTED, passes="alone", cfg=no_cfg, base="StableDiffusionPipeline")
 
 PIPELINES = (
     _PAG("StableDiffusionPAGPipeline", rescales_again=True),
@@ -23,6 +24,14 @@ PIPELINES = (
     _INJECTED("StableDiffusionControlNetPipeline"),
     _INJECTED("StableDiffusionControlNetImg2ImgPipeline"),
     _INJECTED("StableDiffusionControlNetInpaintPipeline"),
+    _INJECTED("StableDiffusionAdapterPipeline", base="StableDiffusionPipeline"),
+    _INJECTED(
+        "StableDiffusionInstructPix2PixPipeline",
+        base="StableDiffusionPipeline",
+        rows=("cond", "image", "uncond"),
+    ),
+    _DISTILLED("LatentConsistencyModelPipeline"),
+    _DISTILLED("LatentConsistencyModelImg2ImgPipeline"),
     PipelineDescription(
         "StableDiffusionSAGPipeline", "sag", source="SAG, arXiv 2210.00939", denoisers=("unet",)
     ),
