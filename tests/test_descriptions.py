@@ -222,6 +222,19 @@ def test_subclasses_and_strangers():
         describe_pipeline(diffusers.DDPMPipeline.__new__(diffusers.DDPMPipeline))
 
 
+def test_a_stranger_is_told_of_what_has_its_denoiser():
+    pipe = tiny_hosts.build("WanPipeline")
+    # by its name it is more like others
+    pipe.__class__ = type("FluxAnimatePipeline", (diffusers.DiffusionPipeline,), {})
+    with pytest.raises(ValueError, match=r"FluxAnimatePipeline is not .* nearest.* Wan.*Pipel") as e:
+        describe_pipeline(pipe)
+    assert "pag_fast.supported_pipelines() names all" in str(e.value) and len(str(e.value)) < 300
+    pipe.__class__ = type("FluxPriorPipeline", (diffusers.DiffusionPipeline,), {})
+    del pipe.transformer
+    with pytest.raises(ValueError, match=r"nearest that it can is Flux.*Pipeline, and"):
+        describe_pipeline(pipe)
+
+
 # ---- options ----
 
 _SET = {
@@ -288,6 +301,10 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
     config = PatchConfig(rescale_mode=mode, rescale=strength)
     for entry in PIPELINES:
         if entry.kind == "sag":
+            continue
+        if len(entry.rows) > 2:
+            with pytest.raises(ValueError, match=r"guidance with one scale, and .* has two"):
+                check_options(entry, config)
             continue
         if entry.passes == "together":
             check_options(entry, config)

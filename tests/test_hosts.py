@@ -45,7 +45,7 @@ def _everywhere():
         yield name, "middle", bool(spec.cfg), spec.batches[-1]
         if spec.cfg:
             yield name, "middle", False, 1
-        if spec.brings_a_model or spec.like in tiny.FAMILIES and not spec.base:
+        if spec.brings_a_model or (spec.like in tiny.FAMILIES and not spec.base):
             yield name, "all", True, 1
 
 

@@ -139,6 +139,13 @@ def layer_costs(
     except RuntimeError as error:
         raise ValueError(f"{title} does not run at {size}: {error}") from error
     sequential = host is not None and host.sequential
+    if host is not None and cfg and len(host.others) != 1:
+        if host.others:
+            raise ValueError(
+                f"{title} has guidance with two scales, whose branches are not counted here: "
+                "ask for cfg=False."
+            )
+        cfg = False  # the model was distilled from CFG: there is no uncond
     row, both = row_flops(traced), cfg and not sequential
     # uncond in a call of its own costs the same with PAG as without
     alone = row if cfg and sequential else 0

@@ -58,6 +58,7 @@ def explain(
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size, host = Size.of(pipe).but(height, width, frames), host_of(pipe)
     sequential = host is not None and host.sequential
+    others = ("uncond",) if host is None else host.others
     notes = [
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
@@ -71,9 +72,11 @@ def explain(
         backend=config.backend,
         layers=plan.order,
         fork=plan.fork,
-        tree=_tree(plan, len(installed.branches), sequential),
+        tree=_tree(plan, len(installed.branches), sequential, others),
         sites=tuple(str(site) for site in plan.sites),
-        calls=tuple(_calls(type(model).__name__, plan, nets, len(installed.branches), sequential)),
+        calls=tuple(
+            _calls(type(model).__name__, plan, nets, len(installed.branches), sequential, others)
+        ),
         flops=predicted,
         size=(size.height, size.width),
         schedule=PIPELINES_SCALE if config.schedule is None else str(config.schedule),
@@ -142,9 +145,11 @@ def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[s
                 yield f"{type(net).__name__}: {line}"
 
 
-def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
+def _tree(
+    plan: BranchPlan, branches: int, sequential: bool, others: tuple[str, ...]
+) -> tuple[str, ...]:
     perturbed = ["perturbed"] * branches
-    apart = " | ".join(["uncond", "cond", *perturbed])
+    apart = " | ".join([*others, "cond", *perturbed])
     if plan.reason:
         return (f"{apart} run apart: {plan.reason}",)
     if sequential:
@@ -154,27 +159,33 @@ def _tree(plan: BranchPlan, branches: int, sequential: bool) -> tuple[str, ...]:
             f"{' | '.join(['cond', *perturbed])}   from there on",
             "uncond             a call of its own",
         )
-    lines = []
-    if plan.merged_until:
+    lines, merged = [], plan.merged_until if len(others) == 1 else ""
+    if merged:
         lines.append(f"uncond = cond = perturbed   until {plan.merged_until}")
-    if plan.fork != plan.merged_until:
+    if plan.fork != merged:
         end = f"the end of {plan.begins}" if plan.begins else plan.fork
-        lines.append(f"uncond | cond = perturbed   until {end}")
+        lines.append(f"{' | '.join([*others, 'cond'])} = perturbed   until {end}")
     lines.append(f"{apart}   from there on")
     return tuple(lines)
 
 
 def _calls(
-    denoiser: str, plan: BranchPlan, nets: Sequence[Any], branches: int, sequential: bool
+    denoiser: str,
+    plan: BranchPlan,
+    nets: Sequence[Any],
+    branches: int,
+    sequential: bool,
+    others: tuple[str, ...],
 ) -> Iterable[ModelCall]:
-    for cfg in (True, False):
+    for cfg in (True, False) if others else (False,):
         together = cfg and not sequential
-        prompts = 2 if together else 1
+        prompts = 1 + len(others) if together else 1
         full = prompts + branches
         path = [full] if plan.reason else [prompts, full]
-        if plan.merged and together:
+        merges = together and len(others) == 1
+        if plan.merged and merges:
             path.insert(0, 1)
-        if plan.fork and plan.fork == plan.merged_until and together:
+        if plan.fork and plan.fork == plan.merged_until and merges:
             path = [1, full]
         yield ModelCall(denoiser, cfg, full, " → ".join(map(str, path)))
         if cfg and sequential:
@@ -193,12 +204,18 @@ def _predict(
     host: PipelineDescription | None,
     notes: list[str],
 ) -> tuple[Predicted, ...]:
+    others = ("uncond",) if host is None else host.others
+    if len(others) > 1:
+        notes.append("no FLOP prediction for guidance with two scales")
+        return ()
     try:
         twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
         sequential = host is not None and host.sequential
         costs = step_costs(twin, layers, size.inputs(twin), sequential=sequential, config=config)
         predicted = []
         for cfg, cost in zip((True, False), costs, strict=True):
+            if cfg and not others:
+                continue
             for net in net_twins:
                 cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg)
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))

@@ -18,9 +18,7 @@ PIPELINES = (
     _UNET("AnimateDiffPAGPipeline", kind="pag"),
     _UNET("AnimateDiffPipeline", kind="injected"),
     _VARIANT("AnimateDiffControlNetPipeline"),
-    _VARIANT(
-        "AnimateDiffSDXLPipeline", guidance="normalised", normalised_by="guidance_rescale"
-    ),
+    _VARIANT("AnimateDiffSDXLPipeline", guidance="normalised", normalised_by="guidance_rescale"),
     _VARIANT("AnimateDiffVideoToVideoPipeline"),
     _VARIANT("AnimateDiffVideoToVideoControlNetPipeline"),
     _VARIANT("PIAPipeline"),

@@ -117,6 +117,13 @@ class PipelineDescription:
         return self.passes == "apart"
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The branches of CFG besides cond, in the order in which we run them in front of it."""
+        if self.passes == "alone":
+            return ()
+        return tuple(row for row in ("uncond", "image") if row in self.rows)
+
+    @property
     def cond_is_first(self) -> bool:
         """Whether a batch has cond in front, where ours has it right before the perturbed rows."""
         return self.rows[0] == "cond"

@@ -6,9 +6,10 @@ that defines ``PIPELINES``.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-from ..models.registry import along_mro, denoiser_name, described
+from ..models.registry import DESCRIPTIONS, along_mro, denoiser_name, described, uncompiled
 from .description import PipelineDescription
 
 _OTHERS = ("description", "registry")
@@ -43,11 +44,20 @@ def describe_pipeline(pipe: Any) -> PipelineDescription:
     found = description_of(type(pipe))
     if found is None:
         raise ValueError(
-            f"{type(pipe).__name__} is not a pipeline that pag_fast can patch. It takes the PAG "
-            f"pipelines of diffusers: {', '.join(PAG_PIPELINES)}; pipelines without PAG: "
-            f"{', '.join(HOSTS)}; and {', '.join(SAG_PIPELINES)}."
+            f"{type(pipe).__name__} is not a pipeline that pag_fast can patch: the nearest that it "
+            f"can is {_nearest(pipe)}, and pag_fast.supported_pipelines() names all."
         )
     return found
+
+
+def _nearest(pipe: Any) -> str:
+    """The described pipeline that is most like ``pipe``: with its denoiser, where one has that."""
+    denoisers = [uncompiled(getattr(pipe, part, None)) for part in ("transformer", "unet")]
+    models = [along_mro(type(model), DESCRIPTIONS) for model in denoisers]
+    with_it = {made.pipeline for model in models if model for made in model.checkpoints}
+    names = [entry.name for entry in PIPELINES if with_it & {entry.name, entry.base}]
+    names = names or [entry.name for entry in PIPELINES]
+    return difflib.get_close_matches(type(pipe).__name__, names, 1, 0.0)[0]
 
 
 def host_of(pipe: Any) -> PipelineDescription | None:
