@@ -226,7 +226,9 @@ def test_a_stranger_is_told_of_what_has_its_denoiser():
     pipe = tiny_hosts.build("WanPipeline")
     # by its name it is more like others
     pipe.__class__ = type("FluxAnimatePipeline", (diffusers.DiffusionPipeline,), {})
-    with pytest.raises(ValueError, match=r"FluxAnimatePipeline is not .* nearest.* Wan.*Pipel") as e:
+    with pytest.raises(
+        ValueError, match=r"FluxAnimatePipeline is not .* nearest.* Wan.*Pipel"
+    ) as e:
         describe_pipeline(pipe)
     assert "pag_fast.supported_pipelines() names all" in str(e.value) and len(str(e.value)) < 300
     pipe.__class__ = type("FluxPriorPipeline", (diffusers.DiffusionPipeline,), {})

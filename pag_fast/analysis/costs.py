@@ -13,6 +13,7 @@ from ..models.inputs import Size
 from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import applied_layers, check_pipeline
+from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import HOSTS, host_of
 from ..sag import is_sag
 from ..settings.layers import as_list
@@ -87,6 +88,22 @@ class LayerCosts:
         return "\n".join(lines)
 
 
+def _has_uncond(title: str, host: PipelineDescription | None) -> bool:
+    """Whether CFG has a branch besides cond.
+
+    Raises:
+        ValueError: it has two.
+    """
+    if host is None or len(host.others) == 1:
+        return True
+    if host.others:
+        raise ValueError(
+            f"{title} has guidance with two scales, whose branches are not counted here: ask for "
+            "cfg=False."
+        )
+    return False
+
+
 def layer_costs(
     pipe: Any,
     *,
@@ -139,13 +156,7 @@ def layer_costs(
     except RuntimeError as error:
         raise ValueError(f"{title} does not run at {size}: {error}") from error
     sequential = host is not None and host.sequential
-    if host is not None and cfg and len(host.others) != 1:
-        if host.others:
-            raise ValueError(
-                f"{title} has guidance with two scales, whose branches are not counted here: "
-                "ask for cfg=False."
-            )
-        cfg = False  # the model was distilled from CFG: there is no uncond
+    cfg = cfg and _has_uncond(title, host)
     row, both = row_flops(traced), cfg and not sequential
     # uncond in a call of its own costs the same with PAG as without
     alone = row if cfg and sequential else 0
