@@ -1,8 +1,7 @@
 """The FLOP ledger: integers from shapes, against targets and lower bounds.
 
-SD 1.5 is counted here at full size. The other published models are counted with their widths and few
-of their layers; what they cost in full is in ``benchmarks/counts.json``, which ``make counts`` counts
-anew.
+SD 1.5 is counted here at full size, the other published models in their widths with few layers;
+what they cost in full is in ``benchmarks/counts.json``, which ``make counts`` counts anew.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import diffusers
 import pytest
 import tiny_hosts
 import torch
+from shallow_cards import shallow_card
 from tiny import PIPELINES, build
 
 from pag_fast.analysis.flops import controlnet_cost, count, step_costs
@@ -69,55 +69,6 @@ TARGETS = {
     ("SanaPAGPipeline", True): 1.145,
 }
 
-_UNET = {
-    "block_out_channels": (320, 1280),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-_MOTION_UNET = {
-    **_UNET,
-    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-}
-_XL_UNET = {
-    "block_out_channels": (320, 1280),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (5, 20),
-    "transformer_layers_per_block": (1, 2),
-}
-# few layers, in which what is computed in vain at a fork weighs more: of a denoiser or a ControlNet
-_SHALLOW = {
-    "StableDiffusionPAG": _UNET,
-    "StableDiffusionControlNetPAG": _UNET,
-    "AnimateDiffPAG": _MOTION_UNET,
-    "StableDiffusionXL": _XL_UNET,
-    "KolorsPAG": _XL_UNET,
-    "StableDiffusion3PAG": {"num_layers": 4},
-    "HunyuanDiTPAG": {"num_layers": 6},
-    "PixArtSigmaPAG": {"num_layers": 4},
-    "SanaPAG": {"num_layers": 4},
-    "FluxPipeline": {"num_layers": 3, "num_single_layers": 3},
-    "QwenImagePipeline": {"num_layers": 6},
-    "WanPipeline": {"num_layers": 4},
-    "LTXPipeline": {"num_layers": 5},
-    "CogVideoXPipeline": {"num_layers": 5},
-    "HunyuanVideoPipeline": {"num_layers": 3, "num_single_layers": 3},
-    "Lumina2Pipeline": {"num_layers": 4},
-}
-
-
-def _shallow(name):
-    """The card of a pipeline, with few layers."""
-    card = CARDS[name]
-    (fewer,) = (v for k, v in _SHALLOW.items() if name.startswith(k))
-    net = card.controlnet
-    if net is not None:
-        net = {**net, **{key: x for key, x in fewer.items() if key != "up_block_types"}}
-    return replace(card, config={**card.config, **fewer}, controlnet=net)
-
 
 @functools.cache
 def _full_size():
@@ -129,7 +80,7 @@ def test_row(name):
     """A row of the committed counts; the bound's trace has the FLOPs of a row, and no others."""
     label = f"{name} {','.join(CARDS[name].documented_layers)}, CFG off"
     assert COUNTED[label]["stock"] / 2 / 1e12 == pytest.approx(ROW[name], rel=0.01)
-    card = _shallow(name)
+    card = shallow_card(name)
     model = meta_model(card)
     flops = count(model, card.size.inputs(model)(1))
     assert sum(item.flops for item in trace(model, card.size.inputs(model))) == flops
@@ -209,7 +160,7 @@ HOSTED = [name for name, spec in tiny_hosts.HOSTS.items() if spec.brings_a_model
 )
 def test_within_one_percent_of_the_bound_elsewhere(name, layer, cfg):
     """Forks in down, mid and up blocks, late in a transformer, first and last, several."""
-    card = _shallow(name)
+    card = shallow_card(name)
     model = meta_model(card)
     inputs = card.size.inputs(model)
     costs = step_costs(model, [layer], inputs, cfg=cfg, sequential=card.sequential)
@@ -224,7 +175,7 @@ def test_within_one_percent_of_the_bound_elsewhere(name, layer, cfg):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_card_takes_its_inputs(name):
-    card = _shallow(name)
+    card = shallow_card(name)
     for which in ("denoiser", "controlnet") if card.controlnet else ("denoiser",):
         model = meta_model(card, which)
         with torch.no_grad():
