@@ -28,10 +28,10 @@ TARGETS = [
 ]
 # of few layers
 TARGETED = {
-    "StableDiffusionXLPAGPipeline": 0.2,
-    "StableDiffusionXLControlNetPAGPipeline": 0.2,
-    "StableDiffusionPAGPipeline": 0.2,
-    "StableDiffusion3PAGPipeline": 0.1,
+    "StableDiffusionXLPAGPipeline": 0.23,
+    "StableDiffusionXLControlNetPAGPipeline": 0.26,
+    "StableDiffusionPAGPipeline": 0.17,
+    "StableDiffusion3PAGPipeline": 0.18,
 }
 
 
