@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest check format demo ledger bench compare \
+.PHONY: help venv test test-oldest rehearse check format demo ledger bench compare \
 	counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -36,6 +36,9 @@ $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 
 test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffusers and transformers
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal
+
+rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
+	$(PYTEST) -q -n 2 --dist load tests/rehearsal
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
@@ -68,7 +71,7 @@ aot: $(STAMP) ## Compile every kernel for every chip and compare with benchmarks
 tune: $(STAMP) ## On a GPU: measure which backend and which tile is fastest, for backend="auto"
 	$(BIN)/python -m benchmarks.tune
 
-gpu-suite: ## On a GPU machine with torch, triton, diffusers, pytest: all of it, results in OUT
+gpu-suite: ## On a GPU machine with torch, triton, diffusers, pytest: STAGE=step or all stages, results in OUT
 	benchmarks/gpu_suite.sh
 
 emoji: $(STAMP) ## Train the model that ships with the package anew, into emoji-model/

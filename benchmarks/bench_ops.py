@@ -7,8 +7,9 @@ timing. Every row has its floor, what the op must move and compute at least.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from benchmarks.cases import LATENTS, LAYERS, Layer, for_device
+from benchmarks.queued import QueuedClock
 from pag_fast import ops
 from pag_fast.ops import reference
 from pag_fast.ops.perturbed_attention import attention_flops
@@ -34,32 +37,6 @@ Calls = dict[str, Callable[[], Any]]
 ROWS, ATTEND = 3, 2  # uncond, cond and perturbed
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A perturbed layer of a published model: image tokens, heads, head dimension, text tokens."""
-
-    model: str
-    family: str
-    tokens: int
-    heads: int
-    head_dim: int
-    context: int = 0
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-
-LAYERS = [
-    Layer("SDXL 1024 mid", "self", 1024, 20, 64),
-    Layer("SDXL 1024 up", "self", 4096, 10, 64),
-    Layer("SD 1.5 512 up.2", "self", 1024, 8, 80),
-    Layer("SD 1.5 512 up.3", "self", 4096, 8, 40),
-    Layer("PixArt 1024", "self", 4096, 16, 72),
-    Layer("SD3 1024", "joint", 4096, 24, 64, 333),
-    Layer("HunyuanDiT 1024", "rotary", 4096, 16, 88),
-    Layer("Sana 1024", "linear", 1024, 70, 32),
-]
 STOCK = {
     "self": ("PAGCFGIdentitySelfAttnProcessor2_0", PerturbedSelfAttention),
     "joint": ("PAGCFGJointAttnProcessor2_0", PerturbedJointAttention),
@@ -69,13 +46,6 @@ STOCK = {
 # by name of the variant; "auto" is what a pipeline runs
 BACKENDS = {"patched": "auto", "patched torch": "torch", "patched triton": "triton"}
 BASELINES = ("SDPA", "stock", "stock compiled")
-
-
-def for_device(layer: Layer, device: str) -> Layer:
-    """``layer`` itself on a GPU, a quarter of its tokens on a CPU."""
-    if device != "cpu":
-        return layer
-    return replace(layer, model=f"{layer.model}, a quarter", tokens=layer.tokens // 4)
 
 
 def floor(layer: Layer, bytes_each: int = 2) -> tuple[int, int]:
@@ -157,7 +127,7 @@ def combine_calls(
     rescale: float, device: str, dtype: torch.dtype, names: Sequence[str]
 ) -> tuple[Calls, torch.Tensor]:
     """Guidance on SDXL's latents, batch 4, by variant, and what it must return."""
-    u, c, p = torch.randn(12, 4, 128, 128, dtype=dtype, device=device).chunk(3)
+    u, c, p = torch.randn(3, *LATENTS, dtype=dtype, device=device)
     scales = {"guidance_scale": 7.0, "pag_scale": 3.0, "rescale": rescale}
 
     def theirs() -> torch.Tensor:
@@ -193,22 +163,6 @@ def check(calls: Calls, expected: torch.Tensor, *, skip: Sequence[str] = ()) -> 
         )
 
 
-def gpu_seconds(call: Callable[[], object], device: str) -> float:
-    """As :func:`pag_fast.tools.bench.timing.seconds`, of the GPU alone, with its L2 cache cleared.
-
-    Clearing takes the GPU longer than launching takes the CPU, so that launches are not timed.
-    """
-    cache = torch.empty(2**28, dtype=torch.int8, device=device)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    cache.zero_()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 @pytest.fixture
 def measure(compare, compiled, device):
     """A function that times the calls of one case on this machine."""
@@ -217,7 +171,7 @@ def measure(compare, compiled, device):
         if not compiled:
             calls.pop("stock compiled", None)
         rest["settings"] |= dict(zip(("floor_bytes", "floor_flops"), floors, strict=True))
-        extra = {} if device == "cpu" else {"clock": gpu_seconds}
+        extra = {} if device == "cpu" else {"clock": QueuedClock()}
         name = str(dtype).removeprefix("torch.")
         compare(
             calls, suite="op", dtype=name, rounds=20 if device == "cpu" else 100, **rest, **extra
@@ -272,10 +226,10 @@ def test_combine(rescale, measure, device):
     check(calls, expected, skip=["stock compiled"])
     measure(
         calls,
-        combine_floor(4 * 4 * 128 * 128, rescale > 0, dtype.itemsize),
+        combine_floor(math.prod(LATENTS), rescale > 0, dtype.itemsize),
         dtype,
         case="SDXL 1024, batch 4: combine" + " rescale" * (rescale > 0),
-        settings={"latents": [4, 4, 128, 128], "rescale": rescale},
+        settings={"latents": LATENTS, "rescale": rescale},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,11 +25,11 @@ def _free_memory():
 
 
 @pytest.fixture
-def measure(compare, compiled, device):
+def measure(compare, compiled, graphs, device):
     """A function that checks the variants of a pipeline against each other, then times a step."""
 
     def run(pipe, call, layers, *, case, rounds, **settings):
-        ways = variants(pipe, PatchConfig(layers=list(layers)), compiled=compiled)
+        ways = variants(pipe, PatchConfig(layers=list(layers)), compiled=compiled, graphs=graphs)
 
         def latents(name):
             output = ways[name](**call)
@@ -40,7 +41,8 @@ def measure(compare, compiled, device):
         change = outputs["stock"] - call["latents"]
         peak = (change.max() - change.min()).item()
         psnrs = compare_outputs(outputs, peak=peak)
-        assert psnrs["patched"] > (80 if device == "cpu" else 30)
+        for name in psnrs.keys() & {"patched", "patched graphs"}:
+            assert psnrs[name] > (80 if device == "cpu" else 30), name
         # PAG changes the result far more than the patch does
         without = compare_outputs({**outputs, "patched": outputs["no PAG"]}, peak=peak)
         assert psnrs["patched"] > without["patched"] + (20 if device == "cpu" else 3)
@@ -62,7 +64,8 @@ def measure(compare, compiled, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step(case, measure, device):
+def test_step(case, measure, device, pytestconfig):
+    case = replace(case, steps=pytestconfig.getoption("--steps") or case.steps)
     pipe = real_pipeline(case, device)
     call = real_call(case, pipe)
     measure(

@@ -1,11 +1,11 @@
-"""Pipelines to measure: published denoisers on a GPU, the same architectures reduced on a CPU.
+"""Layers and pipelines to measure: published ones on a GPU, smaller ones of their kind on a CPU.
 
 Weights are random and prompts are random embeddings, as in the tests: no time depends on them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -18,8 +18,53 @@ from pag_fast.tools import load as models
 
 _HALF = {"block_out_channels": (160, 320, 640), "cross_attention_dim": 1024}
 _HALF_UNET = {**_HALF, "attention_head_dim": (2, 5, 10), "sample_size": 64}
+LATENTS = [4, 4, 128, 128]  # SDXL's, batch 4
+EMOJI_CALL = {"num_inference_steps": 10, "guidance_scale": 2.0, "pag_scale": 3.0}
 EMOJI_JOBS = [(caption, seed) for seed, caption in enumerate(["red apple", "rocket"] * 4)]
 _XL, _XL_CONTROL = "StableDiffusionXLPAGPipeline", "StableDiffusionXLControlNetPAGPipeline"
+
+SDXL_CALL = {"num_inference_steps": 20, "output_type": "pt"}
+SDXL_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A perturbed layer of a published model: image tokens, heads, head dimension, text tokens."""
+
+    model: str
+    family: str
+    tokens: int
+    heads: int
+    head_dim: int
+    context: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+LAYERS = [
+    Layer("SDXL 1024 mid", "self", 1024, 20, 64),
+    Layer("SDXL 1024 up", "self", 4096, 10, 64),
+    Layer("SD 1.5 512 up.2", "self", 1024, 8, 80),
+    Layer("SD 1.5 512 up.3", "self", 4096, 8, 40),
+    Layer("PixArt 1024", "self", 4096, 16, 72),
+    Layer("SD3 1024", "joint", 4096, 24, 64, 333),
+    Layer("HunyuanDiT 1024", "rotary", 4096, 16, 88),
+    Layer("Sana 1024", "linear", 1024, 70, 32),
+]
+
+
+def for_device(layer: Layer, device: str) -> Layer:
+    """``layer`` itself on a GPU, a quarter of its tokens on a CPU."""
+    if device != "cpu":
+        return layer
+    return replace(layer, model=f"{layer.model}, a quarter", tokens=layer.tokens // 4)
 
 
 @dataclass(frozen=True)
@@ -210,13 +255,13 @@ def emoji_pipeline(device: str) -> Any:
 
 
 def emoji_call(pipe: Any, *, cfg: bool = True, steps: int = 4) -> dict[str, Any]:
-    """Arguments of a call of it for eight prompts: noise and embeddings, latents as output."""
+    """Arguments of a call of it for the prompts of ``EMOJI_JOBS``; latents are the output."""
     prompts = [caption for caption, _ in EMOJI_JOBS]
     with torch.no_grad():
         full, empty = pipe.encode_prompt(prompts, pipe.device, 1, True)
     source = torch.Generator().manual_seed(0)
     size = pipe.unet.config.sample_size
-    latents = torch.randn(8, pipe.unet.config.in_channels, size, size, generator=source)
+    latents = torch.randn(len(prompts), pipe.unet.config.in_channels, size, size, generator=source)
     return {
         "prompt_embeds": full,
         "negative_prompt_embeds": empty,

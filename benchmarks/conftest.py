@@ -21,21 +21,31 @@ import torch
 from pag_fast.tools.bench.record import Results, Row, machine, write
 from pag_fast.tools.bench.report import table
 from pag_fast.tools.bench.timing import Call, Clock, make_rows, peak_bytes, seconds, turns
+from pag_fast.tools.bench.variants import STOCK, has_graphs
 
 ROWS = pytest.StashKey[list[Row]]()
 START = time.monotonic()
 diffusers.logging.set_verbosity_error()
+# fp32 means fp32, for stock and for us: TF32 in cuDNN's convolutions alone moves results by 1e-3
+torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pag_fast")
     group.addoption("--rows", type=Path, metavar="PATH", help="write the results to this file")
     group.addoption("--rounds", type=int, help="rounds of every case, instead of its own number")
+    group.addoption("--steps", type=int, help="steps of a call, instead of each case's own number")
     group.addoption(
         "--compiled",
+        choices=("auto", "yes", "no", "stock"),
+        default="auto",
+        help="measure under torch.compile too; stock: that alone; auto: on a GPU",
+    )
+    group.addoption(
+        "--graphs",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="measure under torch.compile too; auto: on a GPU",
+        help="measure CUDA graphs too; auto: on a GPU, where a patch has them",
     )
     group.addoption(
         "--seconds", type=float, default=float("inf"), help="start no further case after that"
@@ -87,9 +97,15 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(pytestconfig: pytest.Config, device: str) -> bool:
+def compiled(pytestconfig: pytest.Config, device: str) -> bool | tuple[str, ...]:
     wish = pytestconfig.getoption("--compiled")
-    return wish == "yes" or (wish == "auto" and device == "cuda")
+    return (STOCK,) if wish == "stock" else wish == "yes" or (wish == "auto" and device == "cuda")
+
+
+@pytest.fixture(scope="session")
+def graphs(pytestconfig: pytest.Config, device: str) -> bool:
+    wish = pytestconfig.getoption("--graphs")
+    return wish == "yes" or (wish == "auto" and device == "cuda" and has_graphs())
 
 
 @pytest.fixture

@@ -7,72 +7,26 @@ read. The file is written anew after every case: a run that is cut short leaves 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from pag_fast_kernels import perturbed_attention
 from pag_fast_kernels.launch import CONFIGS, Config, architecture, call_key, chip_name
 from tqdm.auto import tqdm
 
+from benchmarks.queued import QueuedClock
+from benchmarks.tiles import CANDIDATES, DTYPES, SAMPLES, Ahead, Case, all_cases, launch
 from pag_fast import ops
 
 Measure = Callable[[Callable[[], object]], float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A perturbed layer of a published model: ``rows`` of v, ``attend`` of which attend."""
-
-    model: str
-    tokens: int
-    heads: int
-    head_dim: int
-    context: int = 0
-    rows: int = 3
-    attend: int = 2
-
-    @property
-    def forked(self) -> int:
-        return 1 if self.rows == self.attend else 0
-
-
-# tokens, heads, head dimension of perturbable layers, and the text tokens of joint attention
-MODELS = [
-    ("SDXL 1024 mid", 1024, 20, 64, 0),
-    ("SDXL 1024 up", 4096, 10, 64, 0),
-    ("SD 1.5 512 mid", 64, 8, 160, 0),
-    ("SD 1.5 512 up.1", 256, 8, 160, 0),
-    ("SD 1.5 512 up.2", 1024, 8, 80, 0),
-    ("SD 1.5 512 up.3", 4096, 8, 40, 0),
-    ("SD3 1024", 4096 + 333, 24, 64, 333),
-    ("PixArt 1024", 4096, 16, 72, 0),
-    ("HunyuanDiT 1024", 4096, 16, 88, 0),
-]
-# guidance on and off, and the layer where the perturbed branch forks
-MIXES = [(3, 2), (2, 1), (2, 2), (1, 1)]
-CANDIDATES = [
-    Config(block_m, block_n, warps, stages)
-    for block_m, block_n, warps in (
-        (64, 32, 4),
-        (64, 64, 4),
-        (64, 64, 8),
-        (128, 32, 4),
-        (128, 64, 4),
-        (128, 64, 8),
-        (128, 128, 8),
-    )
-    for stages in (2, 3, 4)
-]
-
-
-def all_cases() -> list[Case]:
-    return [Case(*model, *mix) for model in MODELS for mix in MIXES]
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -103,13 +57,7 @@ def tune_case(
     out = torch.empty_like(expected)
     best: Config | None = None
     for config in candidates:
-
-        def run(config: Config = config) -> object:
-            return perturbed_attention(
-                q, k, v, out, num_forked=case.forked, scale=case.head_dim**-0.5, config=config,
-                **mix,
-            )  # fmt: skip
-
+        run = functools.partial(launch, case, config, q, k, v, out)
         try:
             run()
         except triton.runtime.errors.OutOfResources:
@@ -139,8 +87,12 @@ def tune(
     candidates: Sequence[Config],
     measure: Measure,
     until: float = float("inf"),
+    ready: Callable[[Case, torch.dtype], object] = lambda case, dtype: None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The table so far, after every case; two cases of one key: the one with more tokens counts."""
+    """The table so far, after every case; two cases of one key: the one with more tokens counts.
+
+    ``ready`` waits until the kernels of a case are compiled.
+    """
     found: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     for case in cases:
         for dtype in dtypes:
@@ -149,6 +101,9 @@ def tune(
             key = call_key(dtype, case.head_dim, case.tokens, case.rows, case.attend, case.context)
             if key in found and found[key][0] >= case.tokens:
                 continue
+            ready(case, dtype)
+            if time.monotonic() > until:
+                return
             found[key] = case.tokens, tune_case(case, dtype, device, candidates, measure)
             yield [entry for _, entry in found.values()]
 
@@ -169,10 +124,9 @@ def write_table(
     path.write_text(text, encoding="utf-8")
 
 
-def on_gpu(run: Callable[[], object]) -> float:
-    """Median seconds, with the L2 cache cleared between runs."""
-    milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
-    return float(milliseconds) / 1e3
+def on_gpu(clock: QueuedClock) -> Measure:
+    """Median seconds on the GPU, with the L2 cache cleared between runs."""
+    return lambda run: statistics.median(clock(run) for _ in range(SAMPLES))
 
 
 def main() -> None:
@@ -180,18 +134,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CONFIGS, help="folder")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that")
     parser.add_argument("--model", default="", help="only models whose name contains this")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes that compile ahead",
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("tuning needs a GPU")
     name = torch.cuda.get_device_name()
     path = arguments.out / f"{chip_name(name)}.json"
     cases = [case for case in all_cases() if arguments.model in case.model]
-    dtypes = (torch.float16, torch.bfloat16)
     until = time.monotonic() + arguments.seconds
-    steps = tune(cases, dtypes, "cuda", CANDIDATES, on_gpu, until)
-    for entries in tqdm(steps, total=len(cases) * len(dtypes), unit="case"):
-        write_table(path, entries, name, architecture(None))
-        print(json.dumps(entries[-1]))
+    ahead = Ahead(cases, DTYPES, CANDIDATES, arguments.workers, until)
+    clock = on_gpu(QueuedClock())
+    steps = tune(cases, DTYPES, "cuda", CANDIDATES, clock, until, ahead.ready)
+    try:
+        for entries in tqdm(steps, total=len(cases) * len(DTYPES), unit="case"):
+            write_table(path, entries, name, architecture(None))
+            print(json.dumps(entries[-1]), flush=True)
+    finally:
+        ahead.stop()
     print(path)
 
 

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pag_fast
 from pag_fast.cli import main
 from pag_fast.tools.bench import record, report
+from pag_fast.tools.bench import variants as bench_variants
 from pag_fast.tools.bench.record import EQUAL, Results, Spread, machine, read, write
 from pag_fast.tools.bench.timing import interleave, make_rows, peak_bytes, seconds, turns
 from pag_fast.tools.bench.user import bench_pipeline
@@ -193,6 +194,22 @@ def test_compiled_variants_keep_their_graphs(snapshot):
     del ways
     gc.collect()
     assert snapshot(pipe) == before
+
+
+def test_only_stock_compiled():
+    ways = variants(build(SD), compiled=["stock"], backend="eager")
+    assert list(ways) == ["no PAG", "stock", "patched", "stock compiled"]
+    assert [name for name, way in ways.items() if way._compiled] == ["stock compiled"]
+
+
+def test_graphs_are_one_more_variant(monkeypatch):
+    """An option of a patch, where patches have it."""
+    if not bench_variants.has_graphs():
+        with pytest.raises(ValueError, match="no option 'graphs'"):
+            variants(build(SD), graphs=True)
+        monkeypatch.setattr(bench_variants, "_with_graphs", lambda config: config)
+    names = ["no PAG", "stock", "patched", "patched graphs"]
+    assert list(variants(build(SD), graphs=True)) == names
 
 
 def test_a_patched_pipeline_is_refused():

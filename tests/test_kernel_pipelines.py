@@ -1,7 +1,11 @@
-"""Every family on the Triton backend, in the interpreter: the same picture as stock."""
+"""Every family on the Triton backend: the same picture as stock.
+
+In the interpreter on the CPU, and compiled on the device of ``PAG_FAST_TEST_DEVICE``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
@@ -9,13 +13,30 @@ import shallow
 import torch
 from launches import launches  # noqa: F401
 from numerics import relative
-from tiny import FAMILIES, PIPELINES, build, call_kwargs, latents
+from tiny import FAMILIES, PIPELINES, call_kwargs, latents
+from tiny import build as build_on_cpu
 
 import pag_fast
 
 STEPS = 2
+DEVICE = os.environ.get("PAG_FAST_TEST_DEVICE", "cpu")
 ATTENTION = "_perturbed_attention_fwd_kernel"
 COMBINE = "_combine_guidance_kernel"
+
+
+@pytest.fixture(autouse=True)
+def _no_default_device():
+    """As users have it: a default device of CUDA would make schedulers' tables there."""
+    before = torch.get_default_device()
+    if before.type != "cpu":
+        torch.set_default_device(None)
+    yield
+    if before.type != "cpu":
+        torch.set_default_device(before)
+
+
+def build(name, *, device=DEVICE, **options):
+    return build_on_cpu(name, **options).to(device)
 
 
 # each kind of denoiser with and without CFG, of one image and two; the PyTorch backend is tested
@@ -34,7 +55,7 @@ def test_patched_equals_stock(name, layers, cfg, batch, launches):  # noqa: F811
         pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
     else:
         chosen = {**shallow.LAYERS[name], "all": ["attn"], "default": None}[layers]
-        pipe = shallow.build(name, pag_applied_layers=chosen)
+        pipe = shallow.build(name, pag_applied_layers=chosen).to(DEVICE)
     stock = latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
     assert launches == []
     pag_fast.patch(pipe, backend="triton")
@@ -57,7 +78,7 @@ def test_one_launch_per_layer_and_step(launches):  # noqa: F811
 
 
 def test_on_the_cpu_auto_means_pytorch(launches):  # noqa: F811
-    pipe = build("StableDiffusionPAGPipeline")
+    pipe = build("StableDiffusionPAGPipeline", device="cpu")
     pag_fast.patch(pipe)
     latents(pipe, call_kwargs("StableDiffusionPAGPipeline", pipe))
     assert launches == []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..demo import perturbed_layers
 from ..metrics import psnr
 
 NO_PAG, STOCK, PATCHED = "no PAG", "stock", "patched"
-COMPILED = " compiled"
+COMPILED, GRAPHS = " compiled", " graphs"
 
 
 class Variant:
@@ -86,7 +87,8 @@ def variants(
     pipe: Any,
     config: PatchConfig | None = None,
     *,
-    compiled: bool = False,
+    compiled: bool | Collection[str] = False,
+    graphs: bool = False,
     backend: Any = "inductor",
 ) -> dict[str, Variant]:
     """No PAG, stock PAG and patched; with ``compiled``, each of them compiled too.
@@ -94,10 +96,13 @@ def variants(
     Args:
         pipe: an unpatched PAG pipeline. It is left as it is.
         config: its layers are perturbed by stock as well.
+        compiled: or the names of those to compile.
+        graphs: patched with CUDA graphs, too.
         backend: what ``torch.compile`` takes.
 
     Raises:
-        ValueError: a pipeline that is patched already, or that cannot be.
+        ValueError: a pipeline that is patched already, or that cannot be; ``graphs`` where patches
+            have no such option.
     """
     if hasattr(pipe, "_pag_fast"):
         raise ValueError(
@@ -111,16 +116,40 @@ def variants(
         # graphs of an earlier benchmark would count towards the recompile limit
         torch._dynamo.reset()
     found = {}
-    for suffix in ("", COMPILED) if compiled else ("",):
+    for suffix in ("", COMPILED):
+        names = [NO_PAG, STOCK, PATCHED]
+        if suffix and not isinstance(compiled, bool):
+            names = [name for name in names if name in compiled]
+        if suffix and not compiled:
+            continue
         options: dict[str, Any] = {"compiled": bool(suffix), "backend": backend}
         stock = copy.copy(pipe)
         stock.pag_applied_layers = layers
-        found[NO_PAG + suffix] = Variant(stock, pag_scale=0.0, **options)
-        found[STOCK + suffix] = Variant(copy.copy(stock), **options)
-        # each patched copy keeps its own forwards, which its graphs guard on
-        ours = patch(copy.copy(pipe), config=config)
-        found[PATCHED + suffix] = Variant(ours, **options)
+        for name in names:
+            if name == PATCHED:
+                # each patched copy keeps its own forwards, which its graphs guard on
+                way = Variant(patch(copy.copy(pipe), config=config), **options)
+            else:
+                off: dict[str, Any] = {"pag_scale": 0.0} if name == NO_PAG else {}
+                way = Variant(copy.copy(stock), **off, **options)
+            found[name + suffix] = way
+    if graphs:
+        found[PATCHED + GRAPHS] = Variant(patch(copy.copy(pipe), config=_with_graphs(config)))
     return found
+
+
+def has_graphs() -> bool:
+    """Whether a patch takes ``graphs=True``."""
+    return "graphs" in {field.name for field in dataclasses.fields(PatchConfig)}
+
+
+def _with_graphs(config: PatchConfig) -> PatchConfig:
+    if not has_graphs():
+        raise ValueError(
+            "This version of pag_fast has no CUDA graphs: PatchConfig has no option 'graphs'."
+        )
+    options: dict[str, Any] = {"graphs": True}
+    return dataclasses.replace(config, **options)
 
 
 def compare_outputs(outputs: dict[str, torch.Tensor], *, peak: float = 1.0) -> dict[str, float]:
