@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pag_fast_kernels import perturbed_attention
 from pag_fast_kernels.launch import Config
+from pag_fast_kernels.specialised_attention import takes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ CANDIDATES = [
     )
     for stages in (2, 3, 4)
 ]
+# of warps that specialise: sm_90 and sm_100 alone, see pag_fast_kernels/specialised_attention.py
+SPECIALISED = [
+    Config(block_m, block_n, 4, stages, specialised=True)
+    for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128))
+    for stages in (2, 3)
+]
+
+
+def runs(case: Case, config: Config, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a launch of ``case`` on q, k, v and out is one with that tile."""
+    attending = [x[: case.attend] for x in tensors]
+    return not config.specialised or (not case.context and takes(*attending, config))
 
 
 def all_cases() -> list[Case]:
@@ -104,7 +117,9 @@ def compile_case(case: Case, dtype: torch.dtype, config: Config, device: str) ->
     q, k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
     if not case.context:
         q, k = q[: case.attend], k[: case.attend]
-    launch(case, config, q, k, v, v.new_empty((case.rows + case.forked, *shape[1:])))
+    out = v.new_empty((case.rows + case.forked, *shape[1:]))
+    if runs(case, config, (q, k, v, out)):
+        launch(case, config, q, k, v, out)
 
 
 class Ahead:

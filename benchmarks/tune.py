@@ -19,11 +19,21 @@ from typing import Any
 
 import torch
 import triton
-from pag_fast_kernels.launch import CONFIGS, Config, architecture, call_key, chip_name
+from pag_fast_kernels.launch import CONFIGS, Config, architecture, call_key, chip_name, generation
 from tqdm.auto import tqdm
 
 from benchmarks.queued import QueuedClock
-from benchmarks.tiles import CANDIDATES, DTYPES, SAMPLES, Ahead, Case, all_cases, launch
+from benchmarks.tiles import (
+    CANDIDATES,
+    DTYPES,
+    SAMPLES,
+    SPECIALISED,
+    Ahead,
+    Case,
+    all_cases,
+    launch,
+    runs,
+)
 from pag_fast import ops
 
 Measure = Callable[[Callable[[], object]], float]
@@ -57,6 +67,8 @@ def tune_case(
     out = torch.empty_like(expected)
     best: Config | None = None
     for config in candidates:
+        if not runs(case, config, (q, k, v, out)):
+            continue
         run = functools.partial(launch, case, config, q, k, v, out)
         try:
             run()
@@ -147,9 +159,10 @@ def main() -> None:
     path = arguments.out / f"{chip_name(name)}.json"
     cases = [case for case in all_cases() if arguments.model in case.model]
     until = time.monotonic() + arguments.seconds
-    ahead = Ahead(cases, DTYPES, CANDIDATES, arguments.workers, until)
+    tiles = CANDIDATES + (SPECIALISED if generation("cuda", None) == "wgmma" else [])
+    ahead = Ahead(cases, DTYPES, tiles, arguments.workers, until)
     clock = on_gpu(QueuedClock())
-    steps = tune(cases, DTYPES, "cuda", CANDIDATES, clock, until, ahead.ready)
+    steps = tune(cases, DTYPES, "cuda", tiles, clock, until, ahead.ready)
     try:
         for entries in tqdm(steps, total=len(cases) * len(DTYPES), unit="case"):
             write_table(path, entries, name, architecture(None))

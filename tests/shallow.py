@@ -7,26 +7,27 @@ from typing import Any
 import tiny
 import tiny_hosts
 
-_TWO_BLOCKS = {
+# with a sampler between the blocks
+TWO_BLOCKS = {
     "block_out_channels": (8, 16),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-ONE_BLOCK = {
+_ONE_BLOCK = {
     "block_out_channels": (8,),
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-_XL_TWO_BLOCKS = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
+# several transformer blocks in one attention
+_XL = {
+    **_ONE_BLOCK,
+    "transformer_layers_per_block": (2,),
+    "reverse_transformer_layers_per_block": (1,),
 }
-_MOTION_TWO_BLOCKS = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+_MOTION = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlockMotion",),
+    "up_block_types": ("CrossAttnUpBlockMotion",),
 }
 
 
@@ -35,24 +36,29 @@ def _net(unet: dict[str, Any]) -> dict[str, Any]:
 
 
 SHALLOW = {
-    "StableDiffusionPAGPipeline": _TWO_BLOCKS,
-    "StableDiffusionXLPAGPipeline": _XL_TWO_BLOCKS,
-    "AnimateDiffPAGPipeline": _MOTION_TWO_BLOCKS,
+    "StableDiffusionPAGPipeline": _ONE_BLOCK,
+    "StableDiffusionXLPAGPipeline": _XL,
+    "KolorsPAGPipeline": _XL,
+    "StableDiffusionXLControlNetPAGPipeline": {
+        **_XL,
+        "net": {**_net(_XL), "transformer_layers_per_block": (2,)},
+    },
+    "AnimateDiffPAGPipeline": _MOTION,
     "SanaPAGPipeline": {"num_layers": 3},
     "StableDiffusion3PAGPipeline": {"num_layers": 3},
     "HunyuanDiTPAGPipeline": {"num_layers": 4},
     "PixArtSigmaPAGPipeline": {"num_layers": 3},
-    "StableDiffusionControlNetPAGPipeline": {**_TWO_BLOCKS, "net": _net(_TWO_BLOCKS)},
-    # without PAG of their own, for the choice between graphs: even fewer
-    "StableDiffusionPipeline": ONE_BLOCK,
-    "StableDiffusionControlNetPipeline": {**ONE_BLOCK, "net": _net(ONE_BLOCK)},
+    "StableDiffusionControlNetPAGPipeline": {**_ONE_BLOCK, "net": _net(_ONE_BLOCK)},
+    # without PAG of their own
+    "StableDiffusionPipeline": _ONE_BLOCK,
+    "StableDiffusionControlNetPipeline": {**_ONE_BLOCK, "net": _net(_ONE_BLOCK)},
     "StableDiffusion3Pipeline": {"num_layers": 2},
     "FluxPipeline": {"num_layers": 1, "num_single_layers": 2},
     "WanPipeline": {"num_layers": 2},
 }
 _UNET = {
-    "middle": ["down_blocks.0.attentions.0", "mid", "up_blocks.1.attentions.1"],
-    "last": ["up_blocks.1.attentions.1"],
+    "middle": ["down_blocks.0.attentions.0", "mid", "up_blocks.0.attentions.1"],
+    "last": ["up_blocks.0.attentions.1"],
 }
 _DIT = {"middle": [r"blocks\.1\.", r"blocks\.2\."], "last": [r"blocks\.2\."]}
 # sets of layers as in tiny.py: a middle set, and the last layer in execution order
@@ -60,10 +66,10 @@ LAYERS = {
     "StableDiffusionPAGPipeline": _UNET,
     "StableDiffusionControlNetPAGPipeline": _UNET,
     "StableDiffusionXLPAGPipeline": {
-        "middle": ["down_blocks.1.attentions.0.transformer_blocks.1", "mid"],
-        "last": ["up_blocks.0.attentions.1.transformer_blocks.1"],
+        "middle": ["down_blocks.0.attentions.0.transformer_blocks.1", "mid"],
+        "last": ["up_blocks.0.attentions.1"],
     },
-    "AnimateDiffPAGPipeline": {**_UNET, "last": ["up_blocks.1.motion_modules.1"]},
+    "AnimateDiffPAGPipeline": {**_UNET, "last": ["up_blocks.0.motion_modules.1"]},
     "SanaPAGPipeline": _DIT,
     "StableDiffusion3PAGPipeline": _DIT,
     "HunyuanDiTPAGPipeline": {**_DIT, "last": [r"blocks\.3\."]},

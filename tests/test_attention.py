@@ -87,9 +87,18 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("layout", ["plain", "sliced", "heads_first"])
+# many tokens lie in memory as few do
+@pytest.mark.parametrize(
+    ("problem", "layout"),
+    [
+        (problem, layout)
+        for problem in PROBLEMS
+        for layout in ("plain", "sliced", "heads_first")
+        if layout == "plain" or problem.tokens < 500
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_error_against_fp64(problem, dtype, layout, poisoned):
     q, k, v = problem.tensors(dtype, layout)
     out = ops.perturbed_attention(q, k, v, **problem.arguments)

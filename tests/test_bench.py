@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import shallow
 import torch
 from tiny import build, call_kwargs
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -176,12 +177,7 @@ def test_variants(snapshot):
 
 def test_compiled_variants_keep_their_graphs(snapshot):
     """In turns, each finds the graph it had: nothing is compiled after the first round."""
-    pipe = build(
-        SD,
-        block_out_channels=(8, 8),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    pipe = shallow.build(SD)
     before = snapshot(pipe)
     counter = CompileCounterWithBackend("eager")
     ways = variants(pipe, compiled=True, backend=counter)

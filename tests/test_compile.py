@@ -6,13 +6,14 @@ import pytest
 import tiny
 import torch
 from numerics import relative
-from shallow import LAYERS, ONE_BLOCK, build
+from shallow import LAYERS, build
 from tiny import PIPELINES, call_kwargs, latents
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
 
 FAMILIES = [name for name in tiny.FAMILIES if "ControlNet" not in name]
+FUNCTIONALISED = ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline", "SanaPAGPipeline"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +34,14 @@ def _compile(pipe, name, how="wrap", backend="eager", part=None):
     return counter
 
 
-# through functionalisation once, which has to cope with the op that writes in place; a fork with
-# nothing behind it in a UNet and a transformer; the next test has the default layers
+# functionalisation has to cope with the op that writes in place: of one stream and of two, and of
+# linear attention; a fork with nothing behind it in a UNet and a transformer; the next test has the
+# default layers
 @pytest.mark.parametrize(
     ("name", "layers", "backend"),
     [
-        *((name, "middle", "aot_eager") for name in FAMILIES),
+        *((name, "middle", "aot_eager") for name in FUNCTIONALISED),
+        *((name, "middle", "eager") for name in FAMILIES if name not in FUNCTIONALISED),
         ("StableDiffusionPAGPipeline", "last", "eager"),
         ("StableDiffusion3PAGPipeline", "last", "eager"),
     ],
@@ -49,28 +52,33 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
     pag_fast.patch(pipe)
     counter = _compile(pipe, name, backend=backend)
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
-    for change in ({"seed": 1}, {"pag_scale": 1.5}, {"guidance_scale": 3.0}, {"steps": 5}):
-        latents(pipe, call_kwargs(name, pipe, **change))
+    changes = {"seed": 1, "pag_scale": 1.5, "guidance_scale": 3.0, "steps": 3}
+    latents(pipe, call_kwargs(name, pipe, **changes))
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
     assert counter.frame_count == 1
 
 
-# CFG on has a graph of every family in the test before; a UNet and a transformer turn it on and off
+# CFG on has a graph of every family in the test before; a UNet and a transformer turn it on and
+# off, and those that call their model in a way of their own have it off
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        (name, [(cfg, adaptive) for cfg in cfgs for adaptive in (0.0, 0.5)])
-        for name in FAMILIES
-        for cfgs in [(True, False) if name.startswith("StableDiffusion") else (False,)]
-        if name != "StableDiffusionXLPAGPipeline"
+        (name, [(cfg, adaptive) for cfg in cfgs for adaptive in adaptives])
+        for name, cfgs, adaptives in [
+            # test_compiling.py has the dropped branch of a UNet
+            ("StableDiffusionPAGPipeline", (True, False), (0.0,)),
+            ("StableDiffusion3PAGPipeline", (True, False), (0.0, 0.5)),
+            ("AnimateDiffPAGPipeline", (False,), (0.0,)),
+            ("HunyuanDiTPAGPipeline", (False,), (0.0, 0.5)),
+            ("SanaPAGPipeline", (False,), (0.0, 0.5)),
+            # stock has nothing to compare an adaptive scale with
+            ("PixArtSigmaPAGPipeline", (False,), (0.0,)),
+        ]
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
-    if name == "PixArtSigmaPAGPipeline":  # stock has nothing to compare with
-        settings = [(cfg, adaptive) for cfg, adaptive in settings if not adaptive]
-    blocks = ONE_BLOCK if name == "StableDiffusionPAGPipeline" else {}
-    pipe = pag_fast.patch(build(name, **blocks))
+    pipe = pag_fast.patch(build(name))
     counter = _compile(pipe, name)
     expected = {}
     for _ in range(2):
@@ -117,10 +125,10 @@ def test_compiled_before_patching(name, how):
 
 def test_other_settings_are_other_graphs():
     """Layers and sharing are baked into a graph; changing them must not run an old one."""
-    name = "StableDiffusionPAGPipeline"
-    pipe = build(name, **ONE_BLOCK)
+    name = "StableDiffusion3PAGPipeline"
+    pipe = build(name)
     pictures = {}
-    for layers in ("mid", "up_blocks.0"):
+    for layers in ("blocks.1", "blocks.2"):
         pipe.pag_applied_layers = [layers]
         pictures[layers] = latents(pipe, call_kwargs(name, pipe))
     _compile(pipe, name)
@@ -157,7 +165,7 @@ def test_compiled_forward():
 def test_inductor():
     """Of a transformer; ``test_compiling.py`` has a UNet."""
     name = "StableDiffusion3PAGPipeline"
-    pipe = build(name, num_layers=2)
+    pipe = build(name, num_layers=1, pag_applied_layers=[r"blocks\.0\."])
     stock = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe)
     _compile(pipe, name, backend="inductor")

@@ -7,7 +7,7 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
-from shallow import LAYERS, ONE_BLOCK, build
+from shallow import LAYERS, build
 from tiny import PIPELINES, call_kwargs, latents
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
@@ -49,7 +49,7 @@ def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
     wanted = 2 if name == CONTROLNET else 1
     assert graphs() == wanted
-    changed = {"seed": 1, "pag_scale": 1.5, "guidance_scale": 3.0, "steps": 5}
+    changed = {"seed": 1, "pag_scale": 1.5, "guidance_scale": 3.0, "steps": 3}
     latents(pipe, call_kwargs(name, pipe, **changed))
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
     assert graphs() == wanted
@@ -76,7 +76,7 @@ _NOTHING_IN_THE_MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type"
 def test_inductor():
     """Of a UNet; ``test_compile.py`` has a transformer."""
     layers = {"pag_applied_layers": ["up_blocks.0.attentions.1"]}
-    pipe = build(UNET, **{**ONE_BLOCK, **_NOTHING_IN_THE_MIDDLE, **layers})
+    pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, **layers)
     stock = latents(pipe, call_kwargs(UNET, pipe))
     pag_fast.patch(pipe, compile=True)
     for _ in range(2):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+import shallow
 import torch
 from numerics import observing, relative
-from tiny import FAMILIES, PIPELINES, build, call_kwargs, latents
+from tiny import FAMILIES, build, call_kwargs, latents
 
 import pag_fast
 
@@ -33,24 +34,43 @@ def _reached(pipe, name):
     return list(dict.fromkeys(ran))
 
 
-def _of_each_kind(modules):
-    """The first and the last of all modules whose paths differ in numbers alone."""
+def _of_each_kind(modules, which):
+    """The first (0) or the last (-1) of all modules whose paths differ in numbers alone."""
     kinds = {}
     for part, path in modules:
         kinds.setdefault((part, re.sub(r"\d+", "N", path)), []).append((part, path))
-    return list(dict.fromkeys(x for found in kinds.values() for x in (found[0], found[-1])))
+    return [found[which] for found in kinds.values()]
 
 
-@pytest.mark.parametrize(("error", "when"), [(Injected, "before"), (KeyboardInterrupt, "after")])
-@pytest.mark.parametrize("name", FAMILIES)
+# both ways a UNet and a transformer; the others add a kind of module or of call each
+_BEFORE, _AFTER = (Injected, "before"), (KeyboardInterrupt, "after")
+_WHERE = {
+    "StableDiffusionPAGPipeline": [_BEFORE, _AFTER],
+    "StableDiffusion3PAGPipeline": [_BEFORE, _AFTER],
+    "StableDiffusionControlNetPAGPipeline": [_AFTER],
+    "StableDiffusionXLPAGPipeline": [_BEFORE],
+    "AnimateDiffPAGPipeline": [_BEFORE],
+    "HunyuanDiTPAGPipeline": [_BEFORE],
+    "PixArtSigmaPAGPipeline": [_AFTER],
+    "SanaPAGPipeline": [_AFTER],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "when"), [(name, *case) for name in FAMILIES for case in _WHERE[name]]
+)
 def test_error_at_every_module(name, error, when, snapshot):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    """At every module of Stable Diffusion; elsewhere at one of each kind, early or late."""
+    if name == FAMILIES[0]:
+        pipe = shallow.build(name, pag_applied_layers=["mid", "up_blocks.1"], **shallow.TWO_BLOCKS)
+    else:
+        pipe = shallow.build(name, pag_applied_layers=shallow.LAYERS[name]["middle"])
     stock = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe)
     modules = _reached(pipe, name)
     assert len(modules) > 50
     if (name, when) != (FAMILIES[0], "before"):
-        modules = _of_each_kind(modules)
+        modules = _of_each_kind(modules, 0 if when == "before" else -1)
     before = snapshot(pipe)
 
     @observing

@@ -381,7 +381,7 @@ def test_guidance_is_rescaled_once():
 def test_a_window_compiles_no_third_graph():
     """The step without a perturbed branch is compiled in the first."""
     torch._dynamo.reset()
-    pipe = build(SD)
+    pipe = build(SD, **SHALLOW[SD])
     options = {"schedule": pag_fast.Schedule(stop=2), "compile": CompileConfig(backend="eager")}
     graphs = []
 

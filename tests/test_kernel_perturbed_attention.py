@@ -61,7 +61,7 @@ def test_lengths(dtype, tokens):
 
 
 def test_a_long_odd_length():
-    _check(*_inputs(torch.float16, 2, 4097, 1, 40), num_attend=1)
+    _check(*_inputs(torch.float16, 2, 2049, 1, 40), num_attend=1)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
@@ -73,11 +73,11 @@ def test_row_mixes(dtype, num_context, mix):
     _check(*inputs, num_attend=num_attend, num_context=num_context, num_forked=num_forked)
 
 
-@pytest.mark.parametrize("num_context", [1, 77, 154])
+@pytest.mark.parametrize("num_context", [1, 23, 77])
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(64, 32, 4, 1)], ids=str)
 def test_joint_boundaries(num_context, config):
     """Text begins in the middle of a block of keys, whatever the block."""
-    inputs = _inputs(torch.float32, 3, 100 + num_context, 2, 64)
+    inputs = _inputs(torch.float32, 3, 40 + num_context, 2, 64)
     _check(*inputs, num_attend=2, num_context=num_context, config=config)
 
 
@@ -92,8 +92,8 @@ def test_strided_and_sliced(num_context):
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("num_context", [0, 13])
-@pytest.mark.parametrize("dim", [32, 80])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# a head dimension that is a power of two, and one in two parts
+@pytest.mark.parametrize(("dtype", "dim"), zip(DTYPES, (32, 80, 80), strict=False), ids=str)
 @pytest.mark.parametrize("perturbation", ["soft", "blur"])
 def test_other_perturbations(perturbation, dtype, dim, num_context, mix):
     rows, num_attend, num_forked = mix
@@ -128,11 +128,11 @@ def test_blur_gives_every_image_token_the_same():
 def test_key_bias(mix, num_context, perturbation):
     """Some keys hidden entirely, the first block of them among these."""
     rows, num_attend, num_forked = mix
-    bias = torch.randn(1, 3, 150)
+    bias = torch.randn(1, 2, 90)
     if not num_context:
-        bias[:, 1, :70] = float("-inf")
+        bias[:, 1, :40] = float("-inf")
     _check(
-        *_inputs(torch.float32, rows, 150, 3, 32),
+        *_inputs(torch.float32, rows, 90, 2, 32),
         num_attend=num_attend,
         num_context=num_context,
         num_forked=num_forked,

@@ -1,4 +1,4 @@
-"""Every pipeline on the Triton backend: the same picture as stock.
+"""Every family on the Triton backend: the same picture as stock.
 
 In the interpreter on the CPU, and compiled on the device of ``PAG_FAST_TEST_DEVICE``.
 """
@@ -13,7 +13,7 @@ import shallow
 import torch
 from launches import launches  # noqa: F401
 from numerics import relative
-from tiny import PIPELINES, call_kwargs, every, latents
+from tiny import FAMILIES, PIPELINES, call_kwargs, latents
 from tiny import build as build_on_cpu
 
 import pag_fast
@@ -39,9 +39,10 @@ def build(name, *, device=DEVICE, **options):
     return build_on_cpu(name, **options).to(device)
 
 
-# every pipeline once, each CFG, batch and kind of choice with each family; the PyTorch backend is
-# tested with every combination
-CASES = every([("default", False, 2)], [("middle", True, 1), ("all", True, 1)])
+# each kind of denoiser with and without CFG, of one image and two; the PyTorch backend is tested
+# with every pipeline and combination
+CHOICES = [("default", False, 2), ("middle", True, 1), ("all", True, 1)]
+CASES = [(name, *choice) for name in FAMILIES for choice in CHOICES]
 # motion modules have a sequence for every pixel: those in the middle, where there are few pixels,
 # are among the defaults; elsewhere each takes the interpreter half a minute
 CASES.remove(("AnimateDiffPAGPipeline", "all", True, 1))
@@ -49,10 +50,12 @@ CASES.remove(("AnimateDiffPAGPipeline", "all", True, 1))
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), CASES)
 def test_patched_equals_stock(name, layers, cfg, batch, launches):  # noqa: F811
-    if layers == "all":  # of a shallow model: the interpreter takes a second a layer
-        pipe = shallow.build(name, pag_applied_layers=["attn"]).to(DEVICE)
-    else:
+    # of shallow models: the interpreter takes a second a layer
+    if name == "AnimateDiffPAGPipeline":
         pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    else:
+        chosen = {**shallow.LAYERS[name], "all": ["attn"], "default": None}[layers]
+        pipe = shallow.build(name, pag_applied_layers=chosen).to(DEVICE)
     stock = latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
     assert launches == []
     pag_fast.patch(pipe, backend="triton")

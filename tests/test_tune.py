@@ -30,7 +30,7 @@ def test_the_fastest_wins(torch_seconds, expected, launches):  # noqa: F811
         return next(clock)
 
     entry = tune.tune_case(CASE, torch.float32, "cpu", [SLOW, FAST], measure)
-    assert (entry["backend"], entry["config"]) == (expected, [32, 32, 4, 1])
+    assert entry["backend"] == expected and Config(*entry["config"]) == FAST
     assert entry["microseconds"] == {"torch": torch_seconds * 1e6, "triton": 1e6}
 
 
@@ -68,7 +68,7 @@ def test_wrong_results_are_no_candidates(launches, monkeypatch):  # noqa: F811
     entry = tune.tune_case(
         CASE, torch.float32, "cpu", [SLOW, FAST], lambda run: 1.0 + (run() is None)
     )
-    assert entry["config"] == [16, 16, 4, 1]
+    assert Config(*entry["config"]) == SLOW
 
 
 def test_stops_in_time(launches):  # noqa: F811
@@ -124,3 +124,21 @@ def test_cases_wait_for_their_kernels():
         ahead.ready(*key)  # for ever, if it waited
     finally:
         ahead.stop()
+
+
+def test_specialised_tiles_are_measured_where_they_run(launches, monkeypatch):  # noqa: F811
+    """Elsewhere a launch with such a tile would be one with the default tile."""
+    special = Config(32, 32, 4, 1, specialised=True)
+    seen, real = [], tune.launch
+    monkeypatch.setattr(
+        tune, "launch", lambda case, config, *x: seen.append(config) or real(case, config, *x)
+    )
+    cases = {
+        tune.Case("tiny", 64, 2, 64): [SLOW, special],
+        tune.Case("tiny", 40, 2, 64): [SLOW],
+        tune.Case("tiny", 64, 2, 64, 7): [SLOW],
+    }
+    for case, expected in cases.items():
+        tune.tune_case(case, torch.float16, "cpu", [SLOW, special], lambda run: 1.0)
+        assert seen == expected
+        seen.clear()

@@ -27,12 +27,16 @@ _NVIDIA = ("mma", "wgmma", "mma120")
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of queries and keys, warps, and stages of the software pipeline."""
+    """Tile of queries and keys, warps, and stages of the software pipeline.
+
+    ``specialised``: attending rows run in ``specialised_attention``, where it takes them.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    specialised: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from .online_softmax import (
     reload_tile,
     store_tile,
 )
+from .specialised_attention import specialised_attention, takes
 
 PERTURBATIONS = {"identity": 0, "soft": 1, "blur": 2}
 _IDENTITY: tl.constexpr = tl.constexpr(0)
@@ -283,6 +284,9 @@ def perturbed_attention(
     if scale <= 0.0:
         # the kernel takes the largest score before it scales; 0 times a hidden score is NaN
         q, scale = -q, max(-scale, 1e-30)
+    plain = perturbation == "identity" and not num_context and key_bias is None
+    if plain and _by_specialised_warps(q, k, v, out, num_attend, num_forked, scale, config):
+        return out
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
     bias_strides = (0, 0) if key_bias is None else key_bias.stride()[:2]
     starts_aligned = aligned(q, k, v, out)
@@ -310,6 +314,41 @@ def perturbed_attention(
     return out
 
 
+def _by_specialised_warps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    num_attend: int,
+    num_forked: int,
+    scale: float,
+    config: Config | None,
+) -> bool:
+    """Whether attending rows were computed that way, and the others copied."""
+    if config is None:
+        config = _measured(v, num_attend, 0)
+    if config is None or not config.specialised or not num_attend:
+        return False
+    attending = q[:num_attend], k[:num_attend], v[:num_attend], out[:num_attend]
+    if not takes(*attending, config):
+        return False
+    specialised_attention(*attending, scale=scale, tile=config)
+    perturbed, first = out[num_attend:], num_attend - num_forked
+    if len(perturbed):
+        perturbed.copy_(v[first : first + len(perturbed)])
+    return True
+
+
+def _measured(v: torch.Tensor, num_attend: int, num_context: int) -> Config | None:
+    """The tile that was measured for such a call on this chip, if one was."""
+    table = measured_on(v.device.type, v.device.index)
+    if not table:
+        return None
+    rows, tokens, _, head_dim = v.shape
+    found = table.get(call_key(v.dtype, head_dim, tokens, rows, num_attend, num_context))
+    return found.config if found else None
+
+
 def _prepared(
     v: torch.Tensor,
     out_rows: int,
@@ -327,9 +366,9 @@ def _prepared(
     dim_a, dim_b = split_head_dim(head_dim)
     chip = generation(v.device.type, v.device.index)
     if config is None:
-        table = measured_on(v.device.type, v.device.index)
-        found = table.get(call_key(v.dtype, head_dim, tokens, rows, num_attend, num_context))
-        config = found.config if found else default_config(chip, v.dtype, head_dim, tokens)
+        config = _measured(v, num_attend, num_context)
+    if config is None or config.specialised:
+        config = default_config(chip, v.dtype, head_dim, tokens)
     blocks = triton.cdiv(tokens - num_context, config.block_m)
     blocks += triton.cdiv(num_context, config.block_m)
     integers = (*strides, heads, tokens - num_context, num_context, num_attend, num_forked)
