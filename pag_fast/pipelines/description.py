@@ -20,6 +20,8 @@ _OPTIONS: dict[Kind, frozenset[str]] = {
     "sag": frozenset({"backend", "cache_conditioning", "fewer_launches", "strict"}),
 }
 
+_RESCALE = frozenset({"rescale_mode", "rescale"})
+
 
 # ---- whether a call uses CFG, and its scale ----
 
@@ -131,7 +133,8 @@ class PipelineDescription:
     @property
     def options(self) -> frozenset[str]:
         """The options of :class:`pag_fast.PatchConfig` that mean something for this pipeline."""
-        return _OPTIONS[self.kind]
+        two_scales = len(self.rows) > 2
+        return _OPTIONS[self.kind] - (_RESCALE if two_scales else frozenset())
 
     def is_normalised(self, arguments: Arguments) -> bool:
         """Whether a call scales what CFG returns, so that PAG has to know CFG's scale."""
@@ -146,6 +149,11 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
     Raises:
         ValueError: such an option is set to another value than its default.
     """
+    if len(description.rows) > 2 and config.rescale_mode is not None:
+        raise ValueError(
+            f"rescale_mode={config.rescale_mode!r} is made for guidance with one scale, and {description.name} "
+            "has two, of the text and of the picture: leave it out."
+        )
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in description.options and value != field.default:
@@ -156,11 +164,6 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
         raise ValueError(
             f"rescale_mode={mode!r} needs the unconditional prediction next to the others, and "
             f"{description.name} {runs}: use rescale_mode='partial', or no rescale."
-        )
-    if len(description.rows) > 2 and mode is not None:
-        raise ValueError(
-            f"rescale_mode={mode!r} is made for guidance with one scale, and {description.name} "
-            "has two, of the text and of the picture: leave it out."
         )
 
 
