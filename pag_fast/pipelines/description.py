@@ -151,8 +151,8 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
     """
     if len(description.rows) > 2 and config.rescale_mode is not None:
         raise ValueError(
-            f"rescale_mode={config.rescale_mode!r} is made for guidance with one scale, and {description.name} "
-            "has two, of the text and of the picture: leave it out."
+            f"rescale_mode={config.rescale_mode!r} is made for guidance with one scale, and "
+            f"{description.name} has two, of the text and of the picture: leave it out."
         )
     for field in fields(config):
         value = getattr(config, field.name)
