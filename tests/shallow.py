@@ -56,6 +56,10 @@ SHALLOW = {
     "FluxPipeline": {"num_layers": 1, "num_single_layers": 2},
     "WanPipeline": {"num_layers": 2},
 }
+_XL_LAYERS = {
+    "middle": ["down_blocks.0.attentions.0.transformer_blocks.1", "mid"],
+    "last": ["up_blocks.0.attentions.1"],
+}
 _UNET = {
     "middle": ["down_blocks.0.attentions.0", "mid", "up_blocks.0.attentions.1"],
     "last": ["up_blocks.0.attentions.1"],
@@ -65,10 +69,9 @@ _DIT = {"middle": [r"blocks\.1\.", r"blocks\.2\."], "last": [r"blocks\.2\."]}
 LAYERS = {
     "StableDiffusionPAGPipeline": _UNET,
     "StableDiffusionControlNetPAGPipeline": _UNET,
-    "StableDiffusionXLPAGPipeline": {
-        "middle": ["down_blocks.0.attentions.0.transformer_blocks.1", "mid"],
-        "last": ["up_blocks.0.attentions.1"],
-    },
+    "StableDiffusionXLPAGPipeline": _XL_LAYERS,
+    "StableDiffusionXLControlNetPAGPipeline": _XL_LAYERS,
+    "KolorsPAGPipeline": _XL_LAYERS,
     "AnimateDiffPAGPipeline": {**_UNET, "last": ["up_blocks.0.motion_modules.1"]},
     "SanaPAGPipeline": _DIT,
     "StableDiffusion3PAGPipeline": _DIT,
@@ -81,7 +84,24 @@ LAYERS = {
 }
 
 
+def family(name: str) -> str:
+    """The pipeline in ``SHALLOW`` with the same denoiser and ControlNet, or ``name`` itself."""
+    like = tiny_hosts.HOSTS[name].like if name in tiny_hosts.HOSTS else name
+    if name in SHALLOW or not like:
+        return name
+    spec = tiny.PIPELINES[like]
+    for other in LAYERS:
+        known = tiny.PIPELINES.get(other)
+        if known and (known.model, known.xl, known.controlnet) == (
+            spec.model,
+            spec.xl,
+            spec.controlnet,
+        ):
+            return other
+    return name
+
+
 def build(name: str, **options: Any) -> Any:
     """The pipeline ``name`` of ``tiny.py`` or ``tiny_hosts.py``, shallow where there is a way."""
     made = tiny_hosts if name in tiny_hosts.HOSTS else tiny
-    return made.build(name, **{**SHALLOW.get(name, {}), **options})
+    return made.build(name, **{**SHALLOW.get(family(name), {}), **options})

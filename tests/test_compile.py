@@ -13,7 +13,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pag_fast
 
 FAMILIES = [name for name in tiny.FAMILIES if "ControlNet" not in name]
-FUNCTIONALISED = ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline", "SanaPAGPipeline"]
+UNET, SD3 = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
+FUNCTIONALISED = [UNET, SD3, "SanaPAGPipeline"]
+# a UNet with two attentions behind each other; test_compiling.py has one with a middle block
+_UP = {"down_block_types": ("DownBlock2D",), "mid_block_type": None}
+_UP_LAYERS = {"middle": ["up_blocks.0.attentions.0"], "last": ["up_blocks.0.attentions.1"]}
+
+
+def _build(name, layers="middle"):
+    if name == UNET:
+        return build(name, **_UP, pag_applied_layers=_UP_LAYERS[layers])
+    return build(name, pag_applied_layers=LAYERS[name][layers])
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +52,12 @@ def _compile(pipe, name, how="wrap", backend="eager", part=None):
     [
         *((name, "middle", "aot_eager") for name in FUNCTIONALISED),
         *((name, "middle", "eager") for name in FAMILIES if name not in FUNCTIONALISED),
-        ("StableDiffusionPAGPipeline", "last", "eager"),
-        ("StableDiffusion3PAGPipeline", "last", "eager"),
+        (UNET, "last", "eager"),
+        (SD3, "last", "eager"),
     ],
 )
 def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend):
-    pipe = build(name, pag_applied_layers=LAYERS[name][layers])
+    pipe = _build(name, layers)
     stock = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe)
     counter = _compile(pipe, name, backend=backend)
@@ -66,8 +76,8 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
         (name, [(cfg, adaptive) for cfg in cfgs for adaptive in adaptives])
         for name, cfgs, adaptives in [
             # test_compiling.py has the dropped branch of a UNet
-            ("StableDiffusionPAGPipeline", (True, False), (0.0,)),
-            ("StableDiffusion3PAGPipeline", (True, False), (0.0, 0.5)),
+            (UNET, (True, False), (0.0,)),
+            (SD3, (True, False), (0.0, 0.5)),
             ("AnimateDiffPAGPipeline", (False,), (0.0,)),
             ("HunyuanDiTPAGPipeline", (False,), (0.0, 0.5)),
             ("SanaPAGPipeline", (False,), (0.0, 0.5)),
@@ -78,7 +88,9 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
-    pipe = pag_fast.patch(build(name))
+    few = name in (UNET, "AnimateDiffPAGPipeline")
+    pipe = _build(name) if few else build(name, num_layers=2)
+    pag_fast.patch(pipe)
     counter = _compile(pipe, name)
     expected = {}
     for _ in range(2):
@@ -100,11 +112,11 @@ def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
 # test_compile_turns.py has both ways of one model
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("StableDiffusionPAGPipeline", "in place"), ("StableDiffusion3PAGPipeline", "wrap")],
+    [(UNET, "in place"), (SD3, "wrap")],
 )
 def test_compiled_before_patching(name, how):
     """A denoiser that has already run compiled, stock: its graphs must not be used for ours."""
-    pipe = build(name, pag_applied_layers=LAYERS[name]["middle"])
+    pipe = _build(name)
     counter = _compile(pipe, name, how)
     stock = latents(pipe, call_kwargs(name, pipe))
     assert counter.frame_count == 1
@@ -125,10 +137,10 @@ def test_compiled_before_patching(name, how):
 
 def test_other_settings_are_other_graphs():
     """Layers and sharing are baked into a graph; changing them must not run an old one."""
-    name = "StableDiffusion3PAGPipeline"
-    pipe = build(name)
+    name = SD3
+    pipe = build(name, num_layers=2)
     pictures = {}
-    for layers in ("blocks.1", "blocks.2"):
+    for layers in ("blocks.0", "blocks.1"):
         pipe.pag_applied_layers = [layers]
         pictures[layers] = latents(pipe, call_kwargs(name, pipe))
     _compile(pipe, name)
@@ -151,13 +163,13 @@ def test_compiled_controlnet():
 
 def test_compiled_forward():
     """Compiled behind the module's back: nothing is kept from step to step, and it is one graph."""
-    name = "StableDiffusionPAGPipeline"
-    pipe = build(name)
+    name = UNET
+    pipe = _build(name)
     stock = latents(pipe, call_kwargs(name, pipe, steps=3))
     pag_fast.patch(pipe)
     counter = CompileCounterWithBackend("eager")
     pipe.unet.forward = torch.compile(pipe.unet.forward, fullgraph=True, backend=counter)
-    for _ in range(3):
+    for _ in range(2):
         assert relative(latents(pipe, call_kwargs(name, pipe, steps=3)), stock) < 1e-5
     assert counter.frame_count == 1
 

@@ -21,13 +21,10 @@ from pag_fast.runtime.compilation import _repeated
 from pag_fast.runtime.entry import Entry
 from pag_fast.sharing.plan import compiled_call
 
-# a UNet and joint attention with CFG in one batch, one without CFG, one with a pass for uncond
-SD, SD3, FLUX, WAN = (
-    "StableDiffusionPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "WanPipeline",
-)
+# a UNet and joint attention with CFG in one batch, which is traced fastest, and one without CFG
+SD, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
+SD3_PAG = "StableDiffusion3PAGPipeline"
+_EAGER = pag_fast.CompileConfig(backend="eager")
 WAYS = ("in place", "wrapped", "regional", "forward")
 
 
@@ -38,6 +35,15 @@ def _fresh_dynamo():
     with torch._dynamo.config.patch(recompile_limit=64):
         yield
     torch._dynamo.reset()
+
+
+def make(name):
+    """One block where that is enough to trace."""
+    return build(name, num_layers=1) if name in (SD3, SD3_PAG) else build(name)
+
+
+def layers_of(name):
+    return [r"blocks\.0\."] if name in (SD3, SD3_PAG) else LAYERS[name]["middle"]
 
 
 def part_of(pipe):
@@ -68,9 +74,9 @@ def calls(name, pipe):
 
 def expected(name):
     """What both calls return without a compiler."""
-    pipe = build(name)
+    pipe = make(name)
     stock = latents(pipe, calls(name, pipe)[0])
-    pag_fast.patch(pipe, LAYERS[name]["middle"])
+    pag_fast.patch(pipe, layers_of(name))
     return stock, latents(pipe, calls(name, pipe)[1])
 
 
@@ -85,20 +91,19 @@ def check(name, pipe, patched, eager):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((FLUX, how) for how in WAYS),
+        *((SD3, how) for how in WAYS),
         # test_compile.py has it in place
         (SD, "regional"),
-        (SD3, "wrapped"),
-        (WAN, "forward"),
+        (FLUX, "forward"),
     ],
 )
 def test_stock_patched_stock_patched(name, how):
-    eager, pipe = expected(name), build(name)
+    eager, pipe = expected(name), make(name)
     counter = compile_(pipe, how)
     made = []
     for patched in (False, True, False, True, False):
         if patched:
-            pag_fast.patch(pipe, LAYERS[name]["middle"])
+            pag_fast.patch(pipe, layers_of(name))
         check(name, pipe, patched, eager)
         if patched:
             assert dict(pipe._pag_fast.steps) == {"shared": 2}
@@ -113,14 +118,14 @@ def test_stock_patched_stock_patched(name, how):
 @pytest.mark.parametrize("how", [how for how in WAYS if how != "regional"])
 def test_the_other_pipeline_of_a_compiled_model(how):
     """Patched all the time; a stock pipeline has the same model, and runs in turns with it."""
-    eager, pipe = expected(FLUX), build(FLUX)
+    eager, pipe = expected(SD3), make(SD3)
     counter = compile_(pipe, how)
     other = type(pipe)(**pipe.components)
     other.set_progress_bar_config(disable=True)
-    pag_fast.patch(pipe, LAYERS[FLUX]["middle"])
+    pag_fast.patch(pipe, layers_of(SD3))
     made = []
     for patched in (True, False, True, False):
-        check(FLUX, pipe if patched else other, patched, eager)
+        check(SD3, pipe if patched else other, patched, eager)
         made.append(counter.frame_count)
     assert made[1] == made[-1]
 
@@ -128,21 +133,21 @@ def test_the_other_pipeline_of_a_compiled_model(how):
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_many_turns_are_two_graphs(how):
     """PyTorch gives a function eight graphs, and ``patched`` is used around single calls."""
-    eager, pipe = expected(FLUX), build(FLUX)
+    eager, pipe = expected(SD3), make(SD3)
     counter = compile_(pipe, how)
     with torch._dynamo.config.patch(recompile_limit=8):
         for _ in range(5):
-            with pag_fast.patched(pipe, LAYERS[FLUX]["middle"]):
-                check(FLUX, pipe, True, eager)
-            check(FLUX, pipe, False, eager)
+            with pag_fast.patched(pipe, layers_of(SD3)):
+                check(SD3, pipe, True, eager)
+            check(SD3, pipe, False, eager)
     assert counter.frame_count == 2
 
 
 def test_what_is_kept_for_graphs_goes_with_them():
-    pipe = build(FLUX)
+    pipe = make(SD3)
     compile_(pipe, "in place")
-    with pag_fast.patched(pipe, LAYERS[FLUX]["middle"]):
-        run(FLUX, pipe, True)
+    with pag_fast.patched(pipe, layers_of(SD3)):
+        run(SD3, pipe, True)
         (kept,) = (weakref.ref(x[1]) for x in pipe._pag_fast._installed.values())
     gc.collect()
     assert kept() is not None
@@ -154,17 +159,20 @@ def test_what_is_kept_for_graphs_goes_with_them():
 
 def test_a_compiled_controlnet_in_turns():
     name = "StableDiffusionControlNetPipeline"
-    pipe = build(name)
+    layers = ["up_blocks.0.attentions.1"]
+    down = {"down_block_types": ("DownBlock2D",)}
+    net = {**down, "block_out_channels": (8,)}
+    pipe = build(name, **down, mid_block_type=None, net=net)
     kwargs = dict(calls(name, pipe)[1])
     stock = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
     graphs = CompileCounter()
-    with pag_fast.patched(pipe):
+    with pag_fast.patched(pipe, layers):
         eager = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
     for part in ("unet", "controlnet"):
         getattr(pipe, part).compile(backend=graphs, fullgraph=True)
     made = []
-    for _ in range(3):
-        with pag_fast.patched(pipe):
+    for _ in range(2):
+        with pag_fast.patched(pipe, layers):
             out = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
             assert relative(out, eager) < 1e-5
         out = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
@@ -176,17 +184,17 @@ def test_a_compiled_controlnet_in_turns():
 @pytest.mark.parametrize("how", WAYS)
 def test_compiled_after_patching(how):
     """The user's module.compile() takes our place: it is behind us in the next call."""
-    eager, pipe = expected(FLUX), build(FLUX)
-    pag_fast.patch(pipe, LAYERS[FLUX]["middle"])
-    check(FLUX, pipe, True, eager)
+    eager, pipe = expected(SD3), make(SD3)
+    pag_fast.patch(pipe, layers_of(SD3))
+    check(SD3, pipe, True, eager)
     counter = compile_(pipe, how)
-    check(FLUX, pipe, True, eager)
+    check(SD3, pipe, True, eager)
     made = counter.frame_count
-    check(FLUX, pipe, True, eager)
+    check(SD3, pipe, True, eager)
     assert counter.frame_count == made > 0
     pag_fast.unpatch(pipe)
-    check(FLUX, pipe, False, eager)
-    check(FLUX, pipe, False, eager)
+    check(SD3, pipe, False, eager)
+    check(SD3, pipe, False, eager)
     model = uncompiled(pipe.transformer)
     assert not isinstance(vars(model).get("_compiled_call_impl"), Entry)
     assert how != "in place" or compiled_call(model) is not None
@@ -194,8 +202,8 @@ def test_compiled_after_patching(how):
 
 def test_two_patched_pipelines_of_a_model_that_is_compiled_meanwhile():
     """One entry for both, whatever is put in its place, and the user's graph when both are gone."""
-    eager, pipe = expected(FLUX), build(FLUX)
-    layers = LAYERS[FLUX]["middle"]
+    eager, pipe = expected(SD3), make(SD3)
+    layers = layers_of(SD3)
     other = type(pipe)(**pipe.components)
     other.set_progress_bar_config(disable=True)
     pag_fast.patch(pipe, layers)
@@ -203,53 +211,60 @@ def test_two_patched_pipelines_of_a_model_that_is_compiled_meanwhile():
     own = compiled_call(pipe.transformer)
     pag_fast.patch(other, layers)
     for _ in range(2):
-        check(FLUX, pipe, True, eager)
-        check(FLUX, other, True, eager)
+        check(SD3, pipe, True, eager)
+        check(SD3, other, True, eager)
     entry = vars(pipe.transformer)["_compiled_call_impl"]
     assert len(entry.claims) == 2 and entry.displaced is own
     pag_fast.unpatch(pipe)
-    check(FLUX, other, True, eager)
+    check(SD3, other, True, eager)
     pag_fast.unpatch(other)
     assert vars(pipe.transformer)["_compiled_call_impl"] is own
 
 
 def test_a_second_pipeline_compiles_and_lets_go():
-    eager, pipe = expected(FLUX), build(FLUX)
-    layers = LAYERS[FLUX]["middle"]
+    eager, pipe = expected(SD3), make(SD3)
+    layers = layers_of(SD3)
     other = type(pipe)(**pipe.components)
     other.set_progress_bar_config(disable=True)
     pag_fast.patch(pipe, layers)
-    pag_fast.patch(other, layers, compile=pag_fast.CompileConfig(backend="eager"))
+    pag_fast.patch(other, layers, compile=_EAGER)
     assert compiled_call(pipe.transformer) is not None
     for _ in range(2):
-        check(FLUX, other, True, eager)
-        check(FLUX, pipe, True, eager)
+        check(SD3, other, True, eager)
+        check(SD3, pipe, True, eager)
     pag_fast.unpatch(other)
     assert compiled_call(pipe.transformer) is None
-    check(FLUX, pipe, True, eager)
+    check(SD3, pipe, True, eager)
     pag_fast.unpatch(pipe)
     assert "_compiled_call_impl" not in vars(pipe.transformer)
-    check(FLUX, pipe, False, eager)
+    check(SD3, pipe, False, eager)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_the_user_compiles_over_ours_stays(shared):
-    pipe = build(FLUX)
+    pipe = make(SD3)
     other = type(pipe)(**pipe.components)
     if shared:  # its entry stays on the model
-        pag_fast.patch(other)
-    with pag_fast.patched(pipe, compile=pag_fast.CompileConfig(backend="eager")):
+        pag_fast.patch(other, layers_of(SD3))
+    with pag_fast.patched(pipe, layers_of(SD3), compile=_EAGER):
         compile_(pipe, "in place")
         own = compiled_call(pipe.transformer)
-        run(FLUX, pipe, True)
+        run(SD3, pipe, True)
     assert compiled_call(pipe.transformer) is own
 
 
-@pytest.mark.parametrize("how", ["compiled", "replaced"])
-@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", FLUX])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (SD3_PAG, "compiled"),
+        ("StableDiffusionPAGPipeline", "replaced"),
+        (SD3, "compiled"),
+        (FLUX, "replaced"),
+    ],
+)
 def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
     made = tiny_hosts if name in HOSTS else tiny
-    pipe, other = build(name), build(name)
+    pipe, other = make(name), make(name)
     part = part_of(pipe)
     own = getattr(pipe, part)
 
@@ -263,7 +278,7 @@ def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
     kwargs = {"steps": 3, "callback_on_step_end": callback}
     for at, strict in ((0, False), (2, True), (1, True)):
         setattr(pipe, part, own)
-        pag_fast.patch(pipe, strict=strict)
+        pag_fast.patch(pipe, layers_of(name), strict=strict)
         if at == 2:  # nothing runs after it
             made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
         elif strict:
@@ -274,44 +289,45 @@ def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
                 made.latents(pipe, made.call_kwargs(name, pipe, **kwargs))
 
 
-@pytest.mark.parametrize("how", [None, *WAYS])
-def test_rows_that_a_hook_in_front_changes(how):
+@pytest.mark.parametrize(("name", "how"), [(SD, None), *((SD3, how) for how in (None, *WAYS))])
+def test_rows_that_a_hook_in_front_changes(name, how):
     """Seen where the hook runs outside of the graph; inside of it the branches run apart."""
 
     def hook(model, args, kwargs):
-        sample = args[0].clone() if args else kwargs["sample"].clone()
+        sample = args[0].clone() if args else kwargs["hidden_states"].clone()
         sample[-1] += 0.5
         if args:
             return (sample, *args[1:]), kwargs
-        return args, {**kwargs, "sample": sample}
+        return args, {**kwargs, "hidden_states": sample}
 
     pictures = []
     for share in (False, True):
-        pipe = build(SD)
+        pipe = make(name)
         if how is not None and share:
             compile_(pipe, how)
-        uncompiled(pipe.unet).register_forward_pre_hook(hook, with_kwargs=True)
-        pag_fast.patch(pipe, LAYERS[SD]["middle"], share_branches=share)
+        model = uncompiled(getattr(pipe, part_of(pipe)))
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+        pag_fast.patch(pipe, layers_of(name), share_branches=share)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pictures.append(run(SD, pipe, True))
+            pictures.append(run(name, pipe, True))
     assert relative(pictures[1], pictures[0]) < 1e-5
 
 
 def test_a_patched_model_inside_of_a_graph_of_the_users():
     """Traced through the entry it is the stock model, also if it is compiled itself."""
-    pipe = build(SD)
-    unet = pipe.unet
-    x = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 12)
-    stock = unet(*x)[0]
-    pag_fast.patch(pipe)
+    pipe = make(SD3)
+    model = pipe.transformer
+    x = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 10), torch.tensor([3, 3])
+    stock = model(*x)[0]
+    pag_fast.patch(pipe, layers_of(SD3))
     outer = torch.compile(
-        lambda *args: unet(*args, return_dict=False)[0], backend="eager", fullgraph=True
+        lambda *args: model(*args, return_dict=False)[0], backend="eager", fullgraph=True
     )
     assert torch.equal(outer(*x), stock)
-    run(SD, pipe, True)
+    run(SD3, pipe, True)
     assert torch.equal(outer(*x), stock)
-    unet.compile(backend="eager", fullgraph=True)
-    run(SD, pipe, True)
+    model.compile(backend="eager", fullgraph=True)
+    run(SD3, pipe, True)
     assert torch.equal(outer(*x), stock)
-    assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*x)[0], stock)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(*x)[0], stock)

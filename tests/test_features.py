@@ -6,9 +6,11 @@ import re
 
 import diffusers
 import pytest
+import tiny
 import torch
 from numerics import observing, relative
-from tiny import PIPELINES, SIZE, build, call_kwargs, latents
+from shallow import LAYERS, build, family
+from tiny import PIPELINES, SIZE, call_kwargs, latents
 
 import pag_fast
 
@@ -52,7 +54,7 @@ def _add_lora(model):
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora(name, cfg):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     plain = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
     _add_lora(_model(pipe))
     stock = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
@@ -84,7 +86,7 @@ def test_lora_scale_and_loading_between_calls():
 
 @pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"])
 def test_fused_projections(name):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     before = latents(pipe, call_kwargs(name, pipe))
     pipe.unet.fuse_qkv_projections()
     _assert_parity(pipe, name)
@@ -118,7 +120,7 @@ class QuantizedLinear(torch.nn.Module):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_linears(name):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     for name_, module in list(_model(pipe).named_modules()):
         for child, linear in list(module.named_children()):
             if type(linear) is torch.nn.Linear and "attn" in name_ and "pool" not in name_:
@@ -155,7 +157,7 @@ def _with_ip_adapter(pipe, dim=12, tokens=4):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", UNETS)
 def test_ip_adapter(name, cfg, batch):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     plain = latents(pipe, call_kwargs(name, pipe, cfg=cfg, batch=batch))
     _with_ip_adapter(pipe)
 
@@ -236,7 +238,7 @@ def test_ip_adapter_masks():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_processors_of_other_layers_are_kept(name):
     """Only perturbed layers change hands, and only while a call runs."""
-    pipe = pag_fast.patch(build(name), PIPELINES[name].layers["last"])
+    pipe = pag_fast.patch(build(name), LAYERS[family(name)]["last"])
     model, seen = _model(pipe), []
 
     @observing
@@ -272,7 +274,7 @@ def test_cpu_offload_hooks(name, kind):
     """
     from accelerate import cpu_offload, cpu_offload_with_hook
 
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     stock = latents(pipe, call_kwargs(name, pipe))
     cpu, hook = torch.device("cpu"), None
     for component in pipe.components.values():
@@ -291,7 +293,7 @@ def test_cpu_offload_hooks(name, kind):
 
 def test_group_offload():
     name = "StableDiffusionXLPAGPipeline"
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     stock = latents(pipe, call_kwargs(name, pipe))
     cpu = torch.device("cpu")
     try:
@@ -306,7 +308,7 @@ def test_group_offload():
 
 @pytest.mark.parametrize("name", [n for n in PIPELINES if PIPELINES[n].denoiser == "unet"])
 def test_channels_last(name):
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     if name != "AnimateDiffPAGPipeline":
         pipe.unet.to(memory_format=torch.channels_last)
         if PIPELINES[name].controlnet:
@@ -317,7 +319,7 @@ def test_channels_last(name):
 def test_free_u():
     name = "StableDiffusionPAGPipeline"
     for layers in PIPELINES[name].layers.values():
-        pipe = build(name, pag_applied_layers=layers)
+        pipe = tiny.build(name, pag_applied_layers=layers)
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
         _assert_parity(pipe, name)
 
@@ -325,7 +327,7 @@ def test_free_u():
 @pytest.mark.parametrize("name", [n for n in PIPELINES if PIPELINES[n].controlnet])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_several_controlnets(name, cfg):
-    pipe = build(name, controlnets=2, pag_applied_layers=PIPELINES[name].layers["middle"])
+    pipe = build(name, controlnets=2, pag_applied_layers=LAYERS[family(name)]["middle"])
     assert _assert_parity(pipe, name, cfg=cfg, batch=2) == {"shared": 4}
 
 
@@ -333,7 +335,8 @@ def test_several_controlnets(name, cfg):
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_controlnet_runs_without_the_perturbed_rows(cfg, layers):
     name = "StableDiffusionControlNetPAGPipeline"
-    pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
+    sets = {**PIPELINES[name].layers, **LAYERS[name]}
+    pipe = build(name, pag_applied_layers=sets[layers])
     rows = []
     handle = pipe.controlnet.mid_block.register_forward_pre_hook(
         observing(lambda _, args: rows.append(args[0].shape[0]))
@@ -468,7 +471,7 @@ def test_t2i_adapter_residuals():
     """No PAG pipeline passes them, but a UNet call may: they get the rows of what they go to."""
     name = "StableDiffusionPAGPipeline"
     for layers in PIPELINES[name].layers.values():
-        pipe = build(name, pag_applied_layers=layers)
+        pipe = tiny.build(name, pag_applied_layers=layers)
         torch.manual_seed(1)
         residuals = [torch.randn(1, c, s, s) for c, s in ((8, 8), (16, 4), (16, 2))]
         forward = pipe.unet.forward

@@ -15,10 +15,17 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BRANCHES = {"cfg and pag": "ucp", "cfg": "uc", "pag": "cp", "neither": "c"}
 
 
+def _with_all(*shapes):
+    """Every combination of branches at a length that no block divides; all of them at others."""
+    return [
+        *(pytest.param(which, (3, 4, 33, 41), id=name) for name, which in BRANCHES.items()),
+        *(pytest.param("ucp", shape, id=str(shape)) for shape in shapes),
+    ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("which", BRANCHES.values(), ids=BRANCHES)
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 4, 33, 41), (2, 4, 3, 16, 24)], ids=str)
+@pytest.mark.parametrize(("which", "shape"), _with_all((1, 4, 8, 8), (2, 4, 3, 16, 24)))
 def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
     branches = {name: torch.randn(shape).to(dtype) for name in which}
     inputs = [branches.get(name) for name in "ucp"]
@@ -32,8 +39,7 @@ def test_against_fp64(dtype, rescale, which, shape, launches):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["full", "partial"])
-@pytest.mark.parametrize("which", BRANCHES.values(), ids=BRANCHES)
-@pytest.mark.parametrize("shape", [(3, 4, 33, 41), (2, 70, 16)], ids=str)
+@pytest.mark.parametrize(("which", "shape"), _with_all((2, 70, 16)))
 def test_rescaling_the_term_alone(dtype, mode, which, shape, launches):  # noqa: F811
     branches = {name: torch.randn(shape).to(dtype) for name in which}
     inputs = [branches.get(name) for name in "ucp"]

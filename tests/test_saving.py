@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from launches import fusion_of
 from numerics import relative
 from safetensors.torch import load_file, save_file, save_model
-from tiny import build
+from shallow import build
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
