@@ -11,14 +11,13 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..sharing.arguments import change_arguments, complete_rows, frames_of, latents_of
+from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
@@ -27,14 +26,12 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
+from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
-
-_Copies = dict[int, tuple[torch.Tensor, int, torch.Tensor]]
-"""Tensors, by id, with their versions and copies of them with other rows."""
 
 # the other passes of a step: uncond, and SD3's skip-layer guidance
 SKIP = "skip"
@@ -67,8 +64,8 @@ class InjectedSession(Session):
         self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
-        self._extended: _Copies = {}
-        self._turned: _Copies = {}
+        self._extended: Copies = {}
+        self._turned: Copies = {}
         self._pass = COND
         # what is added to other passes, of the step that it belongs to, and which those are
         self._pending: tuple[Any, torch.Tensor, tuple[str, ...]] | None = None
@@ -216,12 +213,12 @@ class InjectedSession(Session):
         layout = self.layout(rows)
         if self._cond_first and len(layout) > 1:
             have = len(layout)
-            call, self._turned = _copied(call, rows, frames, self._turned, _turned, have, have)
+            call, self._turned = with_rows(call, rows, frames, self._turned, turned, have, have)
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
         drops = self._drops(scales, sample, found)
         if self.patch.compilation is not None or not drops:
             have = len(layout)
-            extended, self._extended = _copied(
+            extended, self._extended = with_rows(
                 call, rows, frames, self._extended, change_level, have, have + branches
             )
             everything = layout + (PERTURBED,) * branches
@@ -337,41 +334,3 @@ class InjectedSession(Session):
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
             return False
         return self._pass != COND or not (self.host.sequential and self._cfg())
-
-
-def _copied(
-    call: Call,
-    rows: int,
-    frames: int,
-    known: _Copies,
-    change: Callable[[torch.Tensor, int, int], torch.Tensor],
-    have: int,
-    want: int,
-) -> tuple[Call, _Copies]:
-    """Arguments with ``change`` applied to what is batched, the same copies in every step."""
-    copies: _Copies = {}
-
-    def copied(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] not in (rows, rows * frames):
-            return x
-        key = id(x)
-        own, version, copy = known.get(key, (None, 0, x))
-        # inference tensors do not tell whether somebody has written into them
-        now = -1 if x.is_inference() else x._version
-        if own is not x or version != now or now < 0:
-            copy = change(x, have, want)
-        copies[key] = x, now, copy
-        return copy
-
-    call = change_arguments(call, copied)
-    if "img_shapes" in call:
-        # of each picture a list, with those that are edited
-        shapes = call["img_shapes"]
-        if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
-            call["img_shapes"] = shapes + shapes[-(rows // have) :] * (want - have)
-    return call, copies
-
-
-def _turned(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
-    """``x`` with its slabs in the opposite order."""
-    return torch.cat(x.chunk(have)[::-1])
