@@ -74,7 +74,7 @@ def slow_steps(pipe, name, scale=SCALE):
         frames = inputs.shape[2] if "sample" in call and inputs.ndim == 5 else 1
         if inputs.shape[0] == 2 * sample.shape[0]:
             rows = inputs.shape[0]
-            call = {k: tiny_hosts._second_half(k, v, rows, frames) for k, v in call.items()}
+            call = {k: tiny_hosts._rows(k, v, rows, frames, 2, 1) for k, v in call.items()}
             prediction = prediction.chunk(2)[1]
         lengths, image = tiny_hosts._text_and_image(name, call)
         with tiny_hosts._perturbed(attentions, spec.text, lengths, image), torch.no_grad():
