@@ -122,15 +122,15 @@ CALLS = [
     Fault(
         "the perturbation counts for the pass of cond alone",
         _INJECTED,
-        "return self._result(out, prediction + self._pending[1])",
+        "return self._result(out, [prediction + self._pending[1]])",
         "return out",
         tests_of("hosts", "three_separate_forwards and WanPipeline"),
     ),
     Fault(
         "the perturbation counts for the rows of cond alone",
         _INJECTED,
-        "torch.cat([uncond + difference, guided])",
-        "torch.cat([uncond, guided])",
+        "[x + difference for x in (*others, cond)]",
+        "[*others, cond + difference]",
         tests_of("hosts", "three_separate_forwards and StableDiffusionPipeline"),
     ),
 ]
