@@ -21,7 +21,7 @@ import torch
 from pag_fast.tools.bench.record import Results, Row, machine, write
 from pag_fast.tools.bench.report import table
 from pag_fast.tools.bench.timing import Call, Clock, make_rows, peak_bytes, seconds, turns
-from pag_fast.tools.bench.variants import STOCK, has_graphs
+from pag_fast.tools.bench.variants import STOCK
 
 ROWS = pytest.StashKey[list[Row]]()
 START = time.monotonic()
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--graphs",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="measure CUDA graphs too; auto: on a GPU, where a patch has them",
+        help="measure CUDA graphs too; auto: on a GPU",
     )
     group.addoption(
         "--seconds", type=float, default=float("inf"), help="start no further case after that"
@@ -105,7 +105,7 @@ def compiled(pytestconfig: pytest.Config, device: str) -> bool | tuple[str, ...]
 @pytest.fixture(scope="session")
 def graphs(pytestconfig: pytest.Config, device: str) -> bool:
     wish = pytestconfig.getoption("--graphs")
-    return wish == "yes" or (wish == "auto" and device == "cuda" and has_graphs())
+    return wish == "yes" or (wish == "auto" and device == "cuda")
 
 
 @pytest.fixture

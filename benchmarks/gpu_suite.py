@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pag_fast", "kernels", "benchmarks", "tests")
 NEEDED = ("torch", "triton", "diffusers", "transformers", "pytest", "pytest_benchmark")
 LARGEST_LOG, LARGEST_ARCHIVE = 2**20, 15 * 2**20
-ABSENT = {"graphs": "This version has no CUDA graphs: PatchConfig has no option 'graphs'."}
 LEAST = 20.0  # nothing can be measured in less
 
 
@@ -39,21 +38,20 @@ LEAST = 20.0  # nothing can be measured in less
 
 
 def probe() -> dict[str, Any]:
-    """In a process of its own: the machine, what is missing, and what this version has."""
+    """In a process of its own: the machine, and what is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return {"machine": {}, "missing": missing}
     import torch
 
     from pag_fast.tools.bench.record import machine
-    from pag_fast.tools.bench.variants import has_graphs
 
     if not torch.cuda.is_available():
         return {"machine": machine("cpu"), "missing": ["a GPU that torch can use"]}
     found = machine("cuda")
     if found["commit"] is None and os.environ.get("COMMIT"):
         found["commit"] = os.environ["COMMIT"]
-    return {"machine": found, "missing": [], "graphs": has_graphs()}
+    return {"machine": found, "missing": []}
 
 
 def probe_here() -> dict[str, Any]:
@@ -168,8 +166,6 @@ def run_stage(name: str, found: dict[str, Any], folder: Path, out: Path) -> dict
         if found["missing"]:
             missing = ", ".join(found["missing"])
             entry |= {"status": "not started", "reason": f"Missing here: {missing}."}
-        elif part.needs and not found[part.needs]:
-            entry |= {"status": "skipped", "reason": ABSENT[part.needs]}
         elif left < LEAST:
             entry |= {"status": "not started", "reason": "The time of the stage is over."}
         else:
@@ -246,7 +242,7 @@ def run(names: Sequence[str], out: Path) -> int:
         finally:
             write(bundle, archive(Path(scratch)))
     print(f"{', '.join(sorted(path.name for path in out.iterdir()))} in {out.name}")
-    return 0 if set(statuses) <= {"passed", "skipped"} else 1
+    return 0 if set(statuses) <= {"passed"} else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

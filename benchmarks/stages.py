@@ -35,14 +35,12 @@ class Part:
     Attributes:
         seconds: its limit.
         last: seconds that it needs to end by itself, with a case that has just begun.
-        needs: what has to be there, a key of ``gpu_suite.ABSENT``.
     """
 
     name: str
     seconds: float
     command: tuple[str, ...]
     last: float = 15.0
-    needs: str = ""
 
 
 def _tests(name: str, seconds: float, *files: str) -> Part:
@@ -51,12 +49,12 @@ def _tests(name: str, seconds: float, *files: str) -> Part:
 
 
 def _bench(
-    name: str, seconds: float, file: str, which: str, *options: str, last: float = 30.0, **rest: str
+    name: str, seconds: float, file: str, which: str, *options: str, last: float = 30.0
 ) -> Part:
     # a session that ends by itself has passed, and its results can be compared
     words = (sys.executable, "-m", "pytest", "-q", f"benchmarks/{file}.py", "-k", which)
     words += ("--rows", "{rows}", "--seconds", "{seconds}", *options)
-    return Part(name, seconds, words, last, **rest)
+    return Part(name, seconds, words, last)
 
 
 _NO = ("--compiled", "no")
@@ -93,8 +91,8 @@ STAGES: dict[str, list[Part]] = {
         _bench("others", 240, "bench_step", REST, *_COMPILED, last=120.0),
     ],
     "graphs": [
-        _bench("sdxl", 120, "bench_step", SDXL, *_GRAPHS, needs="graphs"),
-        _bench("pictures", 100, "bench_pipeline", "sdxl or emoji", *_GRAPHS, needs="graphs"),
-        _bench("others", 240, "bench_step", "not SDXL", *_GRAPHS, needs="graphs"),
+        _bench("sdxl", 120, "bench_step", SDXL, *_GRAPHS),
+        _bench("pictures", 100, "bench_pipeline", "sdxl or emoji", *_GRAPHS),
+        _bench("others", 240, "bench_step", "not SDXL", *_GRAPHS),
     ],
 }

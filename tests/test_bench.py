@@ -19,7 +19,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pag_fast
 from pag_fast.cli import main
 from pag_fast.tools.bench import record, report
-from pag_fast.tools.bench import variants as bench_variants
 from pag_fast.tools.bench.record import EQUAL, Results, Spread, machine, read, write
 from pag_fast.tools.bench.timing import interleave, make_rows, peak_bytes, seconds, turns
 from pag_fast.tools.bench.user import bench_pipeline
@@ -202,12 +201,7 @@ def test_only_stock_compiled():
     assert [name for name, way in ways.items() if way._compiled] == ["stock compiled"]
 
 
-def test_graphs_are_one_more_variant(monkeypatch):
-    """An option of a patch, where patches have it."""
-    if not bench_variants.has_graphs():
-        with pytest.raises(ValueError, match="no option 'graphs'"):
-            variants(build(SD), graphs=True)
-        monkeypatch.setattr(bench_variants, "_with_graphs", lambda config: config)
+def test_graphs_are_one_more_variant():
     names = ["no PAG", "stock", "patched", "patched graphs"]
     assert list(variants(build(SD), graphs=True)) == names
 

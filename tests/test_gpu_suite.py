@@ -40,7 +40,7 @@ def test_stages_fit():
 
 # ---- how parts end ----
 
-FOUND = {"machine": {"chip": "a chip"}, "missing": [], "graphs": False}
+FOUND = {"machine": {"chip": "a chip"}, "missing": []}
 ROWS = (
     "import json, pathlib, sys, time; "
     "pathlib.Path(sys.argv[1]).write_text(json.dumps({'rows': [{'case': sys.argv[2]}]})); "

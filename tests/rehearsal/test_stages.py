@@ -24,7 +24,6 @@ from rehearsal import fake_cuda
 from benchmarks.gpu_suite import tree_id
 from benchmarks.stages import STAGES
 from pag_fast.tools.bench.record import read
-from pag_fast.tools.bench.variants import has_graphs
 
 ROOT = Path(__file__).parent.parent.parent
 COPIED = ("pag_fast", "benchmarks", "kernels", "tests", "pyproject.toml")
@@ -129,20 +128,15 @@ def _check(name, report):
     assert machine["torch"] == torch.__version__
     assert report["sources"]["pag_fast"] == tree_id(ROOT / "pag_fast")
     assert [entry["name"] for entry in report["parts"]] == [part.name for part in STAGES[name]]
-    if name == "graphs" and not has_graphs():
-        assert {entry["status"] for entry in report["parts"]} == {"skipped"}
-        assert all("no option 'graphs'" in entry["reason"] for entry in report["parts"])
-        assert report["tests"] == "not run"
-    else:
-        assert {entry["status"] for entry in report["parts"]} == {"passed"}
-        assert report["tests"] == "passed"
+    assert {entry["status"] for entry in report["parts"]} == {"passed"}
+    assert report["tests"] == "passed"
 
 
 def _check_step(reports):
     """The fastest baselines and ours are of one run, with the memory they took."""
     rows = reports["step"]["rows"]
     first = [row for row in rows if (row["suite"], row["case"]) == ("step", "SDXL 1024")]
-    names = ["no PAG", "stock", "patched", *(["patched graphs"] if has_graphs() else [])]
+    names = ["no PAG", "stock", "patched", "patched graphs"]
     variants = [row["variant"] for row in first]
     assert variants[: len(names)] == names
     assert variants[len(names) :] == [*names[:3], "stock compiled", *names[3:]]

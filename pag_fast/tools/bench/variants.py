@@ -101,8 +101,7 @@ def variants(
         backend: what ``torch.compile`` takes.
 
     Raises:
-        ValueError: a pipeline that is patched already, or that cannot be; ``graphs`` where patches
-            have no such option.
+        ValueError: a pipeline that is patched already, or that cannot be.
     """
     if hasattr(pipe, "_pag_fast"):
         raise ValueError(
@@ -116,16 +115,15 @@ def variants(
         # graphs of an earlier benchmark would count towards the recompile limit
         torch._dynamo.reset()
     found = {}
+    if isinstance(compiled, bool):
+        compiled = (NO_PAG, STOCK, PATCHED) if compiled else ()
     for suffix in ("", COMPILED):
-        names = [NO_PAG, STOCK, PATCHED]
-        if suffix and not isinstance(compiled, bool):
-            names = [name for name in names if name in compiled]
-        if suffix and not compiled:
-            continue
         options: dict[str, Any] = {"compiled": bool(suffix), "backend": backend}
         stock = copy.copy(pipe)
         stock.pag_applied_layers = layers
-        for name in names:
+        for name in (NO_PAG, STOCK, PATCHED):
+            if suffix and name not in compiled:
+                continue
             if name == PATCHED:
                 # each patched copy keeps its own forwards, which its graphs guard on
                 way = Variant(patch(copy.copy(pipe), config=config), **options)
@@ -134,22 +132,9 @@ def variants(
                 way = Variant(copy.copy(stock), **off, **options)
             found[name + suffix] = way
     if graphs:
-        found[PATCHED + GRAPHS] = Variant(patch(copy.copy(pipe), config=_with_graphs(config)))
+        ours = patch(copy.copy(pipe), config=dataclasses.replace(config, graphs=True))
+        found[PATCHED + GRAPHS] = Variant(ours)
     return found
-
-
-def has_graphs() -> bool:
-    """Whether a patch takes ``graphs=True``."""
-    return "graphs" in {field.name for field in dataclasses.fields(PatchConfig)}
-
-
-def _with_graphs(config: PatchConfig) -> PatchConfig:
-    if not has_graphs():
-        raise ValueError(
-            "This version of pag_fast has no CUDA graphs: PatchConfig has no option 'graphs'."
-        )
-    options: dict[str, Any] = {"graphs": True}
-    return dataclasses.replace(config, **options)
 
 
 def compare_outputs(outputs: dict[str, torch.Tensor], *, peak: float = 1.0) -> dict[str, float]:
