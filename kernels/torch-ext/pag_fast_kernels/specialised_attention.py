@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .bound import aligned
+from .bound import ALIGNMENT, aligned, stride_unit
 from .launch import INTERPRETED, Config, on_device
 from .online_softmax import LOG2E
 
 HEAD_DIMS = (64, 128)
+_UNIT = ALIGNMENT // 2  # elements of half precision
 _INTEGERS = ("stride_ob", "stride_on", "stride_oh", "heads", "num_tokens")
 
 
@@ -85,16 +86,16 @@ def takes(
 
     Descriptors see rows and tokens as one dimension, heads and channels as another.
     """
-    rows, tokens, heads, head_dim = q.shape
+    _, tokens, _, head_dim = q.shape
+    strides = *(x.stride(1) for x in (q, k, v)), *out.stride()[:3]
     return (
         head_dim in HEAD_DIMS
         and v.element_size() == 2
         and tokens % tile.block_m == 0
         and tokens % tile.block_n == 0
         and (tile.block_m <= 64 or _divides_queries(q.device.index))
-        and aligned(q, k, v, out)
-        and all(_is_flat(x) for x in (q, k, v))
-        and all(stride % 8 == 0 for stride in out.stride()[:3])
+        and stride_unit(v, strides, aligned(q, k, v, out)) == _UNIT
+        and all(map(_is_flat, (q, k, v)))
     )
 
 
@@ -112,7 +113,7 @@ def _divides_queries(index: int | None) -> bool:
 def _is_flat(x: torch.Tensor) -> bool:
     row, token, head, _ = x.stride()
     whole_rows = len(x) == 1 or row == x.shape[1] * token
-    return whole_rows and head == x.shape[3] and token % 8 == 0
+    return whole_rows and head == x.shape[3]
 
 
 def _descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
@@ -147,10 +148,10 @@ def specialised_attention(
             _descriptor(v, tile.block_n),
             out,
             scale * LOG2E.value,
-            *(stride // 8 for stride in out.stride()[:3]),
+            *(stride // _UNIT for stride in out.stride()[:3]),
             heads,
             tokens,
-            UNIT=8,
+            UNIT=_UNIT,
             HEAD_DIM=head_dim,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
