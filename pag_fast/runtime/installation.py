@@ -263,6 +263,7 @@ class Installation:
         """After a forward: what is on the model then does nothing."""
         self.state.thread = None
         self.state.slabs = None
+        self.state.added = {}
         try:
             if self.fusion is not None:
                 self.fusion.forget()

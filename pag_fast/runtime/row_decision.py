@@ -203,7 +203,6 @@ def align_residuals(
     if plan.block_levels and call.get(SAMPLES) is not None:
         pairs = zip(call[SAMPLES], plan.block_levels[1:], strict=False)
         call[SAMPLES] = tuple([align(residual, level) for residual, level in pairs])
-    state.added = {}
     if ADAPTER in call and call[ADAPTER] is not None:
         levels = (*plan.adapter_levels, plan.mid_level, *[SPLIT] * len(call[ADAPTER]))
         pairs = zip(call[ADAPTER], levels, strict=False)
