@@ -180,7 +180,9 @@ def test_latents_written_into_by_the_scheduler():
             out = super().step(model_output, timestep, sample, *args, **kwargs)
             return (sample.copy_(out[0]),)
 
-    kwargs = lambda: host_kwargs(name, pipe, steps=STEPS)  # noqa: E731
+    def kwargs():
+        return host_kwargs(name, pipe, steps=STEPS)
+
     layers = HOSTS[name].layers["middle"]
     pag_fast.patch(pipe, layers)
     expected = latents(pipe, kwargs())

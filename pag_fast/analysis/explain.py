@@ -12,7 +12,7 @@ from ..fusion import Fusion
 from ..models.inputs import Size
 from ..models.registry import controlnets, denoiser_name, fusable_processors, uncompiled
 from ..pipelines.description import PipelineDescription
-from ..pipelines.registry import denoiser_names, host_of
+from ..pipelines.registry import denoiser_names, describe_pipeline
 from ..runtime.compatibility import explain_lines, look
 from ..runtime.installation import Installation, PerturbedBranch, is_eager
 from ..sharing.conditioning_cache import invariant_modules
@@ -56,15 +56,14 @@ def explain(
     installed = Installation(model, layers, config)
     plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
-    size, host = Size.of(pipe).but(height, width, frames), host_of(pipe)
-    sequential = host is not None and host.sequential
-    others = ("uncond",) if host is None else host.others
+    size, described = Size.of(pipe).but(height, width, frames), describe_pipeline(pipe)
+    sequential, others = described.sequential, described.others
     notes = [
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
     ]
     notes += _graphs(found)
-    predicted = _predict(model, nets, layers, config, size, host, notes) if flops else ()
+    predicted = _predict(model, nets, layers, config, size, described, notes) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
         denoiser=type(model).__name__,
@@ -88,8 +87,13 @@ def explain(
         notes=tuple(notes),
         perturbations=tuple(map(_describe, installed.branches)),
         frames=size.frames,
-        source=host.source if host is not None and tuple(layers) == host.layers else "",
+        source=described.source if _is_choice_of(described, layers) else "",
     )
+
+
+def _is_choice_of(described: PipelineDescription, layers: Any) -> bool:
+    """Whether these are the layers that we have chosen for a pipeline without PAG."""
+    return described.kind == "injected" and tuple(layers) == described.layers
 
 
 def _graphs(found: Any) -> Iterator[str]:
@@ -201,20 +205,19 @@ def _predict(
     layers: Any,
     config: PatchConfig,
     size: Size,
-    host: PipelineDescription | None,
+    described: PipelineDescription,
     notes: list[str],
 ) -> tuple[Predicted, ...]:
-    others = ("uncond",) if host is None else host.others
-    if len(others) > 1:
+    if len(described.others) > 1:
         notes.append("no FLOP prediction for guidance with two scales")
         return ()
     try:
         twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
-        sequential = host is not None and host.sequential
-        costs = step_costs(twin, layers, size.inputs(twin), sequential=sequential, config=config)
+        inputs, sequential = size.inputs(twin), described.sequential
+        costs = step_costs(twin, layers, inputs, sequential=sequential, config=config)
         predicted = []
         for cfg, cost in zip((True, False), costs, strict=True):
-            if cfg and not others:
+            if cfg and not described.others:
                 continue
             for net in net_twins:
                 cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg)

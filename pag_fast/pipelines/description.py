@@ -31,11 +31,6 @@ def property_cfg(pipe: Any, arguments: Arguments) -> bool:
     return bool(pipe.do_classifier_free_guidance)
 
 
-def no_cfg(pipe: Any, arguments: Arguments) -> bool:
-    """Never: a model that was distilled from CFG gets its scale as an embedding."""
-    return False
-
-
 def property_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
     """The pipeline's own property, which a callback may have changed."""
     return float(pipe.guidance_scale)
@@ -83,13 +78,14 @@ class PipelineDescription:
         base: a pipeline with the same denoiser, whose published models stand for this one's.
         denoisers: attributes that hold the denoisers.
         passes: ``"together"``: one call of the denoiser with ``[uncond | cond]``; ``"apart"``: one
-            with cond, then one with uncond; ``"alone"``: there is no CFG, and no uncond.
+            with cond, then one with uncond; ``"alone"``: there is no CFG, and no uncond, as a model
+            that was distilled from it gets its scale as an embedding.
         rows: the branches in a batch of ``"together"``, in order; ``"image"`` is what has the
             picture and no text, for guidance with a scale for each.
         guidance: ``"linear"``: what CFG returns is a linear function of both predictions;
             ``"normalised"``: it is scaled by a norm or a deviation of them.
         normalised_by: the argument of the call that turns the latter on; empty: it always is.
-        cfg: whether a call uses CFG.
+        cfg: whether a call uses CFG; not asked where cond is alone.
         scale: its CFG scale in a step, where it uses CFG, from the pipeline, the call's arguments,
             the step's number and the name of the denoiser; ``None`` where it is not known yet.
         rescales_again: the pipeline rescales guidance itself, behind the op that has done it.
@@ -149,11 +145,6 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
     Raises:
         ValueError: such an option is set to another value than its default.
     """
-    if len(description.rows) > 2 and config.rescale_mode is not None:
-        raise ValueError(
-            f"rescale_mode={config.rescale_mode!r} is made for guidance with one scale, and "
-            f"{description.name} has two, of the text and of the picture: leave it out."
-        )
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in description.options and value != field.default:
@@ -168,6 +159,11 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
 
 
 def _no_option(description: PipelineDescription, name: str, value: Any) -> str:
+    if description.kind == "injected":
+        return (
+            f"{name}={value!r} is made for guidance with one scale, and {description.name} has "
+            "two, of the text and of the picture: leave it out."
+        )
     if description.kind == "pag":
         return (
             f"{name} is an option for pipelines that have no PAG of their own. This one takes it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .description import PipelineDescription, no_cfg, true_cfg, true_scale
+from .description import PipelineDescription, true_cfg, true_scale
 
 _FLUX = partial(
     PipelineDescription,
@@ -14,7 +14,7 @@ _FLUX = partial(
 )
 _TRUE_CFG = partial(_FLUX, passes="apart", cfg=true_cfg, scale=true_scale)
 _VARIANT = partial(_TRUE_CFG, base="FluxPipeline")
-_DISTILLED = partial(_FLUX, passes="alone", cfg=no_cfg, base="FluxPipeline")
+_DISTILLED = partial(_FLUX, passes="alone", base="FluxPipeline")
 
 PIPELINES = (
     _TRUE_CFG("FluxPipeline"),

@@ -12,7 +12,7 @@ _UNET = partial(
 )
 _PAG, _INJECTED = partial(_UNET, kind="pag"), partial(_UNET, kind="injected")
 _RESCALED = partial(_INJECTED, guidance="normalised", normalised_by="guidance_rescale")
-_UNION = partial(_INJECTED, base="StableDiffusionXLControlNetPipeline")
+_CONTROLLED = "StableDiffusionXLControlNetPipeline"
 
 
 def _two_scales(pipe: Any, arguments: Arguments) -> bool:
@@ -28,16 +28,12 @@ PIPELINES = (
     _RESCALED("StableDiffusionXLPipeline"),
     _RESCALED("StableDiffusionXLImg2ImgPipeline"),
     _RESCALED("StableDiffusionXLInpaintPipeline"),
-    _INJECTED("StableDiffusionXLControlNetPipeline"),
+    _INJECTED(_CONTROLLED),
     _INJECTED("StableDiffusionXLControlNetImg2ImgPipeline"),
     _RESCALED("StableDiffusionXLControlNetInpaintPipeline"),
-    _UNION("StableDiffusionXLControlNetUnionPipeline"),
-    _UNION("StableDiffusionXLControlNetUnionImg2ImgPipeline"),
-    _UNION(
-        "StableDiffusionXLControlNetUnionInpaintPipeline",
-        guidance="normalised",
-        normalised_by="guidance_rescale",
-    ),
+    _INJECTED("StableDiffusionXLControlNetUnionPipeline", base=_CONTROLLED),
+    _INJECTED("StableDiffusionXLControlNetUnionImg2ImgPipeline", base=_CONTROLLED),
+    _RESCALED("StableDiffusionXLControlNetUnionInpaintPipeline", base=_CONTROLLED),
     _RESCALED("StableDiffusionXLAdapterPipeline", base="StableDiffusionXLPipeline"),
     _RESCALED(
         "StableDiffusionXLInstructPix2PixPipeline",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from .description import PipelineDescription, no_cfg
+from .description import PipelineDescription
 
 _UNET = partial(
     PipelineDescription, layers=("mid",), source="PAG, arXiv 2403.17377", denoisers=("unet",)
 )
 _PAG, _INJECTED = partial(_UNET, kind="pag"), partial(_UNET, kind="injected")
-_DISTILLED = partial(_INJECTED, passes="alone", cfg=no_cfg, base="StableDiffusionPipeline")
+_DISTILLED = partial(_INJECTED, passes="alone", base="StableDiffusionPipeline")
 
 PIPELINES = (
     _PAG("StableDiffusionPAGPipeline", rescales_again=True),
