@@ -79,6 +79,10 @@ class ModelDescription:
         learned_sigma: with twice as many channels as go in, the second half of what comes out is
             a variance.
         checkpoints: published weights of this class.
+        attentions: of a model that was derived (:mod:`pag_fast.models.traced`), the names of its
+            attentions: at first those that may be perturbed, then those that a trace has shown to
+            mix image tokens, in execution order.
+        traced: what the forwards of a derived model have shown so far.
     """
 
     name: str
@@ -94,6 +98,13 @@ class ModelDescription:
     sequence: Sequence | None = None
     learned_sigma: bool = False
     checkpoints: tuple[Checkpoint, ...] = field(default=(), repr=False)
+    attentions: tuple[str, ...] = ()
+    traced: Any = field(default=None, repr=False)
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether nobody has written this description."""
+        return bool(self.attentions)
 
     @property
     def skippable_blocks(self) -> frozenset[str]:

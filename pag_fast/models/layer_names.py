@@ -34,6 +34,8 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
     from diffusers.models.attention_processor import Attention
 
     found = find(model)
+    if found is not None and found.is_derived:
+        return {name: model.get_submodule(name) for name in found.attentions}
     if found is not None and found.layout is not None:
         names = attention_names(model, found.layout)
         return {name: model.get_submodule(name) for name in names}

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
+from weakref import WeakKeyDictionary
+
 from torch import nn
 
 from .description import ControlNetDescription, ModelDescription
@@ -51,7 +53,7 @@ def along_mro(cls: type, entries: Iterable[N]) -> N | None:
     return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
 
 
-_OTHERS = ("description", "inputs", "layer_names", "registry", "tensors", "unets")
+_OTHERS = ("description", "inputs", "layer_names", "registry", "tensors", "traced", "unets")
 _ALL = tuple(described(__package__, ("DESCRIPTION", "CONTROLNET"), others=_OTHERS))
 
 DESCRIPTIONS = tuple(entry for entry in _ALL if isinstance(entry, ModelDescription))
@@ -61,9 +63,17 @@ CONTROLNETS = tuple(entry for entry in _ALL if isinstance(entry, ControlNetDescr
 """Of all ControlNets."""
 
 
+_TRACED: WeakKeyDictionary[nn.Module, ModelDescription] = WeakKeyDictionary()
+
+
+def keep_traced(model: nn.Module, description: ModelDescription) -> None:
+    """Have ``model``, whose class nobody has described, described like this as long as it lives."""
+    _TRACED[model] = description
+
+
 def find(model: nn.Module) -> ModelDescription | None:
-    """The description of a denoiser's class; ``None`` for one that is not known."""
-    return along_mro(type(model), DESCRIPTIONS)
+    """The description of a denoiser's class, or of itself; ``None`` for one that is not known."""
+    return along_mro(type(model), DESCRIPTIONS) or _TRACED.get(model)
 
 
 def find_controlnet(model: nn.Module) -> ControlNetDescription | None:

@@ -79,7 +79,8 @@ class PipelineDescription:
         denoisers: attributes that hold the denoisers.
         passes: ``"together"``: one call of the denoiser with ``[uncond | cond]``; ``"apart"``: one
             with cond, then one with uncond; ``"alone"``: there is no CFG, and no uncond, as a model
-            that was distilled from it gets its scale as an embedding.
+            that was distilled from it gets its scale as an embedding; ``"observed"``: nobody has
+            described the class, and its calls show what runs.
         rows: the branches in a batch of ``"together"``, in order; ``"image"`` is what has the
             picture and no text, for guidance with a scale for each.
         guidance: ``"linear"``: what CFG returns is a linear function of both predictions;
@@ -99,7 +100,7 @@ class PipelineDescription:
     source: str = ""
     base: str = ""
     denoisers: tuple[str, ...] = ("transformer",)
-    passes: Literal["together", "apart", "alone"] = "together"
+    passes: Literal["together", "apart", "alone", "observed"] = "together"
     rows: tuple[str, ...] = ("uncond", "cond")
     guidance: Literal["linear", "normalised"] = "linear"
     normalised_by: str = ""
@@ -111,8 +112,13 @@ class PipelineDescription:
 
     @property
     def sequential(self) -> bool:
-        """Whether uncond and cond are two calls of the denoiser."""
-        return self.passes == "apart"
+        """Whether uncond and cond are two calls of the denoiser, as far as is known."""
+        return self.passes in ("apart", "observed")
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether nobody has written this description."""
+        return self.passes == "observed"
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -129,8 +135,8 @@ class PipelineDescription:
     @property
     def options(self) -> frozenset[str]:
         """The options of :class:`pag_fast.PatchConfig` that mean something for this pipeline."""
-        two_scales = len(self.rows) > 2
-        return _OPTIONS[self.kind] - (_RESCALE if two_scales else frozenset())
+        no_scale = len(self.rows) > 2 or self.is_observed
+        return _OPTIONS[self.kind] - (_RESCALE if no_scale else frozenset())
 
     def is_normalised(self, arguments: Arguments) -> bool:
         """Whether a call scales what CFG returns, so that PAG has to know CFG's scale."""
@@ -159,6 +165,11 @@ def check_options(description: PipelineDescription, config: PatchConfig) -> None
 
 
 def _no_option(description: PipelineDescription, name: str, value: Any) -> str:
+    if description.is_observed:
+        return (
+            f"{name}={value!r} needs the scale of CFG, which is not known for {description.name}: "
+            "leave it out, or describe the pipeline as CONTRIBUTING.md says."
+        )
     if description.kind == "injected":
         return (
             f"{name}={value!r} is made for guidance with one scale, and {description.name} has "

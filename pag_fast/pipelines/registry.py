@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..models.registry import DESCRIPTIONS, along_mro, denoiser_name, described, uncompiled
+from ..models.traced.description import derive
 from .description import PipelineDescription
+from .observed import observed_pipeline
 
-_OTHERS = ("description", "registry")
+_OTHERS = ("description", "observed", "registry")
 PIPELINES: tuple[PipelineDescription, ...] = tuple(
     entry for family in described(__package__, ("PIPELINES",), others=_OTHERS) for entry in family
 )
@@ -27,26 +30,41 @@ HOSTS = {name: entry for name in _names("injected") for entry in PIPELINES if en
 """Pipelines without PAG of their own."""
 
 
+_OBSERVED: WeakKeyDictionary[type, PipelineDescription] = WeakKeyDictionary()
+
+
 def description_of(cls: type) -> PipelineDescription | None:
     """The description of a class of pipelines; ``None`` for one that is not known."""
     found = along_mro(cls, PIPELINES)
+    if found is None:
+        return next((_OBSERVED[base] for base in cls.__mro__ if base in _OBSERVED), None)
     has_pag = any(base.__name__ == "PAGMixin" for base in cls.__mro__)
     # a PAG pipeline that nobody has described must not get PAG a second time
     return None if found is not None and found.kind == "injected" and has_pag else found
 
 
 def describe_pipeline(pipe: Any) -> PipelineDescription:
-    """The description of a pipeline's class.
+    """The description of a pipeline's class; one that nobody has written is made here.
 
     Raises:
         ValueError: a pipeline that cannot be patched.
     """
     found = description_of(type(pipe))
-    if found is None:
+    if found is not None and found.kind == "injected":
+        for name in found.denoisers:
+            if getattr(pipe, name, None) is not None:
+                derive(uncompiled(getattr(pipe, name)))
+    if found is not None:
+        return found
+    try:
+        found = observed_pipeline(pipe)
+    except ValueError as error:
         raise ValueError(
             f"{type(pipe).__name__} is not a pipeline that pag_fast can patch: the nearest that it "
             f"can is {_nearest(pipe)}, and pag_fast.supported_pipelines() names all."
-        )
+        ) from error
+    home = next(base for base in type(pipe).__mro__ if base.__name__ == found.name)
+    _OBSERVED[home] = found
     return found
 
 

@@ -10,7 +10,6 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
+from .observed import ObservedLoop
+from .predictions import prediction_of, with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
@@ -62,6 +63,7 @@ class InjectedSession(Session):
         # the pipeline has cond in front of a batch, and not at its end
         self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
+        self._observed = ObservedLoop(pipe, patch.fall_back) if self.host.is_observed else None
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
         self._extended: Copies = {}
@@ -114,6 +116,8 @@ class InjectedSession(Session):
             self._timestep, self._turn = timestep, self._turn + 1
         if isinstance(index, int) or stepped is not None or timestep is not None:
             return index if isinstance(index, int) else None, stepped, self._turn
+        if "timestep" not in call:
+            return self.forwards
         return float(call["timestep"].flatten()[0])
 
     def _pass_of(self, call: Call) -> str:
@@ -128,6 +132,10 @@ class InjectedSession(Session):
         seen = self._seen[1]
         if call.get("skip_layers") is not None:
             found = SKIP  # SD3's skip-layer guidance
+        elif self._observed is not None:
+            self._observed.check(key, self._locals)
+            rows = latents_of(call).shape[0]
+            found = self._observed.pass_of(call, rows, self._locals, seen)
         elif not self.host.sequential:
             found = COND
         else:
@@ -211,6 +219,9 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
+        if self._observed is not None:
+            layout = self._observed.layout(call, rows, self._locals)
+            self.unit, self._cond_first = rows // len(layout), self._observed.cond_first
         if self._cond_first and len(layout) > 1:
             have = len(layout)
             call, self._turned = with_rows(call, rows, frames, self._turned, turned, have, have)
@@ -234,7 +245,7 @@ class InjectedSession(Session):
         """The scheduler's own timestep: some pipelines hand a function of it to the model."""
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
-            return call["timestep"]
+            return call["timestep"] if "timestep" in call else self._locals["t"]
         index = scheduler.step_index
         if index is None:
             index = scheduler.begin_index or 0
@@ -245,7 +256,7 @@ class InjectedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
-        prediction = out[0]
+        prediction = prediction_of(out)
         if self._is_last_pass():
             self.forget()
         if self._pass != COND:
@@ -318,17 +329,18 @@ class InjectedSession(Session):
 
         In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
         """
+        if self._observed is not None:
+            names = (UNCOND, COND)[-len(predictions) :] if self._pass == COND else (self._pass,)
+            self._observed.gave(self._seen[0], names, predictions)
         if self._cond_first:
             predictions = predictions[::-1]
         prediction, *more = predictions
         if more:
             prediction = torch.cat(predictions)
-        latents, own = self._locals.get("latents"), out[0].dtype
+        latents, own = self._locals.get("latents"), prediction_of(out).dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
-        if isinstance(out, tuple):
-            return (prediction, *out[1:])
-        return dataclasses.replace(out, sample=prediction)
+        return with_prediction(out, prediction)
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):

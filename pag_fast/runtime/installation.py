@@ -12,10 +12,12 @@ from torch import nn
 
 from ..config import PatchConfig
 from ..fusion import Fusion
+from ..models.description import ModelDescription
 from ..models.layer_names import resolve, self_attentions, transformer_blocks
 from ..models.registry import family_of, fusable_processors, has_compiled, stock_pag_processors
 from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
 from ..processors.rows import PerturbedProcessor, with_signature
+from ..processors.stock import in_place_of
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
@@ -84,9 +86,16 @@ def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Laye
     state = state or BranchState()
     modules: dict[str, Any] = dict(self_attentions(denoiser))
     return {
-        name: Layer(name, index, module.heads, linear, "motion_modules" in name, state)
+        name: Layer(name, index, _heads(module), linear, "motion_modules" in name, state)
         for index, (name, module) in enumerate(modules.items())
     }
+
+
+def _heads(module: Any) -> int:
+    """How many heads an attention has; 1 where a class that nobody has described does not tell."""
+    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
+    found = [getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)]
+    return found[0] if found else 1
 
 
 class Installation:
@@ -126,9 +135,8 @@ class Installation:
             self.plan = BranchPlan(order=order, reason="share_branches is off")
         known = layers_of(denoiser, self.state)
         traced = not eager or any(map(is_compiled, denoiser.modules()))
-        made = family.processor if traced else with_signature(cast(Any, family.processor))
         self.processors: dict[str, PerturbedProcessor] = {
-            name: made(
+            name: _processor_class(family, attentions[name], compiled=traced)(
                 self.state,
                 self.plan.levels.get(name, SPLIT),
                 config.backend,
@@ -146,9 +154,11 @@ class Installation:
             order=transformer_blocks(denoiser),
             streams=family.blocks,
         )
-        keeps = eager and config.cache_conditioning
+        # which modules see the conditioning alone is known by name, and so for written descriptions
+        keeps = eager and config.cache_conditioning and not family.is_derived
         self.invariants = invariants(denoiser, self.plan, self.state) if keeps else {}
-        self.fusion = self._fused(config) if eager and config.fewer_launches else None
+        fuses = eager and config.fewer_launches and not family.is_derived
+        self.fusion = self._fused(config) if fuses else None
         self._own = self._entries()
         self._patches: dict[bool, InstancePatch] = {}
         self._placed = self._with_constants()
@@ -294,6 +304,14 @@ class Installation:
         """What happens to a branch in a layer, if anything."""
         perturbed = name in branch.layers and isinstance(branch.perturbation, kind)
         return branch.perturbation if perturbed else None
+
+
+def _processor_class(family: ModelDescription, attention: Any, *, compiled: bool) -> Any:
+    """What is put on an attention; compilers read signatures from code alone."""
+    if family.is_derived:
+        own = attention.processor
+        return in_place_of(type(own.displaced if isinstance(own, PerturbedProcessor) else own))
+    return family.processor if compiled else with_signature(cast(Any, family.processor))
 
 
 def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:

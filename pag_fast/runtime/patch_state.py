@@ -9,7 +9,9 @@ from typing import Any
 
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
-from ..models.registry import controlnets, fusable_processors, uncompiled
+from ..models.layer_names import self_attentions
+from ..models.registry import controlnets, describe, fusable_processors, uncompiled
+from ..models.traced.description import derive
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
@@ -26,6 +28,7 @@ from .injected import InjectedSession, Loop
 from .installation import Installation, perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
+from .traced import TracedSession
 from .undoing import undo_after_error, undo_all
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
@@ -237,13 +240,15 @@ class PatchState(BasicState):
             return
         loop = Loop()
         for name in denoiser_names(pipe):
-            yield InjectedSession(pipe, self, name, loop)
+            model = uncompiled(getattr(pipe, name))
+            kind = TracedSession if derive(model).is_derived else InjectedSession
+            yield kind(pipe, self, name, loop)
 
     # ---- what is kept between calls ----
 
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
         """What is put on ``denoiser`` for these layers, made anew when something changed."""
-        key = id(denoiser), tuple(layers), eager
+        key = id(denoiser), tuple(layers), eager, _derived(denoiser)
         modules = _modules(denoiser)
         found = self._installed.pop(key, None)
         if found is None or found[0] != modules:
@@ -334,6 +339,15 @@ class PatchState(BasicState):
         finally:
             leave_behind(self, models)
             self._controlnets = None
+
+
+def _derived(model: Any) -> Any:
+    """What an installation on a model rests on whose description was seen, not written."""
+    found = describe(model)
+    if not found.is_derived:
+        return None
+    kinds = tuple(type(x.processor) for x in self_attentions(model).values())
+    return id(found), found.traced.reason, kinds
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

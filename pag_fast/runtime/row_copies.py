@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,13 +38,23 @@ def with_rows(
         copies[key] = x, now, copy
         return copy
 
-    call = change_arguments(call, copied)
-    if "img_shapes" in call:
-        # of each picture a list, with those that are edited
-        shapes = call["img_shapes"]
-        if isinstance(shapes, list) and len(shapes) == rows and isinstance(shapes[0], list):
-            call["img_shapes"] = shapes + shapes[-(rows // have) :] * (want - have)
-    return call, copies
+    unit = rows // have
+    lists = {
+        name: value[-unit:] if want < have else value + value[-unit:] * (want - have)
+        for name, value in call.items()
+        if is_by_row(value, rows)
+    }
+    return {**change_arguments(call, copied), **lists}, copies
+
+
+def is_by_row(value: Any, rows: int) -> bool:
+    """Whether an argument is a list with something for each row: sizes, lengths, single pictures.
+
+    Not one of tensors of all rows, as residuals are.
+    """
+    if not isinstance(value, list) or len(value) != rows:
+        return False
+    return not any(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows for x in value)
 
 
 def turned(x: torch.Tensor, have: int, want: int) -> torch.Tensor:

@@ -79,6 +79,9 @@ class Session(Guided):
             denoiser, self.installed.state, self.installed.invariants.values(), [model]
         )
         self.pag, self.cfg = True, cfg
+        self._tell_unshared()
+
+    def _tell_unshared(self) -> None:
         if self.installed.plan.reason and self.patch.config.share_branches:
             self.patch.fall_back(f"branches are not shared: {self.installed.plan.reason}")
 

@@ -63,9 +63,17 @@ CONDITIONING = frozenset(
 
 
 def latents_of(call: dict[str, Any]) -> torch.Tensor:
-    """The latents among a model's arguments, whatever its family calls them."""
+    """The latents among a model's arguments, whatever its family calls them.
+
+    Of a class that nobody has described they are its first argument, maybe as a list of rows.
+    """
     sample, hidden_states = SAMPLE
-    return call[sample] if sample in call else call[hidden_states]
+    if sample in call:
+        return call[sample]
+    if hidden_states in call:
+        return call[hidden_states]
+    found = next(iter(call.values()))
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def frames_of(call: dict[str, Any]) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .threads import Thread
+from .tokens import Tokens
 
 MERGED, SHARED, SPLIT = 0, 1, 2
 LEVEL_NAMES = ("merged", "shared", "split")
@@ -50,6 +51,7 @@ class BranchState:
         entered: how many perturbed layers the forward has come through, outside of graphs.
         added: what a T2I-Adapter adds behind down blocks that do not take it themselves, by name.
         checked: whose turn it is to compute again what is kept from step to step.
+        tokens: of the attentions of a model that was traced, which are the image's, by name.
     """
 
     def __init__(self) -> None:
@@ -65,6 +67,7 @@ class BranchState:
         self.entered = 0
         self.checked = 0
         self.added: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, Tokens] = {}
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""

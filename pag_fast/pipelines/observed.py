@@ -1,0 +1,48 @@
+"""Descriptions of pipelines that nobody has described: what runs is seen in the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..models.registry import uncompiled
+from ..models.traced.description import derive
+from .description import Arguments, PipelineDescription
+
+_DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+def observed_pipeline(pipe: Any) -> PipelineDescription:
+    """The description of a pipeline of an unknown class: passes are seen as they run.
+
+    Its denoisers get descriptions, too, where their classes have none.
+
+    Raises:
+        ValueError: no denoiser that could be perturbed, no scheduler, or PAG of its own.
+    """
+    cls = type(pipe)
+    parts = {name: uncompiled(getattr(pipe, name, None)) for name in _DENOISERS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    has_pag = any(base.__name__ == "PAGMixin" for base in cls.__mro__)
+    if has_pag or not found or not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise ValueError(f"{cls.__name__} has no denoiser and scheduler that are known.")
+    for model in found.values():
+        derive(model)
+    home = next(base for base in cls.__mro__ if "__call__" in vars(base))
+    return PipelineDescription(
+        home.__name__,
+        kind="injected",
+        denoisers=tuple(found),
+        passes="observed",
+        cfg=_unknown_cfg,
+        scale=_unknown_scale,
+    )
+
+
+def _unknown_cfg(pipe: Any, arguments: Arguments) -> bool:
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
+def _unknown_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
+    return None

@@ -1,0 +1,205 @@
+"""What the loop of a pipeline that nobody has described does with its denoiser, seen as it runs.
+
+Which rows of a batch, or which of several forwards in a step, are cond's shows in whose text they
+get. Where that cannot be seen diffusers' order is taken (uncond in front in a batch, cond first
+where each has a forward), and checked: behind the first step lies what the loop has made of the
+predictions, a weighted sum of them. Its weights say which was cond's, that nothing but linear
+guidance was done, and that they sum to one, so that PAG's difference in each comes out as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..models.registry import COND, UNCOND
+from .forwards import Call
+
+_LATENTS = ("latents", "latent", "intermediate_images", "image_latents", "x")
+_COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pred", "noise")
+_FLAGS = ("do_true_cfg", "do_classifier_free_guidance")
+# of what is left of a combination that is no weighted sum, and of weights that do not sum to one
+_MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+class ObservedLoop:
+    """For one denoiser and one call.
+
+    Args:
+        pipe: the running pipeline.
+        tell: is told of what is not as it should be.
+    """
+
+    def __init__(self, pipe: Any, tell: Callable[[str], None]) -> None:
+        self.pipe = pipe
+        self._tell = tell
+        self.cond_first = False
+        self._assumed = False
+        self._orders: dict[tuple[int, int], str] = {}
+        self._given: list[tuple[str, torch.Tensor]] = []
+        self._key: Any = None
+        self._checked = False
+
+    # ---- rows and passes ----
+
+    def uses_cfg(self, local: dict[str, Any]) -> bool:
+        """Whether the call uses CFG, by its own names for that."""
+        for name in _FLAGS:
+            if isinstance(local.get(name), bool):
+                return bool(local[name])
+        return any(bool(getattr(self.pipe, name, False)) for name in _FLAGS)
+
+    def branches(self, rows: int, local: dict[str, Any]) -> int:
+        """How many branches a batch of ``rows`` rows holds.
+
+        Raises:
+            ValueError: more than two, or no telling.
+        """
+        for name in _LATENTS:
+            latents = local.get(name)
+            if isinstance(latents, list) and latents and isinstance(latents[0], torch.Tensor):
+                have = len(latents)
+            elif isinstance(latents, torch.Tensor) and latents.ndim > 1:
+                have = latents.shape[0]
+            else:
+                continue
+            if have and not rows % have and rows // have <= 2:
+                return rows // have
+            if have and not rows % have:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} has no description in pag_fast, and runs "
+                    f"{rows // have} branches in one batch: which of them is cond cannot be told. "
+                    "A description can be added, see CONTRIBUTING.md."
+                )
+        if not self.uses_cfg(local):
+            return 1
+        raise ValueError(
+            f"{type(self.pipe).__name__} has no description in pag_fast, and its loop does not "
+            "show whether the denoiser's batch holds uncond and cond, or one of them. A "
+            "description can be added, see CONTRIBUTING.md."
+        )
+
+    def layout(self, call: Call, rows: int, local: dict[str, Any]) -> tuple[str, ...]:
+        """The branches of a batch, in our order; :attr:`cond_first` says whether it is turned."""
+        if self.branches(rows, local) == 1:
+            return (COND,)
+        first = self._whose(call, rows, local, 2)
+        if not first:
+            first, self._assumed = UNCOND, True
+        self.cond_first = first == COND
+        return UNCOND, COND
+
+    def pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
+        """Which pass of its step a forward is."""
+        if self.branches(rows, local) == 2 or not self.uses_cfg(local):
+            return COND
+        found = self._whose(call, rows, local, 1)
+        if not found:
+            found, self._assumed = (UNCOND if COND in seen else COND), True
+        return found
+
+    def _whose(self, call: Call, rows: int, local: dict[str, Any], slabs: int) -> str:
+        """Whose text is in front of a batch; empty where that cannot be seen."""
+        unit = rows // slabs
+        own = [(_branch(name), x) for name, x in list(local.items()) if "embed" in name]
+        own = [(branch, x) for branch, x in own if _is_text(x, unit)]
+        for given in [x for x in call.values() if _is_text(x, rows)]:
+            found: list[set[str]] = []
+            for part in given.split(unit):
+                alike = [(b, x) for b, x in own if (x.shape, x.dtype) == (part.shape, part.dtype)]
+                found.append({branch for branch, x in alike if self._same(part, x)})
+            # what both have in common, as masks, tells nothing
+            for place, branches in enumerate(found):
+                if len(branches) == 1 and found.count(branches) == 1:
+                    branch = branches.pop()
+                    return branch if place == 0 else (COND if branch == UNCOND else UNCOND)
+        return ""
+
+    def _same(self, x: torch.Tensor, own: torch.Tensor) -> bool:
+        if x.data_ptr() == own.data_ptr() and x.stride() == own.stride():
+            return True
+        # comparing waits for the device, and prompts last for the call
+        key = x.data_ptr(), own.data_ptr()
+        if key not in self._orders:
+            self._orders[key] = "same" if torch.equal(x.to(own.device), own) else "other"
+        return self._orders[key] == "same"
+
+    # ---- what has become of the predictions ----
+
+    def gave(self, key: Any, branches: tuple[str, ...], predictions: list[torch.Tensor]) -> None:
+        """Note what the loop gets in the first step: predictions of each branch."""
+        if self._checked:
+            return
+        if self._key is None:
+            self._key = key
+        if key == self._key:
+            self._given += zip(branches, predictions, strict=True)
+
+    def check(self, key: Any, local: dict[str, Any]) -> None:
+        """Behind the first step: see what the loop has made of the predictions.
+
+        Raises:
+            ValueError: cond was taken for uncond.
+        """
+        if self._checked or self._key is None or key == self._key:
+            return
+        given, self._given, self._checked = self._given, [], True
+        combined = _combined(local, given[0][1])
+        if combined is None:
+            if self._assumed:
+                self._tell(
+                    f"{type(self.pipe).__name__} has no description in pag_fast, and how its loop "
+                    "combines uncond and cond cannot be seen: they are taken to be in diffusers' "
+                    "order"
+                )
+            return
+        weights, left = _weights(combined, [x for _, x in given])
+        most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
+        if left > most:
+            self._tell(
+                f"{type(self.pipe).__name__} does more to the predictions than to weigh them "
+                f"({left:.0%} of the result are left unexplained): PAG's difference goes through "
+                "that, too, and may come out weaker or stronger"
+            )
+            return
+        if abs(abs(total) - 1.0) > most:
+            self._tell(
+                f"{type(self.pipe).__name__} adds predictions with weights that sum to {total:.3g}:"
+                " PAG's difference comes out as many times as strong"
+            )
+        by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
+        if self._assumed and by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
+            raise ValueError(
+                f"{type(self.pipe).__name__} has no description in pag_fast, and runs its branches "
+                "in another order than diffusers' pipelines do: cond was taken for uncond. A "
+                "description can be added, see CONTRIBUTING.md."
+            )
+
+
+def _branch(name: str) -> str:
+    return UNCOND if "negative" in name or "uncond" in name else COND
+
+
+def _is_text(x: Any, rows: int) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim in (2, 3) and x.shape[0] == rows
+
+
+def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+    for name in _COMBINED:
+        found = local.get(name)
+        if isinstance(found, torch.Tensor) and found.shape == like.shape:
+            return found
+    return None
+
+
+def _weights(combined: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
+    """The weights with which ``parts`` make ``combined``, and what share of it they leave."""
+    columns = torch.stack([x.double().flatten() for x in parts], dim=1)
+    target = combined.double().flatten()
+    # normal equations: few columns, and as many rows as there are numbers in a latent
+    gram = columns.mT @ columns
+    weights = torch.linalg.lstsq(gram.cpu(), (columns.mT @ target).cpu()[:, None]).solution[:, 0]
+    left = target - columns @ weights.to(target.device)
+    return [float(w) for w in weights], float(left.norm() / target.norm())

@@ -1,0 +1,188 @@
+"""A call of a pipeline whose denoiser nobody has described: traced first, and checked once.
+
+The first forward with arguments of some signature is preceded by a trace, which completes the
+model's description. What is then shared is compared, once for each signature, with forwards of the
+branches by themselves: cond and what comes before it through the model as it is, the perturbed rows
+alone and by dense masks. If they differ the branches run apart, with a warning; if they differ even
+then, the call is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..models.registry import COND, PERTURBED, describe
+from ..models.traced.description import complete
+from ..models.traced.trace import signature_of, trace
+from ..models.traced.structure import first_parameter
+from ..perturbations import Identity
+from ..sharing.arguments import frames_of, latents_of, version_of
+from ..sharing.rows import SPLIT, map_tensors
+from ..sharing.tokens import Tokens
+from .findings import Findings
+from .forwards import Call, Forward
+from .injected import InjectedSession
+from .instance_patch import InstancePatch
+from .predictions import prediction_of
+from .row_copies import is_by_row
+
+# of cond − perturbed, or of the prediction: far above rounding, far below what an error would be
+_OF_DIFFERENCE = 0.05
+_MOST_SIGNED = 8
+_OF_PREDICTION = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+class TracedSession(InjectedSession):
+    """As :class:`InjectedSession`, for a denoiser with a derived description."""
+
+    _signature: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # signatures of arguments, by what they were read off; the arguments are kept alive
+        self._signed: dict[Any, tuple[Any, Any]] = {}
+        self._tokens: dict[Any, dict[str, Tokens]] = {}
+
+    @property
+    def _traced(self) -> Any:
+        return describe(self.installed.denoiser).traced
+
+    def _tell_unshared(self) -> None:
+        if self._traced.trace is not None:
+            super()._tell_unshared()
+
+    def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
+        self._trace(forward.call)
+        return super().enter_denoiser(forward, found)
+
+    def _trace(self, call: Call) -> None:
+        """Have the model traced for arguments like these.
+
+        Raises:
+            ValueError: it cannot be, or it has no attention that can be perturbed.
+        """
+        model = self.installed.denoiser
+        self._signature = self._sign(call)
+        if self._signature not in self._traced.tokens:
+            with self.patch.alone(self.denoiser, self.owner):
+                seen = trace(model, call)
+            complete(model, self._signature, seen)
+            self._begin_anew()
+        elif self.patch.config.share_branches and self.installed.plan.reason != self._traced.reason:
+            self._begin_anew()
+
+    def _sign(self, call: Call) -> Any:
+        """The signature of the arguments, read off the device where they are other objects."""
+        latents, now = first_parameter(self.installed.denoiser), []
+        for name, x in call.items():
+            if name == latents:
+                now += [(name, latents_of(call).shape)]
+            elif name != "timestep":
+                now += [(name, id(x), version_of(x) if isinstance(x, torch.Tensor) else 0)]
+        key = tuple(now)
+        if key not in self._signed:
+            self._signed[key] = dict(call), signature_of(call)
+            while len(self._signed) > _MOST_SIGNED:
+                self._signed.pop(next(iter(self._signed)))
+        return self._signed[key][1]
+
+    def _begin_anew(self) -> None:
+        """Begin again, with what is known now; nothing of the call has run yet on the other."""
+        step, seen = self.loop.step, self._seen
+        self.installed.left()
+        super().start()
+        self.loop.step, self._seen = step, seen
+
+    # ---- tokens, and the comparison ----
+
+    def _prepare(self, call: Call, layout: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
+        slabs = [row for row in layout if row != PERTURBED]
+        own = slabs[::-1] if self._cond_first else slabs
+        key = self._signature, own.index(COND), len(own)
+        if key not in self._tokens:
+            tokens = self._traced.tokens[self._signature]
+            self._tokens[key] = {n: x.slab(key[1], key[2]) for n, x in tokens.items()}
+        self.installed.state.tokens = self._tokens[key]
+        super()._prepare(call, layout, *args, **kwargs)
+
+    def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
+        state = self.installed.state
+        if state.slabs is None or self._signature in self._traced.verified:
+            return super()._run(forward, call, found)
+        full = state.slabs[SPLIT]
+        truth = self._apart(forward, call, full)
+        try:
+            out = super()._run(forward, call, found)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            out, why = None, f"{type(error).__name__}: {error}"
+        else:
+            why = self._differs(out, truth, full)
+        if not why:
+            self._traced.verified.add(self._signature)
+            return out
+        if state.slabs == (full,) * 3:
+            raise ValueError(
+                f"PAG in {type(self.installed.denoiser).__name__}, whose description was derived, "
+                f"is not what separate forwards say ({why}): choose other layers, or describe the "
+                "model as CONTRIBUTING.md says."
+            )
+        self._traced.reason = f"sharing branches of this model is not exact ({why})"
+        self.patch.fall_back(f"branches are not shared: {self._traced.reason}")
+        state.slabs = (full,) * 3
+        return self._run(forward, call, found)
+
+    def _apart(self, forward: Forward, call: Call, full: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(what the model predicts as it is, perturbed)``, by forwards without sharing."""
+        state, branches = self.installed.state, len(self.installed.branches)
+        sample = latents_of(call)
+        rows, frames = sample.shape[0], frames_of(call)
+        slabs, counted = state.slabs, state.entered
+
+        def some(first: int, last: int) -> Call:
+            def cut(x: torch.Tensor) -> torch.Tensor:
+                unit = x.shape[0] // full
+                fits = x.shape[0] in (rows, rows * frames)
+                return x[first * unit : last * unit] if fits else x
+
+            unit = rows // full
+            return {
+                name: x[first * unit : last * unit] if is_by_row(x, rows) else map_tensors(x, cut)
+                for name, x in call.items()
+            }
+
+        own = [
+            (vars(attention), "processor", self.installed.processors[name])
+            for name, attention in self.installed.attentions.items()
+        ]
+        with torch.compiler.set_stance("force_eager"):
+            state.slabs = None
+            first = full - branches
+            stock = forward.run(InstancePatch.nothing, (state,), some(0, first))
+            state.slabs, tokens = (branches,) * 3, state.tokens
+            if [type(branch.perturbation) for branch in self.installed.branches] == [Identity]:
+                state.tokens = {name: x.densely() for name, x in tokens.items()}
+            perturbed = forward.run(lambda: InstancePatch(own), (state,), some(first, full))
+        state.slabs, state.entered, state.tokens = slabs, counted, tokens
+        return prediction_of(stock), prediction_of(perturbed)
+
+    def _differs(self, out: Any, truth: tuple[torch.Tensor, torch.Tensor], full: int) -> str:
+        """How far a prediction of all rows is from those of separate forwards; empty if not."""
+        stock, perturbed = truth
+        rows = stock.shape[0]
+        both = prediction_of(out)
+        if both.shape[0] != rows + perturbed.shape[0]:
+            return f"{both.shape[0]} rows where {rows + perturbed.shape[0]} were expected"
+        unit = rows // (full - len(self.installed.branches))
+        cond = stock[-unit:]
+        difference = (cond.double() - perturbed[:unit].double()).norm()
+        for name, x, y in (("cond", both[:rows], stock), ("perturbed", both[rows:], perturbed)):
+            error = (x.double() - y.double()).norm()
+            limit = _OF_PREDICTION.get(x.dtype, 1e-4) * y.double().norm()
+            rounding = limit / 10
+            if not error <= torch.minimum(limit, torch.maximum(_OF_DIFFERENCE * difference, rounding)):
+                return f"{name} by {float(error / y.double().norm()):.1e} of its norm"
+        return ""
