@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from .config import PatchConfig
 from .mixins import mixins
+from .models.layer_names import no_default
 from .models.registry import family_of, uncompiled
 from .pipelines.description import check_options
 from .pipelines.registry import (
@@ -72,6 +73,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     for name in denoiser_names(pipe):
         denoiser = uncompiled(getattr(pipe, name))
         family_of(denoiser)
+        if not wanted:
+            raise ValueError(no_default(denoiser, type(pipe).__name__))
         perturbed_branches(denoiser, wanted, config)
 
     before = getattr(pipe, "_pag_fast", None)

@@ -149,11 +149,26 @@ def _attention_layers(names: list[str], path: str) -> list[str]:
 
 
 def _no_match(item: str | int, names: list[str], model: str) -> str:
-    shown = [re.sub(r"\.(attn1|attn2|attn)$", "", name) for name in names]
-    unique = list(dict.fromkeys(shown))
-    examples = ", ".join(unique[:4] + (["…"] if len(unique) > 8 else []) + unique[4:][-4:])
+    if not names:
+        return (
+            f"Layer {item!r} matches nothing: {model} has no self-attention that can be perturbed."
+        )
     return (
         f"Layer {item!r} matches none of the {len(names)} self-attention layers of {model}. "
-        f"Its layers are: {examples}. A part of such a name works, 'mid' for a UNet or 'blocks.13' "
-        "for a transformer, or a regular expression."
+        f"Its layers are: {_examples(names)}. A part of such a name works, 'mid' for a UNet or "
+        "'blocks.13' for a transformer, or a regular expression."
     )
+
+
+def no_default(model: nn.Module, pipeline: str) -> str:
+    """What to say where nobody has chosen layers, neither a user nor a description."""
+    return (
+        f"No layers are known to be good for PAG in {pipeline}: name some, from those of "
+        f"{type(model).__name__}: {_examples(list(self_attentions(model)))}."
+    )
+
+
+def _examples(names: list[str]) -> str:
+    shown = [re.sub(r"\.(attn1|attn2|attn)$", "", name) for name in names]
+    unique = list(dict.fromkeys(shown))
+    return ", ".join(unique[:4] + (["…"] if len(unique) > 8 else []) + unique[4:][-4:])

@@ -11,7 +11,6 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
-
 from weakref import WeakKeyDictionary
 
 from torch import nn

@@ -1,4 +1,4 @@
-"""Attention of a model whose arithmetic nobody has described: its own code runs, around our product.
+"""Attention of a model that nobody has described: its own code runs, around our product.
 
 The layer's stock processor projects, normalises, rotates and projects out as ever. While it runs,
 PyTorch's attention is taken for ours on the way: image tokens first, perturbed rows perturbed, and
@@ -185,7 +185,9 @@ class _Product:
             mask = mask.expand(rows, -1, -1, -1) if mask.ndim == 4 else mask
         own = None if mask is None else (mask[source] if mask.ndim == 4 else mask)
         own = _without(own, forbidden, query)
-        parts = [] if not a else [PRODUCT(query[:a], key[:a], value[:a], _rows(mask, a), scale=scale)]
+        parts = (
+            [] if not a else [PRODUCT(query[:a], key[:a], value[:a], _rows(mask, a), scale=scale)]
+        )
         parts.append(PRODUCT(query[source], key[source], value[source], own, scale=scale))
         return torch.cat(parts)
 
@@ -221,7 +223,7 @@ def in_place_of(stock: type) -> type[PerturbedStockAttention]:
     ``Attention.forward`` of diffusers hands on what the signature of a processor's call names, and
     compilers read no signature but that of the function's own code. So the code is written.
     """
-    call = inspect.unwrap(stock.__call__)  # type: ignore[operator]
+    call = inspect.unwrap(stock.__call__)
     parameters = list(inspect.signature(call).parameters.values())[2:]
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [p for p in parameters if p.kind not in kinds]

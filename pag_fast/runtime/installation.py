@@ -94,7 +94,9 @@ def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Laye
 def _heads(module: Any) -> int:
     """How many heads an attention has; 1 where a class that nobody has described does not tell."""
     names = ("heads", "num_heads", "num_attention_heads", "n_heads")
-    found = [getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)]
+    found = [
+        getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)
+    ]
     return found[0] if found else 1
 
 
@@ -310,7 +312,8 @@ def _processor_class(family: ModelDescription, attention: Any, *, compiled: bool
     """What is put on an attention; compilers read signatures from code alone."""
     if family.is_derived:
         own = attention.processor
-        return in_place_of(type(own.displaced if isinstance(own, PerturbedProcessor) else own))
+        stock: Any = type(own.displaced if isinstance(own, PerturbedProcessor) else own)
+        return in_place_of(stock)
     return family.processor if compiled else with_signature(cast(Any, family.processor))
 
 

@@ -148,14 +148,13 @@ class ObservedLoop:
         given, self._given, self._checked = self._given, [], True
         combined = _combined(local, given[0][1])
         if combined is None:
-            if self._assumed:
-                self._tell(
-                    f"{type(self.pipe).__name__} has no description in pag_fast, and how its loop "
-                    "combines uncond and cond cannot be seen: they are taken to be in diffusers' "
-                    "order"
-                )
+            self._tell(
+                f"{type(self.pipe).__name__} has no description in pag_fast, and what its loop "
+                "makes of the predictions cannot be seen: it is taken for linear guidance"
+                + (", of uncond and cond in diffusers' order" if self._assumed else "")
+            )
             return
-        weights, left = _weights(combined, [x for _, x in given])
+        weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         if left > most:
             self._tell(
@@ -189,9 +188,16 @@ def _is_text(x: Any, rows: int) -> bool:
 def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
     for name in _COMBINED:
         found = local.get(name)
-        if isinstance(found, torch.Tensor) and found.shape == like.shape:
+        if not isinstance(found, torch.Tensor) or found.ndim != like.ndim or not found.numel():
+            continue
+        # tokens of reference pictures, and channels of a variance, are left out by the loop
+        if all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True)):
             return found
     return None
+
+
+def _cropped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x[tuple([slice(size) for size in like.shape])]
 
 
 def _weights(combined: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:

@@ -15,8 +15,8 @@ import torch
 
 from ..models.registry import COND, PERTURBED, describe
 from ..models.traced.description import complete
-from ..models.traced.trace import signature_of, trace
 from ..models.traced.structure import first_parameter
+from ..models.traced.trace import signature_of, trace
 from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, version_of
 from ..sharing.rows import SPLIT, map_tensors
@@ -75,7 +75,7 @@ class TracedSession(InjectedSession):
 
     def _sign(self, call: Call) -> Any:
         """The signature of the arguments, read off the device where they are other objects."""
-        latents, now = first_parameter(self.installed.denoiser), []
+        latents, now = first_parameter(self.installed.denoiser), list[Any]()
         for name, x in call.items():
             if name == latents:
                 now += [(name, latents_of(call).shape)]
@@ -183,6 +183,8 @@ class TracedSession(InjectedSession):
             error = (x.double() - y.double()).norm()
             limit = _OF_PREDICTION.get(x.dtype, 1e-4) * y.double().norm()
             rounding = limit / 10
-            if not error <= torch.minimum(limit, torch.maximum(_OF_DIFFERENCE * difference, rounding)):
+            if not error <= torch.minimum(
+                limit, torch.maximum(_OF_DIFFERENCE * difference, rounding)
+            ):
                 return f"{name} by {float(error / y.double().norm()):.1e} of its norm"
         return ""

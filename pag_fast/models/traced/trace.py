@@ -72,15 +72,22 @@ def trace(model: nn.Module, call: Call) -> Trace:
     """Run ``model`` on copies of the arguments ``call``; nobody else may run it meanwhile.
 
     Raises:
-        ValueError: arguments that may hold what another forward leaves there.
+        ValueError: arguments that may hold what another forward leaves there, or a model that does
+            not run like this.
     """
     latents = first_parameter(model)
     check_plain(call)
     seen = _Seen(model)
     arguments = {name: _copy(value) for name, value in call.items()}
     arguments[latents] = _nan(call[latents])
-    with _undisturbed(model), seen.names(), InPlaceOfProduct(seen.product):
-        model.forward(**arguments)
+    try:
+        with _undisturbed(model), seen.names(), InPlaceOfProduct(seen.product):
+            model.forward(**arguments)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} has no description in pag_fast, and cannot be traced: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return seen.trace()
 
 
@@ -91,7 +98,7 @@ def check_plain(value: Any, name: str = "") -> None:
     """
     if isinstance(value, dict):
         for key, item in value.items():
-            check_plain(item, str(key) if not name else name)
+            check_plain(item, name or str(key))
     elif isinstance(value, list | tuple):
         for item in value:
             check_plain(item, name)
