@@ -147,31 +147,37 @@ class ObservedLoop:
             return
         given, self._given, self._checked = self._given, [], True
         combined = _combined(local, given[0][1])
+        name = type(self.pipe).__name__
+        if combined is None and self._assumed:
+            raise ValueError(
+                f"{name} has no description in pag_fast, and its loop shows neither by its prompts "
+                "nor by what it makes of the predictions which of them is cond's. A description "
+                "can be added, see CONTRIBUTING.md."
+            )
         if combined is None:
             self._tell(
-                f"{type(self.pipe).__name__} has no description in pag_fast, and what its loop "
-                "makes of the predictions cannot be seen: it is taken for linear guidance"
-                + (", of uncond and cond in diffusers' order" if self._assumed else "")
+                f"{name} has no description in pag_fast, and what its loop makes of the "
+                "predictions cannot be seen: it is taken for linear guidance"
             )
             return
         weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         if left > most:
             self._tell(
-                f"{type(self.pipe).__name__} does more to the predictions than to weigh them "
+                f"{name} does more to the predictions than to weigh them "
                 f"({left:.0%} of the result are left unexplained): PAG's difference goes through "
                 "that, too, and may come out weaker or stronger"
             )
             return
         if abs(abs(total) - 1.0) > most:
             self._tell(
-                f"{type(self.pipe).__name__} adds predictions with weights that sum to {total:.3g}:"
+                f"{name} adds predictions with weights that sum to {total:.3g}:"
                 " PAG's difference comes out as many times as strong"
             )
         by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
         if self._assumed and by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
             raise ValueError(
-                f"{type(self.pipe).__name__} has no description in pag_fast, and runs its branches "
+                f"{name} has no description in pag_fast, and runs its branches "
                 "in another order than diffusers' pipelines do: cond was taken for uncond. A "
                 "description can be added, see CONTRIBUTING.md."
             )

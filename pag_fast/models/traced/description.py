@@ -66,8 +66,8 @@ def derive(model: nn.Module) -> ModelDescription:
         names = tuple(attention_modules(model))
         if not names:
             raise ValueError(
-                f"{type(model).__name__} has no description in pag_fast, and no module of it has an "
-                "attention processor as those of diffusers have: there is nothing to perturb."
+                f"{type(model).__name__} has no description in pag_fast, and no module with "
+                "an attention processor as those of diffusers have: there is nothing to perturb."
             )
         found = _description(model, names, Traced())
         keep_traced(model, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...sharing.block_hooks import Actions
@@ -31,50 +31,44 @@ def plan_traced(
     home = next((b for b in trace.blocks if f"{fork}.".startswith(f"{b}.")), None)
     if home is None:
         return unshared(tuple(sorted(perturbed)), "the first perturbed layer is in no block")
-    grows = next(a.grows for a in trace.attentions if a.name == fork)
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT))
-    before = trace.blocks[: trace.blocks.index(home)]
-    for index, name in enumerate(before):
-        module = model.get_submodule(name)
-        follows = index > 0 and _follows(name, before[index - 1])
-        leads = index + 1 < len(before) and _follows(before[index + 1], name)
-        plan.sites.append(
-            Site(
-                name,
-                module,
-                SHARED if follows else SPLIT,
-                SHARED,
-                None if leads else SPLIT,
-                trace.skips.get(name, ()),
-                names=argument_names(module),
-            )
-        )
+    at = trace.blocks.index(home)
+    plan.sites += _shared_blocks(model, trace, trace.blocks[:at])
     # long skips stored before the fork meet the stream behind it
     plan.sites += [
         Site(name, model.get_submodule(name), SPLIT, SPLIT, streams=trace.skips[name])
-        for name in trace.blocks[len(before) :]
+        for name in trace.blocks[at:]
         if name in trace.skips
     ]
-    inside = [a for a in trace.attentions if a.name.startswith(f"{home}.") and a.name not in order]
-    for attention in inside[: _place(trace, fork, home)]:
-        module = model.get_submodule(attention.name)
-        plan.sites.append(
-            Site(attention.name, module, SPLIT, SHARED, SPLIT, names=argument_names(module))
-        )
-    if grows:
+    inside = [a.name for a in trace.attentions if a.name.startswith(f"{home}.")]
+    for name in inside[: inside.index(fork)]:
+        module = model.get_submodule(name)
+        plan.sites.append(Site(name, module, SPLIT, SHARED, SPLIT, names=argument_names(module)))
+    if next(a.grows for a in trace.attentions if a.name == fork):
         module = model.get_submodule(fork)
         plan.levels[fork] = SHARED
         plan.sites.append(Site(fork, module, SPLIT, SHARED, names=argument_names(module)))
     return plan
 
 
+def _shared_blocks(model: Any, trace: Trace, names: tuple[str, ...]) -> Iterator[Site]:
+    """Sites of the blocks in front of the fork's."""
+    for index, name in enumerate(names):
+        module = model.get_submodule(name)
+        follows = index > 0 and _follows(name, names[index - 1])
+        leads = index + 1 < len(names) and _follows(names[index + 1], name)
+        yield Site(
+            name,
+            module,
+            SHARED if follows else SPLIT,
+            SHARED,
+            None if leads else SPLIT,
+            trace.skips.get(name, ()),
+            names=argument_names(module),
+        )
+
+
 def _follows(name: str, before: str) -> bool:
     """Whether a block is the next one of the same list."""
     (part, _, index), (other, _, last) = name.rpartition("."), before.rpartition(".")
     return part == other and int(index) == int(last) + 1
-
-
-def _place(trace: Trace, fork: str, home: str) -> int:
-    """How many attentions of the fork's block run before it."""
-    inside = [a.name for a in trace.attentions if a.name.startswith(f"{home}.")]
-    return inside.index(fork)
