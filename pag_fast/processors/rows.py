@@ -53,6 +53,10 @@ class PerturbedProcessor:
         # the attention's own, for whoever finds this one left behind
         self.displaced: Any = None
 
+    def takes_place_of(self, stock: Any) -> None:
+        """Note what the layer has when this is not on it."""
+        self.displaced = stock
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy of a model that is made in the middle of our forward has its own processors."""
         return (
@@ -79,6 +83,10 @@ class PerturbedProcessor:
             if state.thread is not HERE.me and state.thread is not None:
                 return total, 0
             state.entered += 1
+        return self.split(total, slabs)
+
+    def split(self, total: int, slabs: tuple[int, int, int]) -> tuple[int, int]:
+        """``(num_attend, num_forked)`` for ``total`` rows that are this layer's."""
         have, full = slabs[self.level], slabs[SPLIT]
         unit = total // have
         return (total - len(self.branches) * unit, 0) if have == full else (total, unit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -51,13 +52,12 @@ class PerturbedStockAttention(PerturbedProcessor):
     trace of the model (:mod:`pag_fast.models.traced`).
     """
 
-    _native: tuple[Any, Any] = (None, None)
+    _call: Any = None
+    _count = 0
 
-    def native(self) -> Any:
-        """The displaced processor with PyTorch's attention, whatever backend it was set to."""
-        if self._native[0] is not self.displaced:
-            self._native = self.displaced, with_native_backend(self.displaced)
-        return self._native[1]
+    def takes_place_of(self, stock: Any) -> None:
+        super().takes_place_of(stock)
+        self._call = with_product(stock, self.product, self.dispatched)
 
     def run(self, attn: Any, kwargs: dict[str, Any]) -> Any:
         """The layer on the arguments of its processor.
@@ -69,13 +69,18 @@ class PerturbedStockAttention(PerturbedProcessor):
         num_attend, num_forked = self.rows(hidden_states.shape[0])
         if num_attend == hidden_states.shape[0] and not num_forked:
             return self.displaced(attn, **kwargs)
-        assert self.state is not None
-        product = _Product(self, self.state.tokens.get(self.layer.name), num_attend, num_forked)
-        with InPlaceOfProduct(product.run):
-            out = self.native()(attn, **kwargs)
-        if product.count != 1:
+        call = self._call
+        if torch.compiler.is_dynamo_compiling():
+            return call(attn, **kwargs)
+        self._count = 0
+        if isinstance(call, types.MethodType):
+            out = call(attn, **kwargs)
+        else:
+            with InPlaceOfProduct(self.product):
+                out = call(attn, **kwargs)
+        if self._count != 1:
             raise ValueError(
-                f"{self.layer.name} calls PyTorch's attention {product.count} times, and once is "
+                f"{self.layer.name} calls PyTorch's attention {self._count} times, and once is "
                 "what can be perturbed: choose other layers."
             )
         return out
@@ -89,22 +94,28 @@ class PerturbedStockAttention(PerturbedProcessor):
     def means_query(self, attn: Any, num_attend: int, total: int, rotary: Any) -> bool:
         return False
 
+    # ---- the product ----
 
-class _Product:
-    """The one product of a layer, for one forward."""
-
-    def __init__(
+    def dispatched(
         self,
-        processor: PerturbedStockAttention,
-        tokens: Tokens | None,
-        num_attend: int,
-        num_forked: int,
-    ) -> None:
-        self.processor, self.tokens = processor, tokens
-        self.num_attend, self.num_forked = num_attend, num_forked
-        self.count = 0
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        """In place of ``dispatch_attention_fn`` of diffusers: ``[rows, N, H, D]`` in and out."""
+        if attn_mask is not None and attn_mask.ndim == 2:
+            attn_mask = attn_mask[:, None, None, :]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = self.product(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return out.transpose(1, 2)
 
-    def run(
+    def product(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -115,9 +126,12 @@ class _Product:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """``[rows, H, N, D]`` in and out, as PyTorch has it; with ``num_forked`` rows more."""
-        self.count += 1
-        tokens, name = self.tokens, self.processor.layer.name
+        """In place of PyTorch's attention: ``[rows, H, N, D]``, with rows more out at the fork."""
+        if not torch.compiler.is_dynamo_compiling():
+            self._count += 1
+        assert self.state is not None and self.state.slabs is not None
+        num_attend, num_forked = self.split(query.shape[0], self.state.slabs)
+        tokens, name = self.state.tokens.get(self.layer.name), self.layer.name
         fits = tokens is not None and value.shape[-2] == tokens.image.shape[1]
         if tokens is None or not fits or query.shape[-2] != tokens.queries:
             raise ValueError(
@@ -130,9 +144,10 @@ class _Product:
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         by_key = attn_mask is None or (attn_mask.ndim == 4 and attn_mask.shape[2] == 1)
+        way = self._dense
         if tokens.are_uniform and by_key and value.shape[-1] == query.shape[-1]:
-            return self._fused(query, key, value, attn_mask, scale, tokens)
-        return self._dense(query, key, value, attn_mask, scale, tokens)
+            way = self._fused
+        return way(query, key, value, attn_mask, scale, tokens, num_attend, num_forked)
 
     def _fused(
         self,
@@ -142,6 +157,8 @@ class _Product:
         mask: torch.Tensor | None,
         scale: float | None,
         tokens: Tokens,
+        num_attend: int,
+        num_forked: int,
     ) -> torch.Tensor:
         """By the ops that every described model uses."""
         order, back = tokens.order, tokens.back
@@ -149,14 +166,14 @@ class _Product:
             query, key, value = (x.index_select(2, order) for x in (query, key, value))
             mask = None if mask is None else mask.index_select(3, order)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        scored = self.processor.scored(self.num_attend, value.shape[0], tokens.context)
-        out = self.processor.attention(
+        scored = self.scored(num_attend, value.shape[0], tokens.context)
+        out = self.attention(
             query[:scored],
             key[:scored],
             # it may be overwritten, and the layer may have further use for its own
             value.clone(memory_format=torch.contiguous_format) if order is None else value,
-            num_attend=self.num_attend,
-            num_forked=self.num_forked,
+            num_attend=num_attend,
+            num_forked=num_forked,
             num_context=tokens.context,
             attn_mask=mask,
             scale=scale,
@@ -171,29 +188,29 @@ class _Product:
         mask: torch.Tensor | None,
         scale: float | None,
         tokens: Tokens,
+        num_attend: int,
+        num_forked: int,
     ) -> torch.Tensor:
         """By a mask over all pairs of tokens: where rows, or queries, have their own."""
-        if [type(branch) for branch in self.processor.branches] != [Identity]:
+        if [type(branch) for branch in self.branches] != [Identity]:
             raise ValueError(
-                f"{self.processor.layer.name} has a mask of its own for every query, or text in "
-                "another place in every row: the identity alone can perturb it."
+                f"{self.layer.name} has a mask of its own for every query, or text in another "
+                "place in every row: the identity alone can perturb it."
             )
-        rows, a, forked = value.shape[0], self.num_attend, self.num_forked
-        source = slice(a - forked, a) if forked else slice(a, rows)
-        forbidden = tokens.forbidden()
-        if mask is not None:
-            mask = mask.expand(rows, -1, -1, -1) if mask.ndim == 4 else mask
-        own = None if mask is None else (mask[source] if mask.ndim == 4 else mask)
-        own = _without(own, forbidden, query)
-        parts = (
-            [] if not a else [PRODUCT(query[:a], key[:a], value[:a], _rows(mask, a), scale=scale)]
-        )
-        parts.append(PRODUCT(query[source], key[source], value[source], own, scale=scale))
+        rows, a = value.shape[0], num_attend
+        source = slice(a - num_forked, a) if num_forked else slice(a, rows)
+        if mask is not None and mask.ndim == 4:
+            mask = mask.expand(rows, -1, -1, -1)
+        own = _without(_rows(mask, source), tokens.forbidden(), query)
+        parts = [PRODUCT(query[source], key[source], value[source], own, scale=scale)]
+        if a:
+            mask = _rows(mask, slice(a))
+            parts.insert(0, PRODUCT(query[:a], key[:a], value[:a], mask, scale=scale))
         return torch.cat(parts)
 
 
-def _rows(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    return mask[:rows] if mask is not None and mask.ndim == 4 else mask
+def _rows(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return mask[rows] if mask is not None and mask.ndim == 4 else mask
 
 
 def _without(
@@ -214,6 +231,42 @@ def with_native_backend(processor: Any) -> Any:
     processor = copy.copy(processor)
     processor._attention_backend = AttentionBackendName.NATIVE
     return processor
+
+
+class _Functional:
+    """``torch.nn.functional`` with another attention."""
+
+    def __init__(self, product: Any) -> None:
+        vars(self).update(vars(F))
+        self.scaled_dot_product_attention = product
+
+
+def with_product(processor: Any, product: Any, dispatched: Any) -> Any:
+    """A function that does what ``processor`` does, with its attention replaced.
+
+    The code of its call is run with other globals, which compilers can follow where they cannot
+    follow a mode. Where attention is not called by that code itself the processor is returned, with
+    PyTorch's attention set, and a mode has to take its place.
+    """
+    call = getattr(type(processor), "__call__", None)  # noqa: B004
+    if not inspect.isfunction(call) or hasattr(call, "__wrapped__"):
+        return with_native_backend(processor)
+    own, names = call.__globals__, call.__code__.co_names
+    replaced: dict[str, Any] = {}
+    if "dispatch_attention_fn" in names and "dispatch_attention_fn" in own:
+        replaced["dispatch_attention_fn"] = dispatched
+    if "scaled_dot_product_attention" in names:
+        functional = _Functional(product)
+        replaced |= {name: functional for name in names if own.get(name) is F}
+    if not replaced:
+        return with_native_backend(processor)
+    # without a name compilers take these globals, and not those of the module of that name
+    space = {name: value for name, value in own.items() if name != "__name__"} | replaced
+    made = types.FunctionType(
+        call.__code__, space, call.__name__, call.__defaults__, call.__closure__
+    )
+    made.__kwdefaults__ = call.__kwdefaults__
+    return made.__get__(processor)
 
 
 @functools.cache

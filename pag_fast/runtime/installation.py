@@ -116,6 +116,7 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
+        self._is_derived = family.is_derived
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
@@ -191,7 +192,24 @@ class Installation:
         for name, attention in self.attentions.items():
             own = attention.processor
             found = own.displaced if isinstance(own, PerturbedProcessor) else own
-            self.processors[name].displaced = found
+            self.processors[name].takes_place_of(found)
+
+    def _follow_processors(self) -> None:
+        """Call the processors that perturbed layers have now, which may have been exchanged.
+
+        Raises:
+            ValueError: one of another class, whose arguments may be others.
+        """
+        for name, attention in self.attentions.items():
+            own, ours = attention.processor, self.processors[name]
+            if own is ours.displaced or isinstance(own, PerturbedProcessor):
+                continue
+            if type(own) is not type(ours.displaced):
+                raise ValueError(
+                    f"{name} was given a {type(own).__name__} in the middle of a call: do that "
+                    "between two calls."
+                )
+            ours.takes_place_of(own)
 
     def _with_constants(self) -> list[PerturbedProcessor]:
         """The processors whose perturbations have numbers that must be on the device."""
@@ -218,6 +236,8 @@ class Installation:
             ValueError: an attention whose processor does what ours would not.
         """
         check_processors(self.attentions, self.replaces)
+        if self._is_derived:
+            self._follow_processors()
         fusion = self.fusion if fused else None
         if fusion is not None and fusion.refresh():
             self._patches.pop(True, None)

@@ -37,7 +37,7 @@ class ObservedLoop:
         self._tell = tell
         self.cond_first = False
         self._assumed = False
-        self._orders: dict[tuple[int, int], str] = {}
+        self._equal: dict[tuple[int, int], bool] = {}
         self._given: list[tuple[str, torch.Tensor]] = []
         self._key: Any = None
         self._checked = False
@@ -107,9 +107,9 @@ class ObservedLoop:
         own = [(branch, x) for branch, x in own if _is_text(x, unit)]
         for given in [x for x in call.values() if _is_text(x, rows)]:
             found: list[set[str]] = []
-            for part in given.split(unit):
-                alike = [(b, x) for b, x in own if (x.shape, x.dtype) == (part.shape, part.dtype)]
-                found.append({branch for branch, x in alike if self._same(part, x)})
+            for start in range(0, rows, unit):
+                part = given[start : start + unit]
+                found.append({branch for branch, x in own if self._same(part, x)})
             # what both have in common, as masks, tells nothing
             for place, branches in enumerate(found):
                 if len(branches) == 1 and found.count(branches) == 1:
@@ -117,14 +117,20 @@ class ObservedLoop:
                     return branch if place == 0 else (COND if branch == UNCOND else UNCOND)
         return ""
 
-    def _same(self, x: torch.Tensor, own: torch.Tensor) -> bool:
+    def _same(self, x: Any, own: Any) -> bool:
+        """Whether two prompts are equal; lists have a tensor for each row."""
+        if isinstance(x, list) or isinstance(own, list):
+            both = isinstance(x, list) and isinstance(own, list)
+            return both and all(map(self._same, x, own))
+        if x.shape != own.shape or x.dtype != own.dtype:
+            return False
         if x.data_ptr() == own.data_ptr() and x.stride() == own.stride():
             return True
         # comparing waits for the device, and prompts last for the call
         key = x.data_ptr(), own.data_ptr()
-        if key not in self._orders:
-            self._orders[key] = "same" if torch.equal(x.to(own.device), own) else "other"
-        return self._orders[key] == "same"
+        if key not in self._equal:
+            self._equal[key] = torch.equal(x.to(own.device), own)
+        return self._equal[key]
 
     # ---- what has become of the predictions ----
 
@@ -175,7 +181,7 @@ class ObservedLoop:
                 " PAG's difference comes out as many times as strong"
             )
         by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
-        if self._assumed and by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
+        if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
             raise ValueError(
                 f"{name} has no description in pag_fast, and runs its branches "
                 "in another order than diffusers' pipelines do: cond was taken for uncond. A "
@@ -188,13 +194,19 @@ def _branch(name: str) -> str:
 
 
 def _is_text(x: Any, rows: int) -> bool:
+    if isinstance(x, list):
+        return len(x) == rows and all(isinstance(row, torch.Tensor) for row in x)
     return isinstance(x, torch.Tensor) and x.ndim in (2, 3) and x.shape[0] == rows
 
 
 def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
     for name in _COMBINED:
         found = local.get(name)
-        if not isinstance(found, torch.Tensor) or found.ndim != like.ndim or not found.numel():
+        if not isinstance(found, torch.Tensor) or not found.numel():
+            continue
+        if [n for n in found.shape if n > 1] == [n for n in like.shape if n > 1]:
+            return found.reshape(like.shape)  # frames of a single picture are squeezed out
+        if found.ndim != like.ndim:
             continue
         # tokens of reference pictures, and channels of a variance, are left out by the loop
         if all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True)):

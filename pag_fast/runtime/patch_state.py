@@ -346,8 +346,8 @@ def _derived(model: Any) -> Any:
     found = describe(model)
     if not found.is_derived:
         return None
-    kinds = tuple(type(x.processor) for x in self_attentions(model).values())
-    return id(found), found.traced.reason, kinds
+    own = tuple(id(x.processor) for x in self_attentions(model).values())
+    return id(found), found.traced.reason, own
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..sharing.arguments import change_arguments
+from ..sharing.arguments import change_arguments, change_list, lists_by_row
+from ..sharing.rows import change_level
 from .forwards import Call
 
 Copies = dict[int, tuple[torch.Tensor, int, torch.Tensor]]
@@ -19,7 +20,7 @@ def with_rows(
     rows: int,
     frames: int,
     known: Copies,
-    change: Callable[[torch.Tensor, int, int], torch.Tensor],
+    change: Callable[[Any, int, int], Any],
     have: int,
     want: int,
 ) -> tuple[Call, Copies]:
@@ -38,25 +39,14 @@ def with_rows(
         copies[key] = x, now, copy
         return copy
 
-    unit = rows // have
-    lists = {
-        name: value[-unit:] if want < have else value + value[-unit:] * (want - have)
-        for name, value in call.items()
-        if is_by_row(value, rows)
-    }
-    return {**change_arguments(call, copied), **lists}, copies
+    of_list = change_list if change is change_level else change
+    lists = lists_by_row(call, rows)
+    return change_arguments(call, copied, lambda x: of_list(x, have, want), lists), copies
 
 
-def is_by_row(value: Any, rows: int) -> bool:
-    """Whether an argument is a list with something for each row: sizes, lengths, single pictures.
-
-    Not one of tensors of all rows, as residuals are.
-    """
-    if not isinstance(value, list) or len(value) != rows:
-        return False
-    return not any(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows for x in value)
-
-
-def turned(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
-    """``x`` with its slabs in the opposite order."""
+def turned(x: Any, have: int, want: int) -> Any:
+    """``x``, a tensor or a list of rows, with its slabs in the opposite order."""
+    if isinstance(x, list):
+        unit = len(x) // have
+        return [row for slab in reversed(range(have)) for row in x[slab * unit :][:unit]]
     return torch.cat(x.chunk(have)[::-1])

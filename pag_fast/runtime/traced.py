@@ -18,7 +18,7 @@ from ..models.traced.description import complete
 from ..models.traced.structure import first_parameter
 from ..models.traced.trace import signature_of, trace
 from ..perturbations import Identity
-from ..sharing.arguments import frames_of, latents_of, version_of
+from ..sharing.arguments import frames_of, latents_of, lists_by_row, version_of
 from ..sharing.rows import SPLIT, map_tensors
 from ..sharing.tokens import Tokens
 from .findings import Findings
@@ -26,7 +26,6 @@ from .forwards import Call, Forward
 from .injected import InjectedSession
 from .instance_patch import InstancePatch
 from .predictions import prediction_of
-from .row_copies import is_by_row
 
 # of cond − perturbed, or of the prediction: far above rounding, far below what an error would be
 _OF_DIFFERENCE = 0.05
@@ -141,6 +140,7 @@ class TracedSession(InjectedSession):
         sample = latents_of(call)
         rows, frames = sample.shape[0], frames_of(call)
         slabs, counted = state.slabs, state.entered
+        by_row = lists_by_row(call, rows)
 
         def some(first: int, last: int) -> Call:
             def cut(x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class TracedSession(InjectedSession):
 
             unit = rows // full
             return {
-                name: x[first * unit : last * unit] if is_by_row(x, rows) else map_tensors(x, cut)
+                name: x[first * unit : last * unit] if name in by_row else map_tensors(x, cut)
                 for name, x in call.items()
             }
 

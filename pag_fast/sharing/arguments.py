@@ -147,11 +147,42 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def change_arguments(
-    call: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+    call: dict[str, Any],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    change_rows_of: Callable[[list[Any]], list[Any]] | None = None,
+    by_row: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """A model's arguments with ``change`` applied to their tensors, but not to residuals."""
-    kept = (RESIDUALS, MID_RESIDUAL, ADAPTER)
-    return {**call, **map_tensors({n: v for n, v in call.items() if n not in kept}, change)}
+    """A model's arguments with ``change`` applied to their tensors, but not to residuals.
+
+    ``change_rows_of`` is applied to lists named in ``by_row``, which have something for each row.
+    """
+    kept = (RESIDUALS, MID_RESIDUAL, ADAPTER, *by_row)
+    changed = map_tensors({n: v for n, v in call.items() if n not in kept}, change)
+    for name in by_row:
+        assert change_rows_of is not None
+        changed[name] = change_rows_of(call[name])
+    return {**call, **changed}
+
+
+def change_list(rows: list[Any], have: int, want: int) -> list[Any]:
+    """A list of ``have`` slabs with ``want`` slabs."""
+    unit = len(rows) // have
+    return rows[: want * unit] if want < have else rows + rows[-unit:] * (want - have)
+
+
+def lists_by_row(call: dict[str, Any], rows: int) -> tuple[str, ...]:
+    """Names of the arguments that are lists with something for each row, not tensors of all rows.
+
+    Sizes and lengths are; and where a model takes its latents so, its prompts are, too.
+    """
+    latents_are = any(isinstance(x, list) for x in list(call.values())[:1])
+    return tuple(
+        name
+        for name, value in call.items()
+        if isinstance(value, list)
+        and len(value) == rows
+        and (latents_are or not any(isinstance(x, torch.Tensor) for x in value))
+    )
 
 
 def change_rows(
@@ -162,7 +193,8 @@ def change_rows(
     def change(x: torch.Tensor) -> torch.Tensor:
         return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
 
-    return change_arguments(call, change)
+    lists = lists_by_row(call, rows)
+    return change_arguments(call, change, lambda x: change_list(x, have, want), lists)
 
 
 def knows_places(call: dict[str, Any]) -> bool:
