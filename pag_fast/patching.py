@@ -28,8 +28,8 @@ from .pipelines.registry import (
 )
 from .runtime.basic_state import BasicState
 from .runtime.entry import check_entry
-from .runtime.installation import perturbed_branches
 from .runtime.patch_state import PatchState
+from .runtime.perturbed_branches import perturbed_branches
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
 

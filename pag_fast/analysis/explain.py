@@ -14,7 +14,8 @@ from ..models.registry import controlnets, denoiser_name, fusable_processors, un
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, describe_pipeline
 from ..runtime.compatibility import explain_lines, look
-from ..runtime.installation import Installation, PerturbedBranch, is_eager
+from ..runtime.installation import Installation, is_eager
+from ..runtime.perturbed_branches import PerturbedBranch
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import BranchPlan
 from ..sharing.unet_plan import plan_controlnet

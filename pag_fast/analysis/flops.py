@@ -21,8 +21,9 @@ from ..fusion import Fusion
 from ..models.inputs import Inputs
 from ..models.registry import family_of, fusable_processors
 from ..perturbations import Identity
-from ..runtime.installation import Installation, forward_entries, perturbed_branches
+from ..runtime.installation import Installation, forward_entries
 from ..runtime.instance_patch import InstancePatch, as_put_on
+from ..runtime.perturbed_branches import perturbed_branches
 from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
 from ..sharing.rows import BranchState

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, cast
 
@@ -13,9 +12,9 @@ from torch import nn
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.description import ModelDescription
-from ..models.layer_names import resolve, self_attentions, transformer_blocks
+from ..models.layer_names import self_attentions, transformer_blocks
 from ..models.registry import family_of, fusable_processors, has_compiled, stock_pag_processors
-from ..perturbations import AttentionPerturbation, BlockPerturbation, Layer, Perturbation
+from ..perturbations import AttentionPerturbation, BlockPerturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..processors.stock import in_place_of
 from ..sharing.block_hooks import perturbed_blocks
@@ -24,6 +23,7 @@ from ..sharing.plan import BranchPlan, compiled_call, is_compiled
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
 from .instance_patch import Entry, InstancePatch, came_back
+from .perturbed_branches import PerturbedBranch, layers_of, perturbed_branches
 
 
 def is_eager(wrapped: Any, model: Any) -> bool:
@@ -33,71 +33,6 @@ def is_eager(wrapped: Any, model: Any) -> bool:
     """
     # dropout is new in every step
     return not (model.training or has_compiled(wrapped))
-
-
-@dataclass(frozen=True)
-class PerturbedBranch:
-    """One perturbed branch of a model.
-
-    Attributes:
-        perturbation: what sets it apart.
-        layers: names of the attentions, or blocks, where it does.
-        scale: its guidance scale; ``None`` is the call's.
-    """
-
-    perturbation: Perturbation
-    layers: tuple[str, ...]
-    scale: float | None = None
-
-
-def perturbed_branches(
-    denoiser: Any, layers: Any, config: PatchConfig
-) -> tuple[PerturbedBranch, ...]:
-    """The perturbed branches of a denoiser, ``layers`` being those of the pipeline.
-
-    Raises:
-        ValueError: a layer that does not exist, or that cannot be perturbed like this.
-    """
-    found = []
-    known = layers_of(denoiser)
-    for branch in config.branches_on(layers):
-        perturbation = branch.perturbation
-        assert isinstance(perturbation, Perturbation)
-        names = tuple(resolve(denoiser, branch.layers, exact=config.exact_layers))
-        if isinstance(perturbation, AttentionPerturbation):
-            for name in names:
-                perturbation.check(known[name])
-        else:
-            names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
-            for name in names:
-                kind = type(denoiser.get_submodule(name)).__name__
-                if kind not in family_of(denoiser).skippable_blocks:
-                    raise ValueError(
-                        f"{type(perturbation).__name__} perturbs transformer blocks, and {name} "
-                        f"is a {kind}."
-                    )
-        found.append(PerturbedBranch(perturbation, names, branch.scale))
-    return tuple(found)
-
-
-def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Layer]:
-    """Every layer that can be perturbed, as a perturbation sees it."""
-    linear = family_of(denoiser).processor.linear
-    state = state or BranchState()
-    modules: dict[str, Any] = dict(self_attentions(denoiser))
-    return {
-        name: Layer(name, index, _heads(module), linear, "motion_modules" in name, state)
-        for index, (name, module) in enumerate(modules.items())
-    }
-
-
-def _heads(module: Any) -> int:
-    """How many heads an attention has; 1 where a class that nobody has described does not tell."""
-    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
-    found = [
-        getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)
-    ]
-    return found[0] if found else 1
 
 
 class Installation:

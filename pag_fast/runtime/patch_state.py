@@ -9,9 +9,8 @@ from typing import Any
 
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
-from ..models.layer_names import self_attentions
-from ..models.registry import controlnets, describe, fusable_processors, uncompiled
-from ..models.traced.description import derive
+from ..models.registry import controlnets, fusable_processors, uncompiled
+from ..models.traced.description import derive, seen_of
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
@@ -25,7 +24,8 @@ from .controlnets import InstalledControlNets
 from .frames import know_loops
 from .graphs import Graphs
 from .injected import InjectedSession, Loop
-from .installation import Installation, perturbed_branches
+from .installation import Installation
+from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
 from .traced import TracedSession
@@ -248,7 +248,7 @@ class PatchState(BasicState):
 
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
         """What is put on ``denoiser`` for these layers, made anew when something changed."""
-        key = id(denoiser), tuple(layers), eager, _derived(denoiser)
+        key = id(denoiser), tuple(layers), eager, seen_of(denoiser)
         modules = _modules(denoiser)
         found = self._installed.pop(key, None)
         if found is None or found[0] != modules:
@@ -339,15 +339,6 @@ class PatchState(BasicState):
         finally:
             leave_behind(self, models)
             self._controlnets = None
-
-
-def _derived(model: Any) -> Any:
-    """What an installation on a model rests on whose description was seen, not written."""
-    found = describe(model)
-    if not found.is_derived:
-        return None
-    own = tuple(id(x.processor) for x in self_attentions(model).values())
-    return id(found), found.traced.reason, own
 
 
 def _modules(model: Any) -> list[tuple[int, bool]]:

@@ -74,6 +74,15 @@ def derive(model: nn.Module) -> ModelDescription:
     return found
 
 
+def seen_of(model: nn.Module) -> Any:
+    """What is put on a model rests on this, where its description was derived; else ``None``."""
+    found = describe(model)
+    if not found.is_derived:
+        return None
+    own = tuple(id(model.get_submodule(name).processor) for name in found.attentions)
+    return id(found), found.traced.reason, own
+
+
 def complete(model: nn.Module, signature: Any, trace: Trace) -> None:
     """Have a derived description know what a trace has shown.
 

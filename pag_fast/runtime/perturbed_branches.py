@@ -1,0 +1,77 @@
+"""The perturbed branches of a denoiser: layers by name, as perturbations see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import PatchConfig
+from ..models.layer_names import resolve, self_attentions
+from ..models.registry import family_of
+from ..perturbations import AttentionPerturbation, Layer, Perturbation
+from ..sharing.rows import BranchState
+
+
+@dataclass(frozen=True)
+class PerturbedBranch:
+    """One perturbed branch of a model.
+
+    Attributes:
+        perturbation: what sets it apart.
+        layers: names of the attentions, or blocks, where it does.
+        scale: its guidance scale; ``None`` is the call's.
+    """
+
+    perturbation: Perturbation
+    layers: tuple[str, ...]
+    scale: float | None = None
+
+
+def perturbed_branches(
+    denoiser: Any, layers: Any, config: PatchConfig
+) -> tuple[PerturbedBranch, ...]:
+    """The perturbed branches of a denoiser, ``layers`` being those of the pipeline.
+
+    Raises:
+        ValueError: a layer that does not exist, or that cannot be perturbed like this.
+    """
+    found = []
+    known = layers_of(denoiser)
+    for branch in config.branches_on(layers):
+        perturbation = branch.perturbation
+        assert isinstance(perturbation, Perturbation)
+        names = tuple(resolve(denoiser, branch.layers, exact=config.exact_layers))
+        if isinstance(perturbation, AttentionPerturbation):
+            for name in names:
+                perturbation.check(known[name])
+        else:
+            names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+            for name in names:
+                kind = type(denoiser.get_submodule(name)).__name__
+                if kind not in family_of(denoiser).skippable_blocks:
+                    raise ValueError(
+                        f"{type(perturbation).__name__} perturbs transformer blocks, and {name} "
+                        f"is a {kind}."
+                    )
+        found.append(PerturbedBranch(perturbation, names, branch.scale))
+    return tuple(found)
+
+
+def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Layer]:
+    """Every layer that can be perturbed, as a perturbation sees it."""
+    linear = family_of(denoiser).processor.linear
+    state = state or BranchState()
+    modules: dict[str, Any] = dict(self_attentions(denoiser))
+    return {
+        name: Layer(name, index, _heads(module), linear, "motion_modules" in name, state)
+        for index, (name, module) in enumerate(modules.items())
+    }
+
+
+def _heads(module: Any) -> int:
+    """How many heads an attention has; 1 where a class that nobody has described does not tell."""
+    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
+    found = [
+        getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)
+    ]
+    return found[0] if found else 1
