@@ -10,7 +10,14 @@ import torch
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Size
-from ..models.registry import controlnets, denoiser_name, fusable_processors, uncompiled
+from ..models.registry import (
+    controlnets,
+    denoiser_name,
+    family_of,
+    find,
+    fusable_processors,
+    uncompiled,
+)
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, describe_pipeline
 from ..runtime.compatibility import explain_lines, look
@@ -63,6 +70,7 @@ def explain(
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
     ]
+    notes += _derived(pipe, described)
     notes += _graphs(found)
     predicted = _predict(model, nets, layers, config, size, described, notes) if flops else ()
     return Explanation(
@@ -92,6 +100,31 @@ def explain(
     )
 
 
+def _derived(pipe: Any, described: PipelineDescription) -> Iterator[str]:
+    """What was not written down but seen."""
+    if described.is_observed:
+        yield (
+            f"nobody has described {described.name}: which forwards and rows are cond's is seen in "
+            "its calls, and guidance is taken for linear"
+        )
+    for name in denoiser_names(pipe):
+        found = family_of(uncompiled(getattr(pipe, name)))
+        if not found.is_derived:
+            continue
+        if found.traced.trace is None:
+            yield f"the description of {found.name} is derived in its first forward"
+            continue
+        yield f"the description of {found.name} is derived from a forward; FLOPs are of its size"
+        for layer, why in found.traced.trace.left_out.items():
+            yield f"{layer} cannot be perturbed: {why}"
+
+
+def _is_derived(model: Any) -> bool:
+    """Whether a model's description was seen: then no more is done to it than to share branches."""
+    found = find(model)
+    return found is not None and found.is_derived
+
+
 def _is_choice_of(described: PipelineDescription, layers: Any) -> bool:
     """Whether these are the layers that we have chosen for a pipeline without PAG."""
     return described.kind == "injected" and tuple(layers) == described.layers
@@ -117,7 +150,7 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             prefix = f"{type(net).__name__}." if part == "controlnet" else ""
-            if config.cache_conditioning and is_eager(model, net):
+            if config.cache_conditioning and is_eager(model, net) and not _is_derived(net):
                 yield from (prefix + name for name in invariant_modules(net))
 
 
@@ -125,7 +158,7 @@ def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iter
     for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
-            if is_eager(model, net):
+            if is_eager(model, net) and not _is_derived(net):
                 names = {} if part == "controlnet" else perturbed
                 for line in _fusion(pipe, net, names, config).summary():
                     yield f"{type(net).__name__}: {line}"
@@ -225,6 +258,7 @@ def _predict(
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
     except Exception as error:
         # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained
-        notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {error})")
+        why = (str(error).splitlines() or [""])[0]
+        notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {why})")
         return ()
     return tuple(predicted)

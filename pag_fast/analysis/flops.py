@@ -168,7 +168,10 @@ def patched_flops(
     """FLOPs of a step as a patched pipeline runs it, the first of a call."""
     with patched_step(model, layers, cfg=cfg, config=config) as (state, rows):
         call = inputs(rows)
-        sequence = family_of(model).sequence
+        described = family_of(model)
+        if described.traced is not None and described.traced.example is not None:
+            state.tokens = described.traced.example[2]
+        sequence = described.sequence
         if sequence is not None:
             state.num_contexts, state.num_image = sequence(model, call)
         return count(model, call)
@@ -188,7 +191,9 @@ def denoiser_cost(
     branches = perturbed_branches(model, layers, config)
     patched = patched_flops(model, layers, inputs, cfg=cfg, config=config)
     traced = traced or trace(model, inputs)
-    if len(branches) > 1 or not isinstance(branches[0].perturbation, Identity):
+    several = len(branches) > 1 or not isinstance(branches[0].perturbation, Identity)
+    # of a derived model it is not known what the least is
+    if several or family_of(model).is_derived:
         return Cost(((2 if cfg else 1) + len(branches)) * row_flops(traced), patched, 0)
     layers = [f"^{re.escape(name)}$" for name in branches[0].layers]
     if family_of(model).stock_processors is None:

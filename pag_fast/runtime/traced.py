@@ -67,7 +67,7 @@ class TracedSession(InjectedSession):
         if self._signature not in self._traced.tokens:
             with self.patch.alone(self.denoiser, self.owner):
                 seen = trace(model, call)
-            complete(model, self._signature, seen)
+            complete(model, self._signature, seen, call)
             self._begin_anew()
         elif self.patch.config.share_branches and self.installed.plan.reason != self._traced.reason:
             self._begin_anew()

@@ -27,7 +27,15 @@ MERGED, SHARED, SPLIT = 0, 1, 2
 LEVEL_NAMES = ("merged", "shared", "split")
 
 # arguments with a leading size that is not the batch, however the numbers fall
-UNBATCHED = frozenset({"img_ids", "ip_adapter_masks", "rope_interpolation_scale", "txt_ids"})
+UNBATCHED = frozenset(
+    {
+        "control_hidden_states_scale",  # one for each layer
+        "img_ids",
+        "ip_adapter_masks",
+        "rope_interpolation_scale",
+        "txt_ids",
+    }
+)
 # tables of [tokens, channels], or of [rows, tokens, channels] where tokens differ between rows
 ROTARY = frozenset({"freqs_cis", "image_rotary_emb", "rotary_emb"})
 

@@ -54,6 +54,11 @@ class Tokens:
             return self
         return Tokens.of(self.image.chunk(slabs)[index], self.queries)
 
+    def to(self, device: str | torch.device) -> Tokens:
+        """The same on another device."""
+        moved = [None if x is None else x.to(device) for x in (self.order, self.back)]
+        return Tokens(self.image.to(device), self.queries, self.context, *moved)
+
     def densely(self) -> Tokens:
         """The same, for a mask over all pairs of tokens: slower, and nothing is put in order."""
         return replace(self, context=-1, order=None, back=None)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import nn
 
 from ...processors.stock import PerturbedStockAttention
+from ...sharing.arguments import latents_of, lists_by_row
 from ...sharing.plan import BranchPlan, unshared
+from ...sharing.rows import map_tensors
 from ...sharing.tokens import Tokens
 from ..description import ModelDescription
 from ..registry import describe, find, keep_traced
+from ..tensors import Latent, NewTensors
 from .plan import plan_traced
 from .structure import attention_modules
 from .trace import Trace
@@ -27,6 +31,8 @@ class Traced:
         tokens: for each signature of arguments, which tokens of each attention are the image's.
         verified: signatures for which sharing was compared with separate forwards.
         reason: why nothing is shared, if that comparison has failed; or ``""``.
+        example: ``(arguments, rows, tokens)`` of the first forward that was traced, on the meta
+            device.
     """
 
     def __init__(self) -> None:
@@ -34,9 +40,10 @@ class Traced:
         self.tokens: dict[Any, dict[str, Tokens]] = {}
         self.verified: set[Any] = set()
         self.reason = ""
+        self.example: tuple[dict[str, Any], int, dict[str, Tokens]] | None = None
 
-    def add(self, signature: Any, trace: Trace) -> bool:
-        """Note a trace; whether it shows another order than the ones before."""
+    def add(self, signature: Any, trace: Trace, call: dict[str, Any]) -> bool:
+        """Note the trace of ``call``; whether it shows another order than the ones before."""
         made: dict[Any, Tokens] = {}
         tokens = {}
         for attention in trace.attentions:
@@ -46,6 +53,10 @@ class Traced:
                 made[key] = Tokens.of(attention.image, attention.queries)
             tokens[attention.name] = made[key]
         self.tokens[signature] = tokens
+        if self.example is None:
+            rows = latents_of(call).shape[0]
+            shapes = {name: map_tensors(x, lambda x: x.to("meta")) for name, x in call.items()}
+            self.example = shapes, rows, {name: x.to("meta") for name, x in tokens.items()}
         while len(self.tokens) > _MOST_SIGNATURES:
             self.verified.discard(next(iter(self.tokens)))
             self.tokens.pop(next(iter(self.tokens)))
@@ -83,8 +94,8 @@ def seen_of(model: nn.Module) -> Any:
     return id(found), found.traced.reason, own
 
 
-def complete(model: nn.Module, signature: Any, trace: Trace) -> None:
-    """Have a derived description know what a trace has shown.
+def complete(model: nn.Module, signature: Any, trace: Trace, call: dict[str, Any]) -> None:
+    """Have a derived description know what a trace of ``call`` has shown.
 
     Raises:
         ValueError: no attention of the model mixes image tokens.
@@ -96,7 +107,7 @@ def complete(model: nn.Module, signature: Any, trace: Trace) -> None:
             f"tokens of the image by PyTorch's scaled_dot_product_attention ({reasons or 'none'})."
         )
     traced = describe(model).traced
-    if traced.add(signature, trace):
+    if traced.add(signature, trace, call):
         keep_traced(model, _description(model, trace.names, traced))
 
 
@@ -105,7 +116,7 @@ def _description(model: nn.Module, names: tuple[str, ...], traced: Traced) -> Mo
         type(model).__name__,
         PerturbedStockAttention,
         partial(_plan, traced=traced),
-        _no_inputs,
+        partial(_inputs, traced=traced),
         blocks={},
         attentions=names,
         traced=traced,
@@ -118,7 +129,24 @@ def _plan(model: Any, perturbed: set[str], *, traced: Traced, **options: Any) ->
     return plan_traced(model, perturbed, trace=traced.trace, **options)
 
 
-def _no_inputs(model: Any, *_: Any) -> NoReturn:
-    raise ValueError(
-        f"No inputs are known for {type(model).__name__}: its description was derived from a call."
-    )
+def _inputs(
+    model: Any, new: NewTensors, rows: int, latent: Latent, *, traced: Traced
+) -> dict[str, Any]:
+    """Arguments like those of the forward that was traced, of the size that it had."""
+    if traced.example is None:
+        raise ValueError(
+            f"No inputs are known for {type(model).__name__}: its description is derived from its "
+            "first forward, which has not run yet."
+        )
+    call, have, _ = traced.example
+
+    def made(x: torch.Tensor) -> torch.Tensor:
+        shape = (rows, *x.shape[1:]) if x.shape[0] == have else tuple(x.shape)
+        return new(*shape, dtype=None if x.is_floating_point() else x.dtype)
+
+    by_row = lists_by_row(call, have)
+    return {
+        name: map_tensors(x[:1] * rows if name in by_row else x, made)
+        for name, x in call.items()
+        if name != "return_dict"
+    }
