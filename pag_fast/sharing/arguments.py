@@ -12,28 +12,20 @@ from .rows import ROTARY, UNBATCHED, change_level, is_batched, map_tensors
 RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
 ADAPTER = "down_intrablock_additional_residuals"
-SAMPLES = "controlnet_block_samples"
 # what ControlNets of transformers add between its blocks
 BLOCK_RESIDUALS = frozenset(
     {
-        SAMPLES,
         "block_controlnet_hidden_states",
+        "controlnet_block_samples",
         "controlnet_single_block_samples",
         "controlnet_states",
     }
 )
 
+ALL_RESIDUALS = BLOCK_RESIDUALS | {RESIDUALS, MID_RESIDUAL, ADAPTER}
+
 # residuals are aligned one by one; timesteps are equal by construction and new in every step
-UNCHECKED = (
-    UNBATCHED
-    | ROTARY
-    | {
-        RESIDUALS,
-        MID_RESIDUAL,
-        ADAPTER,
-        "timestep",
-    }
-)
+UNCHECKED = UNBATCHED | ROTARY | ALL_RESIDUALS | {"timestep"}
 SAMPLE = ("sample", "hidden_states")
 
 # conditioning with one row for each picture in front, whatever the model's class
@@ -142,8 +134,8 @@ def change_arguments(
     call: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
     """A model's arguments with ``change`` applied to their tensors, but not to residuals."""
-    kept = (RESIDUALS, MID_RESIDUAL, ADAPTER)
-    return {**call, **map_tensors({n: v for n, v in call.items() if n not in kept}, change)}
+    changed = {name: value for name, value in call.items() if name not in ALL_RESIDUALS}
+    return {**call, **map_tensors(changed, change)}
 
 
 def change_rows(

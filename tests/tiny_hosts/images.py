@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import diffusers
@@ -43,8 +42,8 @@ def _distilled(name: str, middle: list[str], **more: Any) -> HostSpec:
 
 
 _NO_CFG = {"cfg": "", "apart": False}
-_FLUX = _distilled("FluxPipeline", _TWO_STACKS)
-_QWEN = _distilled("QwenImagePipeline", [r"blocks\.1\.", r"blocks\.2\."])
+FLUX = _distilled("FluxPipeline", _TWO_STACKS)
+QWEN = _distilled("QwenImagePipeline", [r"blocks\.1\.", r"blocks\.2\."])
 
 
 SPECS = [
@@ -71,11 +70,10 @@ SPECS = [
             **_SPRINT,
             "call": {"image": picture(), "strength": 1.0, "intermediate_timesteps": None},
         },
-        SanaControlNetPipeline={"call": {"control_image": picture()}},
     ),
-    _FLUX,
+    FLUX,
     *variants(
-        _FLUX,
+        FLUX,
         FluxImg2ImgPipeline={"call": FROM_PICTURE},
         FluxInpaintPipeline={"call": {**FROM_PICTURE, "mask_image": mask()}},
         FluxKontextPipeline={"call": _KONTEXT},
@@ -101,9 +99,9 @@ SPECS = [
             "call": {**FROM_PICTURE, "control_image": picture(), "mask_image": mask()},
         },
     ),
-    _QWEN,
+    QWEN,
     *variants(
-        _QWEN,
+        QWEN,
         QwenImageImg2ImgPipeline={"call": FROM_PICTURE},
         QwenImageInpaintPipeline={"call": {**FROM_PICTURE, "mask_image": mask()}},
         QwenImageEditPipeline={"call": _EDIT},
@@ -192,14 +190,6 @@ def qwen_vae() -> Any:
     )
 
 
-def _sana_controlnet() -> dict[str, Any]:
-    config = {k: v for k, v in tiny.sana().config.items() if not k.startswith("_")}
-    names = inspect.signature(diffusers.SanaControlNetModel.__init__).parameters
-    config = {k: v for k, v in config.items() if k in names}
-    net = diffusers.SanaControlNetModel(**{**config, "num_layers": 4})
-    return {"controlnet": tiny.randomise(net)}
-
-
 # the class of the pipeline's own VAE, where its loop needs one
 VAES = {
     **dict.fromkeys(
@@ -232,7 +222,6 @@ VAES = {
 PARTS: dict[str, Any] = {
     "SanaSprintPipeline": lambda: {"scheduler": diffusers.SCMScheduler()},
     "SanaSprintImg2ImgPipeline": lambda: {"scheduler": diffusers.SCMScheduler()},
-    "SanaControlNetPipeline": _sana_controlnet,
     # nothing but its dtype is asked for
     "QwenImageLayeredPipeline": lambda: {"text_encoder": tiny.vae()},
 }

@@ -13,13 +13,13 @@ import torch
 from copies import made_once
 
 import pag_fast
-from tiny_hosts import images, unets, videos
+from tiny_hosts import controlnets, images, unets, videos
 from tiny_hosts.spec import EDITED, TEXT, HostSpec, pooled
 
-_SPECS = [*unets.SPECS, *images.SPECS, *videos.SPECS]
+_SPECS = [*unets.SPECS, *images.SPECS, *controlnets.SPECS, *videos.SPECS]
 HOSTS = {spec.name: spec for spec in _SPECS if spec.name in pag_fast.supported_pipelines()}
-_VAES = {**images.VAES, **videos.VAES}
-_PARTS = {**unets.PARTS, **images.PARTS, **videos.PARTS}
+_VAES = {**images.VAES, **controlnets.VAES, **videos.VAES}
+_PARTS = {**unets.PARTS, **images.PARTS, **controlnets.PARTS, **videos.PARTS}
 _MODELS = {**images.MODELS, **videos.MODELS}
 
 
@@ -117,6 +117,7 @@ def _called(spec: HostSpec, batch: int) -> dict[str, Any]:
 
 def latents(pipe: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """The final latents of ``pipe(**kwargs)``."""
+    torch.manual_seed(0)  # control images are encoded with numbers of no generator
     with _small_pictures(pipe):
         output = pipe(**kwargs)
     made = output.frames if hasattr(output, "frames") else output.images
