@@ -278,7 +278,7 @@ def perturbed(setup: Case, layers: Any) -> Callable[[], Any]:
     attentions = list(resolve(setup.model, layers).values())
     if setup.text is None:
         return lambda: naive(attentions)
-    return lambda: tiny_hosts._perturbed(attentions, *setup.text)
+    return lambda: tiny_hosts.perturbing(attentions, *setup.text)
 
 
 def _middle(setup: Case) -> Any:

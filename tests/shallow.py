@@ -102,6 +102,6 @@ def family(name: str) -> str:
 
 
 def build(name: str, **options: Any) -> Any:
-    """The pipeline ``name`` of ``tiny.py`` or ``tiny_hosts.py``, shallow where there is a way."""
+    """The pipeline ``name`` of ``tiny.py`` or ``tiny_hosts``, shallow where there is a way."""
     made = tiny_hosts if name in tiny_hosts.HOSTS else tiny
     return made.build(name, **{**SHALLOW.get(family(name), {}), **options})

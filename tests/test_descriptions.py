@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_hosts
 import torch
+from tiny_hosts import controlnets
 
 import pag_fast
 from pag_fast import PatchConfig
@@ -32,6 +33,11 @@ from pag_fast.settings.compile_config import CompileConfig
 
 MODELS = {
     "ControlNetModel": lambda: tiny.controlnet(xl=False),
+    "FluxControlNetModel": controlnets.flux_net,
+    "HunyuanDiT2DControlNetModel": controlnets.hunyuan_net,
+    "QwenImageControlNetModel": controlnets.qwen_net,
+    "SD3ControlNetModel": controlnets.sd3_net,
+    "SanaControlNetModel": controlnets.sana_net,
     "UNet2DConditionModel": tiny.unet,
     "UNetMotionModel": tiny.motion_unet,
     "SD3Transformer2DModel": lambda: tiny.sd3(sd35=True),

@@ -74,10 +74,10 @@ def slow_steps(pipe, name, scale=SCALE):
         frames = inputs.shape[2] if "sample" in call and inputs.ndim == 5 else 1
         if inputs.shape[0] == 2 * sample.shape[0]:
             rows = inputs.shape[0]
-            call = {k: tiny_hosts._rows(k, v, rows, frames, 2, 1) for k, v in call.items()}
+            call = {k: tiny_hosts.rows_of(k, v, rows, frames, 2, 1) for k, v in call.items()}
             prediction = prediction.chunk(2)[1]
-        lengths, image = tiny_hosts._text_and_image(name, call)
-        with tiny_hosts._perturbed(attentions, spec.text, lengths, image), torch.no_grad():
+        lengths, image = tiny_hosts.text_and_image(name, call)
+        with tiny_hosts.perturbing(attentions, spec.text, lengths, image), torch.no_grad():
             difference = prediction - own(**call)[0]
         noise = noise + sign * scale * difference.to(noise.dtype)
         return own_step(noise, t, sample, *args, **kwargs)

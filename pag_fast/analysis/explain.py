@@ -254,7 +254,7 @@ def _predict(
             if cfg and not described.others:
                 continue
             for net in net_twins:
-                cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg)
+                cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg and not sequential)
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
     except Exception as error:
         # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained

@@ -1,4 +1,4 @@
-"""``FluxTransformer2DModel``: FLUX.1."""
+"""``FluxTransformer2DModel`` and ``FluxControlNetModel``: FLUX.1."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ import torch
 
 from ..processors import PerturbedFluxAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import TEXT_THEN_IMAGE, Layout
-from .description import Checkpoint, ModelDescription
+from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_intervals
+from .description import Checkpoint, ControlNetDescription, ModelDescription
 from .tensors import Latent, NewTensors, packed
 
-_LAYOUT = Layout(("transformer_blocks", "single_transformer_blocks"), ("attn",))
+_LAYOUT = Layout(
+    ("transformer_blocks", "single_transformer_blocks"),
+    ("attn",),
+    residuals=(
+        Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),
+        Residuals(
+            "controlnet_single_block_samples", "single_transformer_blocks", spread=by_intervals
+        ),
+    ),
+)
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
 
 
@@ -30,23 +39,41 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
+def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    config, kwargs = model.config, _inputs(model, new, rows, latent)
+    if config.conditioning_embedding_channels is None:  # else it is given pixels
+        kwargs["controlnet_cond"] = new(rows, packed(latent), config.in_channels)
+    if config.num_mode is not None:
+        kwargs["controlnet_mode"] = new(rows, 1, dtype=torch.int64)
+    return kwargs
+
+
 def _sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     text = call["encoder_hidden_states"].shape[1]
     return (text,), call["hidden_states"].shape[1]
 
+
+_BLOCKS = {
+    "FluxTransformerBlock": TEXT_THEN_IMAGE,
+    "FluxSingleTransformerBlock": TEXT_THEN_IMAGE,
+}
+_FUSABLE = frozenset({"FluxAttnProcessor"})
 
 DESCRIPTION = ModelDescription(
     "FluxTransformer2DModel",
     PerturbedFluxAttention,
     partial(plan_dit, layout=_LAYOUT),
     _inputs,
-    blocks={
-        "FluxTransformerBlock": TEXT_THEN_IMAGE,
-        "FluxSingleTransformerBlock": TEXT_THEN_IMAGE,
-    },
+    blocks=_BLOCKS,
     layout=_LAYOUT,
     replaces=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}),
-    fusable_processors=frozenset({"FluxAttnProcessor"}),
+    fusable_processors=_FUSABLE,
     sequence=_sequence,
     checkpoints=(Checkpoint("FluxPipeline", "FLUX.1-dev", {"guidance_embeds": True}),),
+)
+CONTROLNET = ControlNetDescription(
+    "FluxControlNetModel",
+    inputs=_controlled,
+    blocks=tuple(_BLOCKS),
+    fusable_processors=_FUSABLE,
 )

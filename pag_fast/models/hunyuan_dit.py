@@ -1,4 +1,4 @@
-"""``HunyuanDiT2DModel``."""
+"""``HunyuanDiT2DModel`` and ``HunyuanDiT2DControlNetModel``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 
 from ..processors import PerturbedRotaryAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import IMAGE_ALONE, Layout
-from .description import Checkpoint, ModelDescription
+from ..sharing.layout import IMAGE_ALONE, Layout, Residuals
+from .description import Checkpoint, ControlNetDescription, ModelDescription
 from .tensors import Latent, NewTensors, patches
 
-_LAYOUT = Layout(("blocks",), ("attn1",))
+_LAYOUT = Layout(
+    ("blocks",),
+    ("attn1",),
+    # added to the long skips, which are outputs of the first blocks
+    residuals=(Residuals("controlnet_block_samples", "blocks"),),
+)
 _V1_2 = {
     "sample_size": 128,
     "num_layers": 40,
@@ -51,6 +56,13 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     return kwargs
 
 
+def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    kwargs = _inputs(model, new, rows, latent)
+    return {**kwargs, "controlnet_cond": new(rows, model.config.in_channels, *latent[1:])}
+
+
+_FUSABLE = frozenset({"HunyuanAttnProcessor2_0"})
+
 DESCRIPTION = ModelDescription(
     "HunyuanDiT2DModel",
     PerturbedRotaryAttention,
@@ -59,6 +71,12 @@ DESCRIPTION = ModelDescription(
     blocks={"HunyuanDiTBlock": IMAGE_ALONE},
     layout=_LAYOUT,
     stock_processors=("PAGCFGHunyuanAttnProcessor2_0", "PAGHunyuanAttnProcessor2_0"),
-    fusable_processors=frozenset({"HunyuanAttnProcessor2_0"}),
+    fusable_processors=_FUSABLE,
     checkpoints=(Checkpoint("HunyuanDiTPAGPipeline", "HunyuanDiT v1.2", _V1_2),),
+)
+CONTROLNET = ControlNetDescription(
+    "HunyuanDiT2DControlNetModel",
+    inputs=_controlled,
+    blocks=("HunyuanDiTBlock",),
+    fusable_processors=_FUSABLE,
 )

@@ -118,5 +118,5 @@ def forward_kwargs(
     )
     kwargs = description.inputs(model, new, rows, latent)
     if isinstance(description, ControlNetDescription):
-        kwargs["controlnet_cond"] = new(rows, 3, height, width)
+        kwargs.setdefault("controlnet_cond", new(rows, 3, height, width))
     return kwargs

@@ -1,4 +1,4 @@
-"""``QwenImageTransformer2DModel``."""
+"""``QwenImageTransformer2DModel`` and ``QwenImageControlNetModel``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import torch
 
 from ..processors import PerturbedQwenAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import TEXT_THEN_IMAGE, Layout
-from .description import Checkpoint, ModelDescription
+from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_intervals
+from .description import Checkpoint, ControlNetDescription, ModelDescription
 from .tensors import Latent, NewTensors, packed
 
 # with zero_cond_t tokens of pictures that are edited are modulated as at timestep 0
-_LAYOUT = Layout(("transformer_blocks",), ("attn",), twice=("temb",))
+_LAYOUT = Layout(
+    ("transformer_blocks",),
+    ("attn",),
+    twice=("temb",),
+    residuals=(Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),),
+)
 _TEXT_TOKENS = 128  # the pipeline pads prompts to the longest of a batch
 
 
@@ -34,6 +39,14 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     return kwargs
 
 
+def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    config, kwargs = model.config, _inputs(model, new, rows, latent)
+    channels = config.in_channels + config.extra_condition_channels
+    return {**kwargs, "controlnet_cond": new(rows, packed(latent), channels)}
+
+
+_FUSABLE = frozenset({"QwenDoubleStreamAttnProcessor2_0"})
+
 DESCRIPTION = ModelDescription(
     "QwenImageTransformer2DModel",
     PerturbedQwenAttention,
@@ -41,8 +54,14 @@ DESCRIPTION = ModelDescription(
     _inputs,
     blocks={"QwenImageTransformerBlock": TEXT_THEN_IMAGE},
     layout=_LAYOUT,
-    replaces=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
-    fusable_processors=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
+    replaces=_FUSABLE,
+    fusable_processors=_FUSABLE,
     # the size that its README names for squares
     checkpoints=(Checkpoint("QwenImagePipeline", "Qwen-Image", height=1328, width=1328),),
+)
+CONTROLNET = ControlNetDescription(
+    "QwenImageControlNetModel",
+    inputs=_controlled,
+    blocks=("QwenImageTransformerBlock",),
+    fusable_processors=_FUSABLE,
 )

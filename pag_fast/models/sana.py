@@ -1,4 +1,4 @@
-"""``SanaTransformer2DModel``."""
+"""``SanaTransformer2DModel`` and ``SanaControlNetModel``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 
 from ..processors import PerturbedLinearAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import IMAGE_ALONE, Layout
-from .description import Checkpoint, ModelDescription
+from ..sharing.layout import IMAGE_ALONE, Layout, Residuals
+from .description import Checkpoint, ControlNetDescription, ModelDescription
 from .tensors import Latent, NewTensors
 
 _LAYOUT = Layout(
-    ("transformer_blocks",), ("attn1",), merge=True, residuals="controlnet_block_samples"
+    ("transformer_blocks",),
+    ("attn1",),
+    merge=True,
+    residuals=(Residuals("controlnet_block_samples", "transformer_blocks", first=1),),
 )
 _1600M = {
     "sample_size": 32,
@@ -42,6 +45,13 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
+def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    kwargs = _inputs(model, new, rows, latent)
+    return {**kwargs, "controlnet_cond": new(rows, model.config.in_channels, *latent[1:])}
+
+
+_FUSABLE = frozenset({"SanaLinearAttnProcessor2_0"})
+
 DESCRIPTION = ModelDescription(
     "SanaTransformer2DModel",
     PerturbedLinearAttention,
@@ -54,6 +64,12 @@ DESCRIPTION = ModelDescription(
         "PAGCFGSanaLinearAttnProcessor2_0",
         "PAGIdentitySanaLinearAttnProcessor2_0",
     ),
-    fusable_processors=frozenset({"SanaLinearAttnProcessor2_0"}),
+    fusable_processors=_FUSABLE,
     checkpoints=(Checkpoint("SanaPAGPipeline", "Sana 1.6B 1024", _1600M, vae_scale_factor=32),),
+)
+CONTROLNET = ControlNetDescription(
+    "SanaControlNetModel",
+    inputs=_controlled,
+    blocks=("SanaTransformerBlock",),
+    fusable_processors=_FUSABLE,
 )

@@ -1,4 +1,4 @@
-"""``SD3Transformer2DModel``: Stable Diffusion 3 and 3.5."""
+"""``SD3Transformer2DModel`` and ``SD3ControlNetModel``: Stable Diffusion 3 and 3.5."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import Any
 
 from ..processors import PerturbedJointAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import TEXT_THEN_IMAGE, Layout
-from .description import Checkpoint, ModelDescription
-from .tensors import CLIP_TOKENS, T5_TOKENS, Latent, NewTensors
+from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_proportion
+from .description import Checkpoint, ControlNetDescription, ModelDescription
+from .tensors import CLIP_TOKENS, T5_TOKENS, Latent, NewTensors, patches
 
-_LAYOUT = Layout(("transformer_blocks",), ("attn", "attn2"), equivariant=True)
+_LAYOUT = Layout(
+    ("transformer_blocks",),
+    ("attn", "attn2"),
+    residuals=(
+        Residuals("block_controlnet_hidden_states", "transformer_blocks", spread=by_proportion),
+    ),
+    equivariant=True,
+)
 _MEDIUM = {
     "sample_size": 128,
     "patch_size": 2,
@@ -37,6 +44,25 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
+def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
+    config = model.config
+    kwargs = {
+        "hidden_states": new(rows, config.in_channels, *latent[1:]),
+        "timestep": new(rows),
+        "pooled_projections": new(rows, config.pooled_projection_dim),
+        "controlnet_cond": new(
+            rows, config.in_channels + config.extra_conditioning_channels, *latent[1:]
+        ),
+    }
+    if config.joint_attention_dim is not None:  # some have blocks without text
+        kwargs["encoder_hidden_states"] = new(
+            rows, CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim
+        )
+    if not config.use_pos_embed:  # they are given what the denoiser's embedding makes
+        kwargs["hidden_states"] = new(rows, patches(model, latent), model.inner_dim)
+    return kwargs
+
+
 DESCRIPTION = ModelDescription(
     "SD3Transformer2DModel",
     PerturbedJointAttention,
@@ -50,4 +76,10 @@ DESCRIPTION = ModelDescription(
         Checkpoint("StableDiffusion3PAGPipeline", "Stable Diffusion 3 medium", _MEDIUM),
         Checkpoint("StableDiffusion3PAGImg2ImgPipeline", "Stable Diffusion 3 medium", _MEDIUM),
     ),
+)
+CONTROLNET = ControlNetDescription(
+    "SD3ControlNetModel",
+    inputs=_controlled,
+    blocks=("JointTransformerBlock", "SD3SingleTransformerBlock"),
+    fusable_processors=frozenset({"JointAttnProcessor2_0"}),
 )

@@ -26,4 +26,7 @@ PIPELINES = (
     _DISTILLED("FluxControlPipeline"),
     _DISTILLED("FluxControlImg2ImgPipeline"),
     _DISTILLED("FluxControlInpaintPipeline"),
+    _VARIANT("FluxControlNetPipeline"),
+    _DISTILLED("FluxControlNetImg2ImgPipeline"),
+    _DISTILLED("FluxControlNetInpaintPipeline"),
 )

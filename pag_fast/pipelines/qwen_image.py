@@ -28,4 +28,6 @@ PIPELINES = (
     _VARIANT("QwenImageEditPlusPipeline"),
     _VARIANT("QwenImageEditInpaintPipeline"),
     _VARIANT("QwenImageLayeredPipeline", normalised_by="cfg_normalize"),
+    _VARIANT("QwenImageControlNetPipeline"),
+    _VARIANT("QwenImageControlNetInpaintPipeline"),
 )

@@ -145,10 +145,10 @@ class ControlNets:
         """The arguments with the rows that the ControlNet runs on."""
         session, state = self.session, installed.state
         config = session.patch.config
-        cfg = session.pipe.do_classifier_free_guidance
         if session.pag:
             layout = session.layout(rows)
         else:
+            cfg = session.pipe.do_classifier_free_guidance
             layout, session.unit = ((UNCOND, COND), rows // 2) if cfg else ((COND,), rows)
         state.slabs = self._slabs = None
         if call.get("guess_mode") and UNCOND in layout:
@@ -175,6 +175,8 @@ class ControlNets:
         return call
 
     def _merged(self, call: Call, installed: InstalledControlNets) -> int:
+        if not any(plan.sites for plan in installed.plans):
+            return 2
         everything = batched(call, 2 * self.session.unit, 1)
         merged = all(plan.merged for plan in installed.plans)
         alike = {

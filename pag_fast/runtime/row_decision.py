@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,19 @@ import torch
 from ..models.registry import PERTURBED
 from ..sharing.arguments import (
     ADAPTER,
+    ALL_RESIDUALS,
     BLOCK_RESIDUALS,
     MID_RESIDUAL,
     RESIDUALS,
-    SAMPLES,
     batched,
-    between_blocks,
     knows_places,
     latents_of,
     version_of,
 )
+from ..sharing.layout import Residuals
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
-from ..sharing.rows import SHARED, SPLIT, BranchState, change_level
+from ..sharing.rows import SHARED, SPLIT, BranchState, change_level, map_tensors
 from .compatibility import Answer
 from .findings import Findings
 from .installation import Installation
@@ -113,7 +114,7 @@ class RowDecision:
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
                 "apart"
             )
-        elif not (plan.block_levels or BLOCK_RESIDUALS.isdisjoint(call)) and between_blocks(call):
+        elif not BLOCK_RESIDUALS.isdisjoint(call) and _complete_unknown(call, full, unit, plan):
             reason = "residuals of a ControlNet go between the blocks: the branches run apart"
         if reason:
             self.patch.fall_back(reason)
@@ -145,7 +146,7 @@ class RowDecision:
             decided = self._decide(call, full, frames, unit)
         finally:
             self.equality, self.copies, self._recheck = before
-        if decided != self._decided and call.get(RESIDUALS) is not None:
+        if decided != self._decided and any(call.get(x) is not None for x in ALL_RESIDUALS):
             raise ValueError(
                 "A hook in front of the denoiser makes rows differ that were equal, and the "
                 "ControlNet's residuals have been cut already: patch with share_branches=False."
@@ -200,15 +201,50 @@ def align_residuals(
         call[RESIDUALS] = [align(residual, level) for residual, level in pairs]
     if call.get(MID_RESIDUAL) is not None:
         call[MID_RESIDUAL] = align(call[MID_RESIDUAL], plan.mid_level)
-    if plan.block_levels and call.get(SAMPLES) is not None:
-        pairs = zip(call[SAMPLES], plan.block_levels[1:], strict=False)
-        call[SAMPLES] = tuple([align(residual, level) for residual, level in pairs])
+    for place, levels in plan.block_residuals:
+        if place.argument in call and call[place.argument] is not None:
+            call[place.argument] = _behind_blocks(place, levels, call, align)
     if ADAPTER in call and call[ADAPTER] is not None:
         levels = (*plan.adapter_levels, plan.mid_level, *[SPLIT] * len(call[ADAPTER]))
         pairs = zip(call[ADAPTER], levels, strict=False)
         call[ADAPTER] = [align(residual, level) for residual, level in pairs]
         if slabs is not None and slabs[SHARED] < slabs[SPLIT]:
             _add_in_front_of_skips(call[ADAPTER], state, plan)
+
+
+def _behind_blocks(
+    place: Residuals,
+    levels: tuple[int, ...],
+    call: dict[str, Any],
+    align: Callable[[torch.Tensor, int], torch.Tensor],
+) -> list[torch.Tensor]:
+    """What a ControlNet adds between blocks, aligned; where it is spread, one for each block.
+
+    One residual may go behind blocks in front of the fork and behind others.
+    """
+    given = call[place.argument]
+    chosen: Sequence[int] = range(len(given))
+    if place.spread is None or not given:
+        levels = levels[place.first :] + (SPLIT,) * len(given)
+    else:
+        chosen = place.spread(len(given), len(levels), call)
+    known: dict[tuple[int, int], torch.Tensor] = {}
+    for index, level in zip(chosen, levels, strict=False):
+        if (index, level) not in known:
+            known[index, level] = align(given[index], level)
+    return [known[pair] for pair in zip(chosen, levels, strict=False)]
+
+
+def _complete_unknown(call: dict[str, Any], full: int, unit: int, plan: BranchPlan) -> bool:
+    """Whether something is added between blocks that the plan does not say; it gets all rows."""
+    known = {place.argument for place, _ in plan.block_residuals}
+    unknown = [name for name in BLOCK_RESIDUALS - known if call.get(name) is not None]
+    for name in unknown:
+        call[name] = map_tensors(
+            call[name],
+            lambda x: x if x.shape[0] % unit else change_level(x, x.shape[0] // unit, full),
+        )
+    return bool(unknown) and not plan.reason
 
 
 def _add_in_front_of_skips(

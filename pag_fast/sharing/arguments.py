@@ -12,28 +12,20 @@ from .rows import ROTARY, UNBATCHED, change_level, is_batched, map_tensors
 RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
 ADAPTER = "down_intrablock_additional_residuals"
-SAMPLES = "controlnet_block_samples"
 # what ControlNets of transformers add between its blocks
 BLOCK_RESIDUALS = frozenset(
     {
-        SAMPLES,
         "block_controlnet_hidden_states",
+        "controlnet_block_samples",
         "controlnet_single_block_samples",
         "controlnet_states",
     }
 )
 
+ALL_RESIDUALS = BLOCK_RESIDUALS | {RESIDUALS, MID_RESIDUAL, ADAPTER}
+
 # residuals are aligned one by one; timesteps are equal by construction and new in every step
-UNCHECKED = (
-    UNBATCHED
-    | ROTARY
-    | {
-        RESIDUALS,
-        MID_RESIDUAL,
-        ADAPTER,
-        "timestep",
-    }
-)
+UNCHECKED = UNBATCHED | ROTARY | ALL_RESIDUALS | {"timestep"}
 SAMPLE = ("sample", "hidden_states")
 
 # conditioning with one row for each picture in front, whatever the model's class
@@ -156,8 +148,8 @@ def change_arguments(
 
     ``change_rows_of`` is applied to lists named in ``by_row``, which have something for each row.
     """
-    kept = (RESIDUALS, MID_RESIDUAL, ADAPTER, *by_row)
-    changed = map_tensors({n: v for n, v in call.items() if n not in kept}, change)
+    kept = {n: v for n, v in call.items() if n not in ALL_RESIDUALS and n not in by_row}
+    changed = map_tensors(kept, change)
     for name in by_row:
         assert change_rows_of is not None
         changed[name] = change_rows_of(call[name])

@@ -79,9 +79,11 @@ def plan_dit(
     ]
     if fork.shuffled:
         plan.shuffled = tuple(name for name, _ in walked[fork.index :])
-    if layout.residuals:
-        last = fork.index - (not fork.behind)  # behind it rows are apart
-        plan.block_levels = tuple(SHARED if i < last else SPLIT for i in range(len(walked)))
+    last = fork.index - (not fork.behind)  # behind it rows are apart
+    for residuals in layout.residuals:
+        places = [i for i, (x, _) in enumerate(walked) if x.startswith(f"{residuals.blocks}.")]
+        levels = tuple(SHARED if place < last else SPLIT for place in places)
+        plan.block_residuals += ((residuals, levels),)
     for index, (name, block) in enumerate(walked):
         is_alone = index > fork.index and runs_without(blocks.get(name))
         is_before = index < fork.index or (fork.behind and index == fork.index)

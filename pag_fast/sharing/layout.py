@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,41 @@ class Stream:
     tokens: tuple[str, ...]
 
 
+Spread = Callable[[int, int, Mapping[str, Any]], list[int]]
+"""Which of so many residuals goes behind each of so many blocks, given the model's arguments."""
+
+
+def by_intervals(residuals: int, blocks: int, call: Mapping[str, Any]) -> list[int]:
+    """Each goes behind as many blocks in a row, rounded up; XLabs' nets begin anew instead."""
+    if call.get("controlnet_blocks_repeat"):
+        return [index % residuals for index in range(blocks)]
+    interval = -(-blocks // residuals)
+    return [index // interval for index in range(blocks)]
+
+
+def by_proportion(residuals: int, blocks: int, call: Mapping[str, Any]) -> list[int]:
+    """Each goes behind a share of the blocks, in order."""
+    interval = blocks / residuals
+    return [int(index / interval) for index in range(blocks)]
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds between the blocks of a transformer.
+
+    Attributes:
+        argument: of the model, a list of tensors with rows in front.
+        blocks: the attribute that holds the blocks behind which they go.
+        first: index of the block behind which the first one goes.
+        spread: of models that take any number of them; ``None``: each goes behind one block.
+    """
+
+    argument: str
+    blocks: str
+    first: int = 0
+    spread: Spread | None = None
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a class of transformers is built.
@@ -34,8 +69,7 @@ class Layout:
         before: in front of the blocks, modules or lists of them that take more than a block's
             share.
         twice: arguments of a block that may hold every row twice, all of them once and then again.
-        residuals: an argument of the model with what is added behind its second block, its third,
-            and so on.
+        residuals: what a ControlNet adds between blocks.
         equivariant: blocks treat an image token alike wherever it is.
     """
 
@@ -44,7 +78,7 @@ class Layout:
     merge: bool = False
     before: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
-    residuals: str = ""
+    residuals: tuple[Residuals, ...] = ()
     equivariant: bool = False
 
 

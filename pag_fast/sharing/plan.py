@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .layout import Residuals
 from .rows import LEVEL_NAMES, SHARED, SPLIT, Align, BranchState, Leave, LeaveSkips
 
 
@@ -61,8 +62,8 @@ class BranchPlan:
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
         adapter_levels: levels behind the down blocks, where a T2I-Adapter's residuals are added.
-        block_levels: levels behind the blocks of a transformer, where residuals of a ControlNet are
-            added.
+        block_residuals: what a ControlNet adds between the blocks of a transformer, and the levels
+            behind these blocks.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
         order: the perturbed attentions and blocks in execution order.
         blocks: levels a perturbed block's input arrives at and that it runs on (both SPLIT if it is
@@ -79,7 +80,7 @@ class BranchPlan:
     residual_levels: tuple[int, ...] = ()
     mid_level: int = SPLIT
     adapter_levels: tuple[int, ...] = ()
-    block_levels: tuple[int, ...] = ()
+    block_residuals: tuple[tuple[Residuals, tuple[int, ...]], ...] = ()
     merged: bool = False
     merged_until: str = ""
     order: tuple[str, ...] = ()

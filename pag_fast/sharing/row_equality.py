@@ -8,6 +8,9 @@ import torch
 
 from .arguments import SAMPLE, UNCHECKED, version_of
 
+# guidance is embedded with the timestep, and some loops make its tensor anew in every step
+_OF_A_STEP = UNCHECKED | {"guidance"}
+
 
 class RowEquality:
     """Compares slabs of conditioning tensors once, and again when a tensor has been replaced.
@@ -72,7 +75,7 @@ def _conditioning(call: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The arguments of a model that last from step to step: tensors with versions, and numbers."""
     found: list[tuple[Any, Any]] = []
     for name, value in call.items():
-        if value is not None and name not in UNCHECKED and name not in SAMPLE:
+        if value is not None and name not in _OF_A_STEP and name not in SAMPLE:
             _collect(value, found)
     return found
 
