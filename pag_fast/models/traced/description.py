@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...processors.stock import PerturbedStockAttention
-from ...sharing.arguments import latents_of, lists_by_row
+from ...sharing.arguments import frames_of, latents_of, lists_by_row
 from ...sharing.plan import BranchPlan, unshared
 from ...sharing.rows import map_tensors
 from ...sharing.tokens import Tokens
@@ -139,9 +139,11 @@ def _inputs(
             "first forward, which has not run yet."
         )
     call, have, _ = traced.example
+    batched = have, have * frames_of(call)
 
     def made(x: torch.Tensor) -> torch.Tensor:
-        shape = (rows, *x.shape[1:]) if x.shape[0] == have else tuple(x.shape)
+        first = x.shape[0] // have * rows if x.shape[0] in batched else x.shape[0]
+        shape = first, *x.shape[1:]
         return new(*shape, dtype=None if x.is_floating_point() else x.dtype)
 
     by_row = lists_by_row(call, have)
