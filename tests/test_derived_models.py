@@ -296,3 +296,50 @@ def test_a_pipeline_without_a_denoiser_is_refused():
     del pipe.transformer.layers[:]
     with pytest.raises(ValueError, match="no module with an attention processor as those of"):
         pag_fast.patch(pipe, "blocks.1")
+
+
+def test_describe(tmp_path, monkeypatch, capsys):
+    """The command prints what a call shows, and writes a file with which the model is described."""
+    import importlib.util
+    import sys
+
+    from pag_fast import cli
+    from pag_fast.models.traced import description
+    from pag_fast.tools import load
+
+    def run(*options):
+        monkeypatch.setattr(load, "load", lambda *_, **__: build(text="middle"))
+        monkeypatch.setattr(own_models.OwnPipeline, "__call__", call)
+        return cli.main(["describe", "--pipeline", "own", *options])
+
+    own = own_models.OwnPipeline.__call__
+
+    def call(self, prompt="", **options):
+        return own(self, **{**prompts(), **options})
+
+    file = tmp_path / "own.py"
+    assert run("--write", str(file)) == 0
+    said = capsys.readouterr().out
+    assert "branches: together in one forward, uncond, cond" in said
+    assert "guidance: -3 · uncond + 4 · cond" in said
+    assert "layers.0-3.mixer" in said and "8 image, 5 context, 8 image, in 4 of them" in said
+    # as if it were in the package
+    source = file.read_text(encoding="utf-8").replace("from .traced", "from pag_fast.models.traced")
+    spec = importlib.util.spec_from_loader("own_description", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    exec(source, vars(module))
+    written = module.DESCRIPTION
+    assert written.layout.blocks == ("layers",) and written.layout.attentions == ("mixer",)
+    monkeypatch.setattr(registry, "DESCRIPTIONS", (*registry.DESCRIPTIONS, written))
+    pipe = build(text="middle")
+    slow = truth(pipe, NAMES, prompts())
+    compared = []
+    monkeypatch.setattr(traced_session.TracedSession, "_apart", lambda *_: compared.append(1))
+    with pag_fast.patched(pipe, LAYERS):
+        assert relative(pipe(**prompts()), slow) < 1e-5
+    assert description.derive(pipe.transformer).traced.written and not compared
+    assert run("--write", str(file)) == 2
+    assert "every denoiser of this pipeline is described" in capsys.readouterr().err
+    assert run("--write", str(tmp_path / "no" / "own.py")) == 2
+    assert "The folder of --write" in capsys.readouterr().err
+    assert "own_description" not in sys.modules
