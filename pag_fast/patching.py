@@ -153,7 +153,10 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
 
 
 def supported_pipelines() -> tuple[str, ...]:
-    """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
+    """Class names of the pipelines that are described, where diffusers has them.
+
+    :func:`patch` takes others, too: what runs is then seen in their calls.
+    """
     return tuple(filter(_exists, (*PAG_PIPELINES, *SAG_PIPELINES, *HOSTS)))
 
 

@@ -217,7 +217,7 @@ def _of_parameters(module: nn.Module) -> Iterator[Found]:
 
 def _of_processor(module: nn.Module, own: str) -> Iterator[Found]:
     processor = getattr(module, "processor", None)
-    if not callable(processor):  # models of diffusers hand on what their configuration names
+    if processor is None or isinstance(processor, str):  # a model's setting of that name
         return
     cls: Any = type(processor)
     names = mro_names(cls)

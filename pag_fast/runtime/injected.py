@@ -118,9 +118,8 @@ class InjectedSession(Session):
             self._timestep, self._turn = timestep, self._turn + 1
         if isinstance(index, int) or stepped is not None or timestep is not None:
             return index if isinstance(index, int) else None, stepped, self._turn
-        if "timestep" not in call:
-            return self.forwards
-        return float(call["timestep"].flatten()[0])
+        found = call["timestep"].flatten()[0] if "timestep" in call else self._locals.get("t")
+        return self.forwards if found is None else float(found)
 
     def _pass_of(self, call: Call) -> str:
         """Which pass a forward is: by its arguments, by whose text it gets, or by its place.
