@@ -403,3 +403,19 @@ def test_a_patched_pipeline_is_copied_and_saved(tmp_path):
     loaded = own_models.OwnDenoiser.from_pretrained(tmp_path)
     state = loaded.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in pipe.transformer.state_dict().items())
+
+
+def test_verify_and_explain():
+    """What was seen of the loop is explained, and the model's own classes are nobody else's."""
+    pipe = build(text="middle")
+    result = pag_fast.verify(pipe, layers=["layers.1"], **prompts())
+    assert result.ok and result.steps == {"shared": 4}
+    assert not hasattr(pipe, "_pag_fast")
+    pag_fast.patch(pipe, LAYERS)
+    pipe(**prompts())
+    found = pag_fast.explain(pipe)
+    assert not found.findings and found.fork == "layers.1.mixer"
+    assert "uncond | cond = perturbed   until layers.1.mixer" in str(found)
+    pipe.order = "apart"
+    pipe(**prompts())
+    assert "uncond             a call of its own" in str(pag_fast.explain(pipe))
