@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ from .guidance import guided_cond, host_timesteps
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
+from .stock_passes import StockPasses
+from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -64,6 +67,7 @@ class InjectedSession(Session):
         self._scales = loop.scales
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
+        self._stock: StockPasses | None = None
         self._extended: Copies = {}
         self._turned: Copies = {}
         self._pass = COND
@@ -83,10 +87,16 @@ class InjectedSession(Session):
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
+        if self.host.stock_guidance is not None:
+            denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
+            self._stock = StockPasses(
+                self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs
+            )
 
     def end(self, *, whole: bool) -> None:
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
-        super().end(whole=whole)
+        stock = [] if self._stock is None else [self._stock.forget]
+        undo_all(*stock, partial(super().end, whole=whole))
 
     def _own_rescale(self) -> float:
         return float(self._argument("guidance_rescale") or 0.0)
@@ -191,6 +201,14 @@ class InjectedSession(Session):
     # ---- a forward ----
 
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
+        """As in :class:`Session`; what the pipeline guides by itself is kept, or resumed."""
+        call = self._extended_call(forward, found)
+        if self._stock is not None:
+            above = self._stock.enter(forward.call, self._locals, found)
+            self._above = (above, self._stock) if above.entries else None
+        return call
+
+    def _extended_call(self, forward: Forward, found: Findings) -> Call:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
         call = forward.call
         if self.loop.step < 0:
