@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.registry import uncompiled
 from ..pipelines.description import StockGuidance
-from ..sharing.arguments import latents_of
+from ..sharing.arguments import complete_rows, latents_of
 from ..sharing.plan import compiled_call, has_diffusers_hooks
 from ..sharing.resume import Known
 from ..sharing.row_equality import RowEquality
@@ -276,7 +276,7 @@ def _leaves_by_name(
     left_out = (guidance.argument, *guidance.others, *guidance.with_it)
     return {
         name: list(_leaves(value, rows, unit))
-        for name, value in call.items()
+        for name, value in complete_rows(dict(call), rows, 1).items()
         if value is not None and name not in left_out
     }
 
