@@ -20,7 +20,7 @@ from pag_fast.analysis.flops import count
 from pag_fast.analysis.stock import guidance_cost
 from pag_fast.pipelines.registry import HOSTS, PIPELINES, STOCK_PIPELINES
 from pag_fast.runtime.compatibility import row_wise
-from pag_fast.runtime.stock_passes import RESUMED
+from pag_fast.runtime.stock_passes import RESUMED, _CondRecord
 
 SD3, LTX2 = "StableDiffusion3Pipeline", "LTX2Pipeline"
 SKIP = {
@@ -147,6 +147,24 @@ def test_windows(window):
     with _patched(SD3, pipe):
         assert relative(_latents(SD3, pipe, **more), stock) <= 1e-6
         assert pipe._pag_fast.steps[RESUMED] == inside
+
+
+def test_outside_of_the_window_are_kept_no_rows():
+    """Where no such forward follows, nothing is recorded."""
+    pipe, recorded = tiny_hosts.build(SD3), []
+    more = {"skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.6, "steps": 6}
+    record = _CondRecord.note
+
+    def note(self, out):
+        recorded.append(1)
+        return record(self, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_CondRecord, "note", note)
+        with _patched(SD3, pipe):
+            _latents(SD3, pipe, **more)
+            assert pipe._pag_fast.steps[RESUMED] == 2
+    assert len(recorded) == 2 * 3, "three blocks in front, in steps 2 and 3"
 
 
 @pytest.mark.parametrize("name", [SD3, LTX2])

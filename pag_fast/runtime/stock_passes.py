@@ -121,7 +121,6 @@ class StockPasses:
         # of the forward that runs: what records
         self._recording: _Fork | None = None
         self._rows = _Rows()
-        self._same = False
         self._compared = False
         self._compiled = model is not denoiser or compiled_call(model) is not None
         self._graphs = graphs
@@ -157,8 +156,8 @@ class StockPasses:
         if not unit or rows % unit:
             return InstancePatch.nothing()
         self._fork, self._rows.unit, self._rows.cond = fork, unit, rows // unit - 1
-        self._same = self._equality.same_objects(dict(call), rows, "cond")
-        self._compared = self._compared and self._same
+        same = self._equality.same_objects(dict(call), rows, "cond")
+        self._compared = self._compared and same
         # some models take things out of their arguments
         self._inputs = _leaves_by_name(call, self.guidance, rows, unit)
         self._recording = self._at(fork)
@@ -235,7 +234,7 @@ class StockPasses:
         if not self._values or fork < self._fork:
             return "nothing usable was kept of cond's forward."
         rows = latents_of(dict(call)).shape[0]
-        same = self._equality.same_objects(dict(call), rows, "changed") and self._same
+        same = self._equality.same_objects(dict(call), rows, "changed")
         if rows != self._rows.unit:
             return "it has other rows than cond's."
         now = _leaves_by_name(call, self.guidance, rows, rows)
