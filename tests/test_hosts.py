@@ -150,7 +150,7 @@ def test_the_two_denoisers_of_wan():
         assert relative(latents(pipe, kwargs()), truth) < 1e-5
 
 
-def test_skip_layer_guidance_of_sd3_is_left_alone():
+def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
     pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
     skip["skip_layer_guidance_start"] = 0.0
@@ -158,7 +158,7 @@ def test_skip_layer_guidance_of_sd3_is_left_alone():
     with pag_fast.patched(pipe, layers):
         plain = latents(pipe, call_kwargs(SD3, pipe))
         both = latents(pipe, call_kwargs(SD3, pipe, **skip))
-        assert dict(pipe._pag_fast.steps) == {"shared": 4}
+        assert dict(pipe._pag_fast.steps) == {"shared": 4, "stock guidance resumed": 1}
     assert relative(both, plain) > 1e-4
 
 

@@ -14,8 +14,7 @@ from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, family_of, uncompiled
 from ..patching import applied_layers, check_pipeline
 from ..pipelines.description import PipelineDescription
-from ..pipelines.registry import HOSTS, host_of
-from ..sag import is_sag
+from ..pipelines.registry import HOSTS, has_layers, host_of
 from ..settings.layers import as_list
 from .flops import patched_flops
 from .lower_bound import Bound, row_flops, trace
@@ -135,8 +134,8 @@ def layer_costs(
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
     else:
         check_pipeline(pipe)
-        if is_sag(pipe):
-            raise ValueError(f"{type(pipe).__name__} has no layers to choose: SAG has one place.")
+        if not has_layers(pipe):
+            raise ValueError(f"{type(pipe).__name__} has no layers to choose: it gets no PAG.")
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
         size = Size.of(pipe)

@@ -29,6 +29,7 @@ from ..sharing.unet_plan import plan_controlnet
 from .explanation import PIPELINES_SCALE, Explanation, ModelCall, Predicted
 from .flops import controlnet_cost, step_costs
 from .published import meta_twin
+from .stock import explain_stock, in_words
 
 
 def explain(
@@ -57,6 +58,8 @@ def explain(
     check_pipeline(pipe)
     if is_sag(pipe):
         return explain_sag(pipe, size=(height, width))
+    if describe_pipeline(pipe).kind == "stock":
+        return explain_stock(pipe, size=(height, width))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
@@ -72,6 +75,8 @@ def explain(
     ]
     notes += _derived(pipe, described)
     notes += _graphs(found)
+    if described.stock_guidance is not None:
+        notes.append(in_words(described.stock_guidance))
     args = model, nets, layers, config, size, described, notes, sequential
     predicted = _predict(*args) if flops else ()
     return Explanation(

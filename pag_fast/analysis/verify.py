@@ -23,8 +23,7 @@ import torch
 from ..config import PatchConfig
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import check_pipeline, patched
-from ..pipelines.registry import host_of
-from ..sag import is_sag
+from ..pipelines.registry import has_layers, host_of
 from ..settings.layers import Layers
 from ..version import __version__
 from .explain import explain
@@ -166,7 +165,7 @@ def verify(
         found_by = _compare(out, stock)
         bound = BOUNDS.get(denoiser.dtype, BOUNDS[torch.bfloat16])
         from_unshared = None
-        if not found_by["relative"] <= bound and reference == _DIFFUSERS and not is_sag(pipe):
+        if not found_by["relative"] <= bound and reference == _DIFFUSERS and has_layers(pipe):
             from_unshared = _compare(out, _unshared(pipe, config, call))["relative"]
     return Verification(
         pipeline=type(pipe).__name__,
@@ -204,9 +203,9 @@ def _stock(
     """What to compare with, in words, and its output."""
     default = PatchConfig()
     changes = [name for name in _CHANGES if getattr(config, name) != getattr(default, name)]
-    if host_of(pipe) is None and (is_sag(pipe) or not changes):
+    if host_of(pipe) is None and (not has_layers(pipe) or not changes):
         twin = _twin(pipe)
-        if not is_sag(pipe):
+        if has_layers(pipe):
             # by their full names: stock takes neither short names nor numbers
             twin.pag_applied_layers = [f"^{re.escape(name)}$" for name in explanation.layers]
         try:

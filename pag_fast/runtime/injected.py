@@ -11,6 +11,7 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ from .predictions import prediction_of, with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
+from .stock_passes import StockPasses
+from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -66,6 +69,7 @@ class InjectedSession(Session):
         self._observed = ObservedLoop(pipe, patch.fall_back) if self.host.is_observed else None
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
+        self._stock: StockPasses | None = None
         self._extended: Copies = {}
         self._turned: Copies = {}
         self._pass = COND
@@ -85,12 +89,18 @@ class InjectedSession(Session):
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
+        if self.host.stock_guidance is not None:
+            denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
+            self._stock = StockPasses(
+                self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs
+            )
 
     def end(self, *, whole: bool) -> None:
         if self._observed is not None:
             self.patch.seen_of_loop.update(self._observed.seen)
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
-        super().end(whole=whole)
+        stock = [] if self._stock is None else [self._stock.forget]
+        undo_all(*stock, partial(super().end, whole=whole))
 
     def _own_rescale(self) -> float:
         return float(self._argument("guidance_rescale") or 0.0)
@@ -200,6 +210,14 @@ class InjectedSession(Session):
     # ---- a forward ----
 
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
+        """As in :class:`Session`; what the pipeline guides by itself is kept, or resumed."""
+        call = self._extended_call(forward, found)
+        if self._stock is not None:
+            above = self._stock.enter(forward.call, self._locals, found)
+            self._above = (above, self._stock) if above.entries else None
+        return call
+
+    def _extended_call(self, forward: Forward, found: Findings) -> Call:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
         call = forward.call
         if self.loop.step < 0:

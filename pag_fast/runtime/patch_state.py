@@ -28,6 +28,7 @@ from .installation import Installation
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
+from .stock_patch import run_stock
 from .traced import TracedSession
 from .undoing import undo_after_error, undo_all
 
@@ -145,7 +146,7 @@ class PatchState(BasicState):
                 elif value is not None:
                     kwargs[name] = value
             if self.host is not None and self.pag_scale == 0.0:
-                return call(*args, **kwargs)
+                return self._run_without(pipe, call, args, kwargs)
             return self._run(pipe, call, args, kwargs)
         finally:
             for name, value in before.items():
@@ -155,6 +156,16 @@ class PatchState(BasicState):
             if now is wanted:
                 self._set_layers(pipe, layers)
             self.lasting_layers = None
+
+    def _run_without(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call without PAG: what the pipeline guides by itself is resumed all the same."""
+        guidance = None if self.host is None else self.host.stock_guidance
+        if guidance is None:
+            return call(*args, **kwargs)
+        self.enter_models(pipe)
+        return run_stock(pipe, self, guidance, call, args, kwargs)
 
     def checked_layers(self, pipe: Any, layers: Any) -> list[str | int]:
         """Layers that somebody has named since patching, as a list.
