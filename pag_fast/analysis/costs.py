@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from ..config import PatchConfig
-from ..models.inputs import Size
+from ..models.inputs import Inputs, Size
 from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, family_of, uncompiled
 from ..patching import applied_layers, check_pipeline
@@ -17,7 +17,7 @@ from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import HOSTS, has_layers, host_of
 from ..settings.layers import as_list
 from .flops import patched_flops
-from .lower_bound import Bound, row_flops, trace
+from .lower_bound import Bound, Traced, row_flops, trace
 from .published import find_card, meta_model, meta_twin
 
 
@@ -160,13 +160,7 @@ def layer_costs(
     # uncond in a call of its own costs the same with PAG as without
     alone = row if cfg and sequential else 0
     without = row * (2 if cfg else 1)
-    bound = Bound(model, inputs, cfg=both)
-
-    def least(name: str) -> int:
-        if family_of(model).is_derived:  # what runs, as nobody knows what has to
-            return patched_flops(model, [f"^{re.escape(name)}$"], inputs, cfg=both, config=config)
-        return bound.total(traced, (name,))
-
+    least = _least(model, inputs, traced, both, config)
     place = {item.name: index for index, item in enumerate(traced)}
     costs = [
         LayerCost(
@@ -183,6 +177,20 @@ def layer_costs(
         together = (counted + alone) / without
     source = host.source if host is not None and layers == host.layers and chosen else ""
     return LayerCosts(title, size, cfg, tuple(costs), source, together)
+
+
+def _least(
+    model: Any, inputs: Inputs, traced: Sequence[Traced], cfg: bool, config: PatchConfig
+) -> Callable[[str], int]:
+    """FLOPs of a step with PAG on one layer: the least; of derived models what runs."""
+    bound = Bound(model, inputs, cfg=cfg)
+
+    def least(name: str) -> int:
+        if family_of(model).is_derived:  # nobody knows what has to
+            return patched_flops(model, [f"^{re.escape(name)}$"], inputs, cfg=cfg, config=config)
+        return bound.total(traced, (name,))
+
+    return least
 
 
 _IN_TRANSFORMER = re.compile(

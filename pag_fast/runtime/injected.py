@@ -10,6 +10,7 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,6 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
-from .observed import ObservedLoop
-from .predictions import prediction_of, with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
@@ -66,7 +65,6 @@ class InjectedSession(Session):
         # the pipeline has cond in front of a batch, and not at its end
         self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
-        self._observed = ObservedLoop(pipe, patch.fall_back) if self.host.is_observed else None
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
         self._stock: StockPasses | None = None
@@ -96,8 +94,6 @@ class InjectedSession(Session):
             )
 
     def end(self, *, whole: bool) -> None:
-        if self._observed is not None:
-            self.patch.seen_of_loop.update(self._observed.seen)
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
         stock = [] if self._stock is None else [self._stock.forget]
         undo_all(*stock, partial(super().end, whole=whole))
@@ -143,21 +139,20 @@ class InjectedSession(Session):
         seen = self._seen[1]
         if call.get("skip_layers") is not None:
             found = SKIP  # SD3's skip-layer guidance
-        elif self._observed is not None:
-            self._observed.check(key, self._locals)
-            rows = latents_of(call).shape[0]
-            found = self._observed.pass_of(call, rows, self._locals, seen)
         elif not self.host.sequential:
             found = COND
         else:
             found = self._pass_by_text(call) or (UNCOND if COND in seen else COND)
         if found in seen and found == COND:
-            self.patch.fall_back(
-                "the loop runs the denoiser more than once for cond in a step: each forward is "
-                "taken for one of cond"
-            )
+            self._tell_of_repeats()
         seen.append(found)
         return found
+
+    def _tell_of_repeats(self) -> None:
+        self.patch.fall_back(
+            "the loop runs the denoiser more than once for cond in a step: each forward is taken "
+            "for one of cond"
+        )
 
     def _pass_by_text(self, call: Call) -> str:
         """The pass whose prompt, among the locals of the loop, is the text of this forward."""
@@ -238,9 +233,6 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
-        if self._observed is not None:
-            layout = self._observed.layout(call, rows, self._locals)
-            self.unit, self._cond_first = rows // len(layout), self._observed.cond_first
         if self._cond_first and len(layout) > 1:
             have = len(layout)
             call, self._turned = with_rows(call, rows, frames, self._turned, turned, have, have)
@@ -275,7 +267,7 @@ class InjectedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
-        prediction = prediction_of(out)
+        prediction = out[0]
         if self._is_last_pass():
             self.forget()
         if self._pass != COND:
@@ -348,18 +340,17 @@ class InjectedSession(Session):
 
         In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
         """
-        if self._observed is not None:
-            names = (UNCOND, COND)[-len(predictions) :] if self._pass == COND else (self._pass,)
-            self._observed.gave(self._seen[0], names, predictions)
         if self._cond_first:
             predictions = predictions[::-1]
         prediction, *more = predictions
         if more:
             prediction = torch.cat(predictions)
-        latents, own = self._locals.get("latents"), prediction_of(out).dtype
+        latents, own = self._locals.get("latents"), out[0].dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
-        return with_prediction(out, prediction)
+        if isinstance(out, tuple):
+            return (prediction, *out[1:])
+        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: prediction})
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):

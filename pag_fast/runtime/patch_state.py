@@ -25,6 +25,7 @@ from .frames import know_loops
 from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation
+from .observed_session import ObservedSession, ObservedTracedSession
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
@@ -32,6 +33,13 @@ from .stock_patch import run_stock
 from .traced import TracedSession
 from .undoing import undo_after_error, undo_all
 
+# by whether the pipeline is observed, and its denoiser traced
+_KINDS: dict[tuple[bool, bool], type[InjectedSession]] = {
+    (False, False): InjectedSession,
+    (False, True): TracedSession,
+    (True, False): ObservedSession,
+    (True, True): ObservedTracedSession,
+}
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
 _MOST_INSTALLATIONS = 8
@@ -254,7 +262,7 @@ class PatchState(BasicState):
         loop = Loop()
         for name in denoiser_names(pipe):
             model = uncompiled(getattr(pipe, name))
-            kind = TracedSession if derive(model).is_derived else InjectedSession
+            kind = _KINDS[self.host.is_observed, derive(model).is_derived]
             yield kind(pipe, self, name, loop)
 
     # ---- what is kept between calls ----

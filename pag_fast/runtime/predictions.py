@@ -14,11 +14,8 @@ def prediction_of(out: Any) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
 
-def with_prediction(out: Any, prediction: torch.Tensor) -> Any:
-    """The same kind of output with another prediction; a list of rows stays one."""
-    found: Any = prediction
-    if not isinstance(out[0], torch.Tensor):
-        found = list(prediction.unbind(0))
+def with_prediction(out: Any, prediction: Any) -> Any:
+    """The same kind of output with another prediction."""
     if isinstance(out, tuple):
-        return (found, *out[1:])
-    return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: found})
+        return (prediction, *out[1:])
+    return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: prediction})

@@ -235,6 +235,9 @@ class Session(Guided):
         self.ran = layout, scales
         return call
 
+    def arrives(self, call: Call) -> None:
+        """A ControlNet is called, whose rows are those of the denoiser behind it."""
+
     def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
         if not self.unit:
