@@ -125,6 +125,17 @@ def test_sd3_beside_pag(layers, images):
     assert alone is None or relative(alone, both) > 1e-3, "PAG makes no difference"
 
 
+@pytest.mark.parametrize("pag_scale", [0.0, 3.0])
+def test_nothing_is_shared_where_that_is_asked_for(pag_scale):
+    """So that ``verify`` compares with forwards that are whole."""
+    pipe = _pipe(SD3)
+    with pag_fast.patched(pipe, "blocks.2", pag_scale=pag_scale):
+        resumed = _latents(SD3, pipe)
+    with pag_fast.patched(pipe, "blocks.2", pag_scale=pag_scale, share_branches=False):
+        assert relative(_latents(SD3, pipe), resumed) <= 1e-6
+        assert RESUMED not in pipe._pag_fast.steps
+
+
 def test_several_branches_beside_it():
     pipe = _pipe(SD3)
     branches = [

@@ -103,6 +103,13 @@ def _has_uncond(title: str, host: PipelineDescription | None) -> bool:
     return False
 
 
+def _check(pipe: Any) -> None:
+    """Raises ValueError for a pipeline that cannot be patched, or has no layers to choose."""
+    check_pipeline(pipe)
+    if not has_layers(pipe):
+        raise ValueError(f"{type(pipe).__name__} has no layers to choose: it gets no PAG.")
+
+
 def layer_costs(
     pipe: Any,
     *,
@@ -133,9 +140,7 @@ def layer_costs(
         layers: tuple[str | int, ...] = card.documented_layers
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
     else:
-        check_pipeline(pipe)
-        if not has_layers(pipe):
-            raise ValueError(f"{type(pipe).__name__} has no layers to choose: it gets no PAG.")
+        _check(pipe)
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
         size = Size.of(pipe)

@@ -170,7 +170,7 @@ class PatchState(BasicState):
     ) -> Any:
         """A call without PAG: what the pipeline guides by itself is resumed all the same."""
         guidance = None if self.host is None else self.host.stock_guidance
-        if guidance is None:
+        if guidance is None or not self.config.share_branches:
             return call(*args, **kwargs)
         self.enter_models(pipe)
         return run_stock(pipe, self, guidance, call, args, kwargs)
