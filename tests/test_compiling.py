@@ -23,8 +23,9 @@ from pag_fast.runtime.compilation import (
 from pag_fast.sharing.plan import compiled_call
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
-# test_compile.py has every family, compiled by the user
-FAMILIES = [UNET, "StableDiffusion3PAGPipeline", "HunyuanDiTPAGPipeline", CONTROLNET]
+SD3 = "StableDiffusion3PAGPipeline"
+# test_compile.py has every family, compiled by the user; a ControlNet has a UNet behind it
+FAMILIES = [SD3, "HunyuanDiTPAGPipeline", CONTROLNET]
 EAGER = CompileConfig(backend="eager")
 
 
@@ -62,8 +63,8 @@ def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
 
 def test_attention_arguments_of_a_call():
     """Dynamo cannot read a stored signature once it has seen diffusers take such a dict apart."""
-    name = "StableDiffusion3PAGPipeline"
-    pipe = build(name)
+    name = SD3
+    pipe = build(name, num_layers=2)
     arguments = {"joint_attention_kwargs": {"scale": 1.0}}
     stock = latents(pipe, call_kwargs(name, pipe, **arguments))
     pag_fast.patch(pipe, compile=pag_fast.CompileConfig(backend="eager"))
@@ -71,12 +72,12 @@ def test_attention_arguments_of_a_call():
 
 
 _NOTHING_IN_THE_MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type": None}
+_UP_LAYERS = ["up_blocks.0.attentions.1"]
 
 
 def test_inductor():
     """Of a UNet; ``test_compile.py`` has a transformer."""
-    layers = {"pag_applied_layers": ["up_blocks.0.attentions.1"]}
-    pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, **layers)
+    pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, pag_applied_layers=_UP_LAYERS)
     stock = latents(pipe, call_kwargs(UNET, pipe))
     pag_fast.patch(pipe, compile=True)
     for _ in range(2):
@@ -88,7 +89,8 @@ def test_queries_keys_and_values_are_one_product_in_the_graph():
     products = {}
     for fewer in (False, True):
         torch._dynamo.reset()
-        pipe = pag_fast.patch(build(UNET), compile=EAGER, fewer_launches=fewer)
+        pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, pag_applied_layers=_UP_LAYERS)
+        pag_fast.patch(pipe, compile=EAGER, fewer_launches=fewer)
         seen = []
 
         def backend(graph, inputs, seen=seen):
@@ -108,7 +110,7 @@ def test_queries_keys_and_values_are_one_product_in_the_graph():
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_the_step_without_the_perturbed_branch_is_compiled_in_the_first(regional):
     """With an adaptive scale the branch drops on the way: no step after the first compiles."""
-    pipe = build(UNET)
+    pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, pag_applied_layers=_UP_LAYERS)
     kwargs = {"steps": 6, "pag_adaptive_scale": 0.005}
     stock = latents(pipe, call_kwargs(UNET, pipe, **kwargs))
     after = []
@@ -165,11 +167,15 @@ REPEATED = {
 def test_regional_of_every_family(name):
     """The blocks that diffusers names, and those of the models in which it names none."""
     module = tiny_hosts if name in tiny_hosts.HOSTS else tiny
-    specs = tiny_hosts.HOSTS if name in tiny_hosts.HOSTS else PIPELINES
-    if name in LAYERS and name != "FluxPipeline":  # whose both kinds of blocks are perturbed here
+    # a block in front of the fork, and a perturbed one of each kind
+    if name in ("AnimateDiffPAGPipeline", CONTROLNET):
         made, layers = build(name), LAYERS[name]["middle"]
+    elif name in ("FluxPipeline", "HunyuanVideoPipeline"):
+        made = build(name, num_layers=2, num_single_layers=1)
+        layers = [r"^transformer_blocks\.1\.", r"single_transformer_blocks\.0\."]
     else:
-        made, layers = module.build(name), specs[name].layers["middle"]
+        made = build(name, num_layers=2)
+        layers = [r"layers\.1\." if name == "Lumina2Pipeline" else r"blocks\.1\."]
     pipe = pag_fast.patch(made, layers)
     eager = module.latents(pipe, module.call_kwargs(name, pipe))
     pag_fast.patch(pipe, layers, compile=CompileConfig(backend="eager", regional=True))
@@ -233,36 +239,36 @@ def test_channels_last_comes_and_goes():
 
 
 def test_settings_that_come_back_are_compiled_again():
-    pipe = pag_fast.patch(build(UNET), compile=EAGER)
-    stock = latents(pipe, call_kwargs(UNET, pipe))
+    pipe = pag_fast.patch(build(SD3, num_layers=2), compile=EAGER)
+    stock = latents(pipe, call_kwargs(SD3, pipe))
     with pag_fast.patched(pipe):
-        assert compiled_call(pipe.unet) is None
-    latents(pipe, call_kwargs(UNET, pipe))
-    assert compiled_call(pipe.unet) is not None
+        assert compiled_call(pipe.transformer) is None
+    latents(pipe, call_kwargs(SD3, pipe))
+    assert compiled_call(pipe.transformer) is not None
     pag_fast.patch(pipe)
-    assert compiled_call(pipe.unet) is None
-    assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
+    assert compiled_call(pipe.transformer) is None
+    assert relative(latents(pipe, call_kwargs(SD3, pipe)), stock) < 1e-5
 
 
 def test_a_model_put_in_its_place_is_compiled_in_its_place():
-    pipe = pag_fast.patch(build(UNET), compile=EAGER)
-    first, other = pipe.unet, build(UNET)
-    pipe.unet = other.unet
-    latents(pipe, call_kwargs(UNET, pipe))
+    pipe = pag_fast.patch(build(SD3, num_layers=2), compile=EAGER)
+    first, other = pipe.transformer, build(SD3, num_layers=2)
+    pipe.transformer = other.transformer
+    latents(pipe, call_kwargs(SD3, pipe))
     assert compiled_call(first) is None
-    assert compiled_call(other.unet) is not None
+    assert compiled_call(other.transformer) is not None
     pag_fast.unpatch(pipe)
-    assert compiled_call(other.unet) is None
+    assert compiled_call(other.transformer) is None
 
 
 def test_what_the_user_has_compiled_stays_the_users():
-    pipe = build(UNET)
-    pipe.unet.compile(backend="eager", fullgraph=True)
-    own = compiled_call(pipe.unet)
+    pipe = build(SD3, num_layers=2)
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    own = compiled_call(pipe.transformer)
     with pag_fast.patched(pipe, compile=EAGER):
-        assert compiled_call(pipe.unet) is own
-        latents(pipe, call_kwargs(UNET, pipe))
-    assert compiled_call(pipe.unet) is own
+        assert compiled_call(pipe.transformer) is own
+        latents(pipe, call_kwargs(SD3, pipe))
+    assert compiled_call(pipe.transformer) is own
 
 
 def test_cuda_graphs_hand_out_copies_and_mark_steps(monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
-from shallow import LAYERS, SHALLOW
+from shallow import LAYERS, SHALLOW, family
+from shallow import build as shallow
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,11 @@ def _pipe(name):
     return build(name)
 
 
+@functools.lru_cache(maxsize=2)
+def _shallow(name):
+    return shallow(name)
+
+
 def _model(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
@@ -39,20 +45,28 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
         return latents(pipe, kwargs)
 
 
+def _is_first(spec):
+    return spec.brings_a_model or (spec.like in tiny.FAMILIES and not spec.base)
+
+
 def _everywhere():
-    """Every pipeline with a fork in the middle and without CFG; of each denoiser one with all."""
+    """Every pipeline with a fork in the middle and without CFG; of each denoiser one with all.
+
+    The others of a denoiser have few layers.
+    """
     for name, spec in HOSTS.items():
         yield name, "middle", bool(spec.cfg), spec.batches[-1]
         if spec.cfg:
             yield name, "middle", False, 1
-        if spec.brings_a_model or (spec.like in tiny.FAMILIES and not spec.base):
+        if _is_first(spec):
             yield name, "all", True, 1
 
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), _everywhere())
 def test_equals_three_separate_forwards(name, layers, cfg, batch):
-    pipe = _pipe(name)
-    layers = HOSTS[name].layers[layers]
+    pipe, layers = _pipe(name), HOSTS[name].layers[layers]
+    if not _is_first(HOSTS[name]) and family(name) in LAYERS:
+        pipe, layers = _shallow(name), LAYERS[family(name)]["middle"]
 
     def kwargs():
         return call_kwargs(name, pipe, batch=batch, cfg=cfg)
@@ -240,17 +254,21 @@ def test_nothing_is_left_behind(name, snapshot):
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
 
 
-# to compile: a block in front of the fork, one or two perturbed, and one behind
+# to compile: a block in front of the fork, and a perturbed one of each kind; SD3 has one behind it
 _ONE_OF_THREE = ({"num_layers": 3}, [r"blocks\.1\."])
-_TWO_STACKS = ({"num_layers": 2, "num_single_layers": 3}, None)
+_ONE_OF_TWO = ({"num_layers": 2}, [r"blocks\.1\."])
+_TWO_STACKS = (
+    {"num_layers": 2, "num_single_layers": 1},
+    [r"^transformer_blocks\.1\.", r"single_transformer_blocks\.0\."],
+)
 _COMPILED = {
     SD: (SHALLOW[SD], LAYERS[SD]["middle"]),
     SD3: _ONE_OF_THREE,
     FLUX: _TWO_STACKS,
-    WAN: _ONE_OF_THREE,
-    "QwenImagePipeline": _ONE_OF_THREE,
-    "LTXPipeline": _ONE_OF_THREE,
-    "CogVideoXPipeline": _ONE_OF_THREE,
+    WAN: _ONE_OF_TWO,
+    "QwenImagePipeline": _ONE_OF_TWO,
+    "LTXPipeline": _ONE_OF_TWO,
+    "CogVideoXPipeline": _ONE_OF_TWO,
     "HunyuanVideoPipeline": _TWO_STACKS,
 }
 
@@ -260,7 +278,7 @@ def test_compiled_without_recompiling(name):
     """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
     torch._dynamo.reset()
     overrides, layers = _COMPILED[name]
-    pipe, layers = build(name, **overrides), layers or HOSTS[name].layers["middle"]
+    pipe = build(name, **overrides)
     eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
     config = CompileConfig(backend="eager")
     before = counters["stats"]["unique_graphs"]
@@ -381,7 +399,7 @@ def test_guidance_is_rescaled_once():
 def test_a_window_compiles_no_third_graph():
     """The step without a perturbed branch is compiled in the first."""
     torch._dynamo.reset()
-    pipe = build(SD, **SHALLOW[SD])
+    pipe, layers = build(SD3, num_layers=2), [r"blocks\.1\."]
     options = {"schedule": pag_fast.Schedule(stop=2), "compile": CompileConfig(backend="eager")}
     graphs = []
 
@@ -389,8 +407,8 @@ def test_a_window_compiles_no_third_graph():
         graphs.append(counters["stats"]["unique_graphs"])
         return {}
 
-    with pag_fast.patched(pipe, **options):
-        latents(pipe, call_kwargs(SD, pipe, steps=4, callback_on_step_end=callback))
+    with pag_fast.patched(pipe, layers, **options):
+        latents(pipe, call_kwargs(SD3, pipe, steps=4, callback_on_step_end=callback))
         assert pipe._pag_fast.steps == {"shared": 2, "perturbed branch dropped": 2}
     assert len(set(graphs)) == 1
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import weakref
 
 import diffusers
 import pytest
+import shallow
 import tiny
 import tiny_hosts
 import torch
@@ -33,11 +34,11 @@ class Injected(Exception):
 
 def _build(name):
     if name == SAG:
-        parts = dict(tiny_hosts.build(SD).components)
+        parts = dict(shallow.build(SD).components)
         pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
-    return (tiny if name in tiny.PIPELINES else tiny_hosts).build(name)
+    return shallow.build(name)
 
 
 def _run(pipe, **extra):

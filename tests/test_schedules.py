@@ -8,7 +8,8 @@ import diffusers
 import pytest
 import torch
 from numerics import observing, relative
-from tiny import PIPELINES, build, call_kwargs, latents
+from shallow import build
+from tiny import PIPELINES, call_kwargs, latents
 from torch._dynamo.utils import counters
 
 import pag_fast
