@@ -53,7 +53,7 @@ def _patch(pipe, **options):
     if name == SAG:
         return pag_fast.patch(pipe, **options)
     if name == FLUX:
-        options.setdefault("layers", [r"^transformer_blocks\.1\."])
+        options.setdefault("layers", [r"single_transformer_blocks\.1\."])
     options.setdefault("layers", "mid")
     if name != PAG:
         options.setdefault("pag_scale", 2.0)
