@@ -15,7 +15,7 @@ import tiny_hosts
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from numerics import observing, relative
-from shallow import SHALLOW, build
+from shallow import SHALLOW, build, least
 
 import pag_fast
 from pag_fast.runtime import lease as leases
@@ -611,16 +611,16 @@ def stance(request):
 )
 def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, monkeypatch):
     """``torch.compile(unet)`` is another module, and runs the same ones."""
-    raw = build(SD)
+    raw, layers = least(SD)
     wrapped = _sibling(raw, unet=torch.compile(raw.unet, backend="eager"))
     pipes, alone = (raw, wrapped), []
     for pipe in pipes:
-        _patched(pipe)
+        pag_fast.patch(pipe, layers, pag_scale=2.0)
         alone.append(_run(pipe))
         pag_fast.unpatch(pipe)
     assert relative(*alone) < 1e-5
     for pipe in reversed(pipes) if wrapped_first else pipes:
-        _patched(pipe)
+        pag_fast.patch(pipe, layers, pag_scale=2.0)
     assert Entry.of(raw.unet) is not Entry.of(wrapped.unet)
     assert Entry.of(raw.unet).lease is Entry.of(wrapped.unet).lease
     for pipe, other in (pipes, pipes[::-1]):

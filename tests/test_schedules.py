@@ -411,8 +411,8 @@ SMALL = "PixArtSigmaPAGPipeline"
 
 
 def _small():
-    """Two blocks: what is traced here is traced often."""
-    return build(SMALL, num_layers=2, pag_applied_layers=["blocks.1"])
+    """One block: what is traced here is traced often."""
+    return build(SMALL, num_layers=1, pag_applied_layers=["blocks.0"])
 
 
 def _graphs():
