@@ -23,6 +23,7 @@ def patched_once(interpreter: Any) -> Callable[[Any], Any]:
         found = function.__globals__.values()
         return frozenset(id(module) for module in modules if any(x is module for x in found))
 
+    @functools.wraps(own)
     def patch(function: Any) -> Any:
         if replaced and needed(function) <= replaced[0]:
             return interpreter._LangPatchScope()
