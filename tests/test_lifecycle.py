@@ -10,6 +10,7 @@ import weakref
 
 import diffusers
 import pytest
+import shallow
 import tiny
 import tiny_hosts
 import torch
@@ -33,11 +34,11 @@ class Injected(Exception):
 
 def _build(name):
     if name == SAG:
-        parts = dict(tiny_hosts.build(SD).components)
+        parts = dict(shallow.build(SD).components)
         pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
-    return (tiny if name in tiny.PIPELINES else tiny_hosts).build(name)
+    return shallow.build(name)
 
 
 def _run(pipe, **extra):
@@ -52,7 +53,7 @@ def _patch(pipe, **options):
     if name == SAG:
         return pag_fast.patch(pipe, **options)
     if name == FLUX:
-        options.setdefault("layers", [r"^transformer_blocks\.1\."])
+        options.setdefault("layers", [r"single_transformer_blocks\.1\."])
     options.setdefault("layers", "mid")
     if name != PAG:
         options.setdefault("pag_scale", 2.0)
