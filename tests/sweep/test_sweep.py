@@ -1,0 +1,16 @@
+"""Every spec: PAG equals a slow PAG, or is refused as its spec says."""
+
+from __future__ import annotations
+
+import pytest
+from sweep import SPECS_OF
+from sweep.check import check
+
+CASES = [(spec, case) for spec in SPECS_OF() for case in spec.cases]
+
+
+@pytest.mark.parametrize(
+    ("spec", "case"), CASES, ids=[f"{s.name}-{'-'.join(map(str, c))}" for s, c in CASES]
+)
+def test_pipeline(spec, case):
+    check(spec, case)
