@@ -19,7 +19,7 @@ from .forwards import Call
 
 _LATENTS = ("latents", "latent", "intermediate_images", "image_latents", "x")
 _COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pred", "noise")
-_FLAGS = ("do_true_cfg", "do_classifier_free_guidance")
+_FLAGS = ("do_true_cfg", "do_classifier_free_guidance", "do_cfg")
 # of what is left of a combination that is no weighted sum, and of weights that do not sum to one
 _MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
@@ -45,7 +45,10 @@ class ObservedLoop:
     # ---- rows and passes ----
 
     def uses_cfg(self, local: dict[str, Any]) -> bool:
-        """Whether the call uses CFG, by its own names for that."""
+        """Whether the call uses CFG, by its own names for that, or by its guider."""
+        guider = local.get("guider", getattr(self.pipe, "guider", None))
+        if isinstance(getattr(guider, "num_conditions", None), int):
+            return bool(guider.num_conditions > 1)
         for name in _FLAGS:
             if isinstance(local.get(name), bool):
                 return bool(local[name])

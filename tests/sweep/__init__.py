@@ -4,3 +4,17 @@ Run by ``make sweep``. A pipeline is a :class:`sweep.spec.Spec` in one of the fi
 became of each is recorded in ``results.json``, of which ``docs/pipelines.md`` is made
 (``sweep/page.py``).
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+FAMILIES = ("images", "more_images")
+
+
+def specs() -> list[Any]:
+    """All specs whose pipeline this diffusers has."""
+    from importlib import import_module
+
+    every = [spec for name in FAMILIES for spec in import_module(f"sweep.{name}").SPECS]
+    return [spec for spec in every if spec.exists]

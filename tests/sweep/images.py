@@ -12,7 +12,9 @@ from sweep.spec import (
     SIZE,
     TOKENS,
     Spec,
+    also,
     flow,
+    model,
     normal,
     photo,
     photos,
@@ -22,11 +24,17 @@ from sweep.spec import (
 )
 
 
-def _parts(name: str, **config: Any) -> Any:
-    def make() -> dict[str, Any]:
-        return {"transformer": getattr(diffusers, name)(**config), "scheduler": flow()}
-
-    return make
+def _flux2_vae() -> Any:
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 _COGVIEW = {
@@ -61,19 +69,23 @@ def _cogview4(**config: Any) -> Any:
                 use_dynamic_shifting=True,
                 time_shift_type="linear",
             ),
-            "vae": vae(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                       up_block_types=("UpDecoderBlock2D",) * 4),
+            "vae": vae(
+                block_out_channels=(4,) * 4,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            ),
         }
 
     return make
 
 
-
+_SMALL = {"height": 16, "width": 16}
 _MIDDLE = [r"^transformer_blocks\.1\."]
 _TWO_STACKS = [r"^transformer_blocks\.1\.", r"^single_transformer_blocks\.1\."]
 _APART: dict[str, Any] = {"apart": True, "rows": ("cond", "uncond")}
 _TEXT_FIRST: dict[str, Any] = {"text": "first", "image": 16}
-_FLUX2 = _parts(
+_CHROMA_ROWS: dict[str, Any] = {**_TEXT_FIRST, **_APART, "masks": torch.bool, "copies": 1}
+_FLUX2 = model(
     "Flux2Transformer2DModel",
     patch_size=1,
     in_channels=16,
@@ -85,7 +97,7 @@ _FLUX2 = _parts(
     timestep_guidance_channels=16,
     axes_dims_rope=(4, 4, 4, 4),
 )
-_CHROMA = _parts(
+_CHROMA = model(
     "ChromaTransformer2DModel",
     patch_size=1,
     in_channels=16,
@@ -123,6 +135,30 @@ def _listed(prefix: str, batch: int) -> dict[str, Any]:
     return {f"{prefix}prompt_embeds": rows}
 
 
+def _layered(prefix: str, batch: int) -> dict[str, Any]:
+    """Of each token what three layers of the encoder made."""
+    mask = torch.ones(batch, TOKENS, dtype=torch.bool)
+    mask[0, -2:] = False
+    embeds = normal(2 if prefix else 1, batch, TOKENS, 3, DIM)
+    return {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+
+
+def _has_no_guidance(pipe: Any) -> None:
+    """Its loop asks for a setting that its denoiser has not."""
+    pipe.transformer.register_to_config(guidance_embeds=False)
+
+
+def _counts_prompts(pipe: Any) -> None:
+    """It counts prompts by their texts, where their embeddings are given."""
+    own = pipe.encode_prompt
+
+    def encode(prompt_embeds: Any = None, **given: Any) -> Any:
+        given["prompt"] = [""] * len(prompt_embeds)
+        return own(prompt_embeds=prompt_embeds, **given)
+
+    pipe.encode_prompt = encode
+
+
 def _z_tokens(rows: int, queries: int, keys: int) -> torch.Tensor:
     """Image in front, padded to 32 tokens; behind it the prompt, padded to as many."""
     image = torch.zeros(rows, keys, dtype=torch.bool)
@@ -132,20 +168,26 @@ def _z_tokens(rows: int, queries: int, keys: int) -> torch.Tensor:
 
 _Z = Spec(
     "ZImagePipeline",
-    _parts("ZImageTransformer2DModel", **_Z_IMAGE),
+    also(model("ZImageTransformer2DModel", **_Z_IMAGE), vae=vae),
     [r"^layers\.1\."],
     text=_z_tokens,
     scales=(5.0, 0.0),
     weight=lambda scale: 1.0 + scale,
     prompts=_listed,
     rows=("cond", "uncond"),
+    call=_SMALL,
 )
 _KLEIN = Spec(
-    "Flux2KleinPipeline", _FLUX2, _TWO_STACKS, **_TEXT_FIRST, **_APART, call=SIZE
+    "Flux2KleinPipeline",
+    also(_FLUX2, vae=_flux2_vae),
+    _TWO_STACKS,
+    **_TEXT_FIRST,
+    **_APART,
+    call=_SMALL,
 )
 
 SPECS = [
-    Spec("CogView3PlusPipeline", _cogview3, _MIDDLE, **_TEXT_FIRST),
+    Spec("CogView3PlusPipeline", _cogview3, _MIDDLE, **_TEXT_FIRST, copies=1),
     Spec("CogView4Pipeline", _cogview4(), _MIDDLE, **_TEXT_FIRST, **_APART),
     Spec(
         "CogView4ControlPipeline",
@@ -160,38 +202,47 @@ SPECS = [
     *variants(
         _KLEIN,
         Flux2KleinInpaintPipeline={
-            "call": {"image": picture(), "mask_image": picture()[:, :1], "strength": 1.0}
+            "call": {
+                **_SMALL,
+                "image": picture(16),
+                "mask_image": picture(16)[:, :1],
+                "strength": 1.0,
+            }
         },
         Flux2KleinKVPipeline={"cfg": "", "apart": False},
     ),
-    Spec("ChromaPipeline", _CHROMA, _TWO_STACKS, **_TEXT_FIRST, **_APART),
+    Spec("ChromaPipeline", _CHROMA, _TWO_STACKS, **_CHROMA_ROWS),
     Spec(
         "ChromaImg2ImgPipeline",
-        _CHROMA,
+        also(_CHROMA, vae=vae),
         _TWO_STACKS,
-        **_TEXT_FIRST,
-        **_APART,
-        call={"image": picture(), "strength": 1.0},
+        **_CHROMA_ROWS,
+        call={**_SMALL, "image": picture(16), "strength": 1.0},
     ),
     Spec(
         "ChromaInpaintPipeline",
-        _CHROMA,
+        also(_CHROMA, vae=vae),
+        setup=_has_no_guidance,
         _TWO_STACKS,
-        **_TEXT_FIRST,
-        **_APART,
-        call={"image": picture(), "mask_image": picture()[:, :1], "strength": 1.0},
+        **_CHROMA_ROWS,
+        call={**_SMALL, "image": picture(16), "mask_image": picture(16)[:, :1], "strength": 1.0},
     ),
     _Z,
     *variants(
         _Z,
-        ZImageImg2ImgPipeline={"call": {"image": picture(), "strength": 1.0}},
+        ZImageImg2ImgPipeline={"call": {**_SMALL, "image": picture(16), "strength": 1.0}},
         ZImageInpaintPipeline={
-            "call": {"image": picture(), "mask_image": picture()[:, :1], "strength": 1.0}
+            "call": {
+                **_SMALL,
+                "image": picture(16),
+                "mask_image": picture(16)[:, :1],
+                "strength": 1.0,
+            }
         },
     ),
     Spec(
         "AuraFlowPipeline",
-        _parts(
+        model(
             "AuraFlowTransformer2DModel",
             sample_size=8,
             patch_size=2,
@@ -205,29 +256,35 @@ SPECS = [
             out_channels=4,
             pos_embed_max_size=64,
         ),
-        [r"^joint_transformer_blocks\.1\.", r"^single_transformer_blocks\.1\."],
+        louder=8.0,
+        layers=[r"^joint_transformer_blocks\.1\.", r"^single_transformer_blocks\.1\."],
         **_TEXT_FIRST,
     ),
     Spec(
         "BriaPipeline",
-        _parts(
-            "BriaTransformer2DModel",
-            patch_size=1,
-            in_channels=16,
-            num_layers=3,
-            num_single_layers=3,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=DIM,
-            pooled_projection_dim=None,
-            axes_dims_rope=(0, 4, 4),
+        call=_SMALL,
+        layers=_TWO_STACKS,
+        parts=
+        also(
+            model(
+                "BriaTransformer2DModel",
+                patch_size=1,
+                in_channels=16,
+                num_layers=3,
+                num_single_layers=3,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=DIM,
+                pooled_projection_dim=None,
+                axes_dims_rope=(0, 4, 4),
+            ),
+            vae=vae,
         ),
-        _TWO_STACKS,
         **_TEXT_FIRST,
     ),
     Spec(
         "OvisImagePipeline",
-        _parts(
+        model(
             "OvisImageTransformer2DModel",
             patch_size=1,
             in_channels=16,
@@ -245,7 +302,7 @@ SPECS = [
     ),
     Spec(
         "LongCatImagePipeline",
-        _parts(
+        model(
             "LongCatImageTransformer2DModel",
             patch_size=1,
             in_channels=16,
@@ -260,11 +317,12 @@ SPECS = [
         _TWO_STACKS,
         **_TEXT_FIRST,
         **_APART,
+        setup=_counts_prompts,
         call={"enable_cfg_renorm": False, "enable_prompt_rewrite": False},
     ),
     Spec(
         "Krea2Pipeline",
-        _parts(
+        model(
             "Krea2Transformer2DModel",
             in_channels=16,
             num_layers=3,
@@ -286,10 +344,13 @@ SPECS = [
         _MIDDLE,
         **_TEXT_FIRST,
         **_APART,
+        prompts=_layered,
+        weight=lambda scale: 1.0 + scale,
+        scales=(4.0, 0.0),
     ),
     Spec(
         "LuminaPipeline",
-        _parts(
+        model(
             "LuminaNextDiT2DModel",
             sample_size=8,
             patch_size=2,
@@ -303,10 +364,13 @@ SPECS = [
         ),
         [r"^layers\.1\.attn1"],
         rows=("cond", "uncond"),
+        everywhere=True,
+        warned="does more to the predictions",
+        copies=1,
     ),
     Spec(
         "GlmImagePipeline",
-        _parts(
+        model(
             "GlmImageTransformer2DModel",
             patch_size=2,
             in_channels=4,
@@ -323,10 +387,11 @@ SPECS = [
         **_TEXT_FIRST,
         **_APART,
         call={"prior_token_ids": lambda batch: torch.arange(16).expand(batch, -1)},
+        refused="called with kv_caches=GlmImageKVCache",
     ),
     Spec(
         "NucleusMoEImagePipeline",
-        _parts(
+        model(
             "NucleusMoEImageTransformer2DModel",
             patch_size=2,
             in_channels=16,
@@ -340,12 +405,15 @@ SPECS = [
             capacity_factors=[8.0] * 3,
         ),
         _MIDDLE,
-        **_TEXT_FIRST,
+        text="last",
+        image=16,
+        everywhere=True,
+        warned="does more to the predictions",
         **_APART,
     ),
     Spec(
         "PRXPipeline",
-        _parts(
+        model(
             "PRXTransformer2DModel",
             patch_size=1,
             in_channels=4,
@@ -359,6 +427,8 @@ SPECS = [
         [r"^blocks\.1\."],
         text="first",
         image=64,
+        masks=torch.bool,
+        batches=(1, 1),  # its timesteps are for one picture, and for two with CFG
         call={"use_resolution_binning": False},
     ),
 ]

@@ -117,9 +117,9 @@ def slow_pag(models: list[Any], attentions: list[Any], spec: Spec, cfg: bool) ->
             with perturbing(attentions, spec):
                 perturbed = _prediction(forward()).chunk(len(branches))[at]
             step["difference"] = slabs[at] - perturbed
-            slabs[at] = slabs[at] + PAG_SCALE / (1.0 if spec.everywhere else weight) * step[
-                "difference"
-            ]
+            slabs[at] = (
+                slabs[at] + PAG_SCALE / (1.0 if spec.everywhere else weight) * step["difference"]
+            )
         if spec.everywhere:
             slabs = [
                 x if branch == "cond" else x + PAG_SCALE * step["difference"]

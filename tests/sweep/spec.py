@@ -13,12 +13,14 @@ import diffusers
 import PIL.Image
 import tiny
 import torch
+from tiny_hosts.pipelines import small_pictures
 
 TOKENS = 5  # of a prompt
 DIM = 12  # of its embeddings
 POOLED = 10
 SIZE = {"height": 64, "width": 64}
 VIDEO = {**SIZE, "num_frames": 5}
+DENOISERS = ("unet", "transformer", "transformer_2")
 COPIES = (
     "num_images_per_prompt",
     "num_videos_per_prompt",
@@ -54,7 +56,10 @@ class Spec:
         warned: what PAG warns of, as a regular expression; empty: of nothing.
         shared: whether branches are shared.
         denoiser: the attribute that holds it.
-        needs: class that diffusers must have besides.
+        prompts: makes the arguments for prompts of a prefix (``"negative_"`` or none), of a batch.
+        masks: the dtype of masks over the tokens of prompts.
+        before: is called with the pipeline before each call, and whether CFG is on.
+        louder: what the weights of perturbed layers are multiplied by.
     """
 
     name: str
@@ -78,6 +83,9 @@ class Spec:
     shared: bool = True
     denoiser: str = ""
     prompts: Callable[[str, int], dict[str, Any]] | None = None
+    masks: torch.dtype = torch.long
+    before: Callable[[Any, bool], None] | None = None
+    louder: float = 1.0
 
     @property
     def exists(self) -> bool:
@@ -129,7 +137,18 @@ def build(spec: Spec) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if spec.setup is not None:
         spec.setup(pipe)
+    for model in models_of(spec, pipe):
+        for name, parameter in model.named_parameters():
+            if any(re.search(layer, name) for layer in spec.layers):
+                parameter.data.mul_(spec.louder)
     return pipe
+
+
+def models_of(spec: Spec, pipe: Any) -> list[Any]:
+    """The denoisers of a pipeline."""
+    names = (spec.denoiser,) if spec.denoiser else DENOISERS
+    found = [getattr(pipe, name, None) for name in names]
+    return [model for model in found if model is not None]
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -137,17 +156,19 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _prompts(names: Any, prefix: str, batch: int) -> dict[str, Any]:
+def _prompts(spec: Spec, prefix: str, batch: int) -> dict[str, Any]:
     """Embeddings of ``batch`` prompts under the names that a call takes."""
-    seed = 2 if prefix else 1
+    seed, names = 2 if prefix else 1, spec.parameters
     made: dict[str, Any] = {}
     if f"{prefix}prompt_embeds" in names:
         made[f"{prefix}prompt_embeds"] = normal(seed, batch, TOKENS, DIM)
     if f"{prefix}pooled_prompt_embeds" in names:
         made[f"{prefix}pooled_prompt_embeds"] = normal(seed + 10, batch, POOLED)
+    if "negative_prompt" in names:
+        made["negative_prompt"] = None
     for name in names:
         if re.fullmatch(rf"{prefix}prompt_(embeds_|attention_)*mask", name):
-            mask = torch.ones(batch, TOKENS, dtype=torch.long)
+            mask = torch.ones(batch, TOKENS, dtype=spec.masks)
             mask[0, -2:] = 0  # the first prompt is shorter
             made[name] = mask
     return made
@@ -158,7 +179,7 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
     names = spec.parameters
     kwargs: dict[str, Any] = {}
     for prefix in ("", "negative_") if cfg else ("",):
-        make = spec.prompts or functools.partial(_prompts, names)
+        make = spec.prompts or functools.partial(_prompts, spec)
         kwargs |= make(prefix, batch)
     if spec.cfg:
         kwargs[spec.cfg] = spec.scales[0 if cfg else 1]
@@ -166,7 +187,7 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
     kwargs |= {name: copies for name in COPIES if copies > 1}
     kwargs["generator"] = torch.Generator().manual_seed(0)
     kwargs["output_type"] = "latent"
-    kwargs |= {name: value for name, value in VIDEO.items() if name in names}
+    kwargs |= VIDEO
     kwargs |= {k: v(batch) if callable(v) else v for k, v in spec.call.items()}
     return {name: value for name, value in kwargs.items() if name in names}
 
@@ -174,7 +195,10 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
 def result(spec: Spec, pipe: Any, case: tuple[bool, int, int]) -> torch.Tensor:
     """What a call makes, as one tensor."""
     torch.manual_seed(0)
-    made = pipe(**call_kwargs(spec, *case))
+    if spec.before is not None:
+        spec.before(pipe, case[0])
+    with small_pictures(pipe):
+        made = pipe(**call_kwargs(spec, *case))
     return _tensor(made[0] if not isinstance(made, dict) else next(iter(made.values())))
 
 
@@ -203,6 +227,20 @@ def vae(channels: int = 4, **config: Any) -> Any:
         "shift_factor": 0.1,
     }
     return diffusers.AutoencoderKL(**{**own, **config})
+
+
+def model(name: str, **config: Any) -> Any:
+    """Makes a transformer of that class, and the scheduler of most."""
+
+    def make() -> dict[str, Any]:
+        return {"transformer": getattr(diffusers, name)(**config), "scheduler": flow()}
+
+    return make
+
+
+def also(parts: Any, **more: Any) -> Any:
+    """Makes components besides, of which each is made by a function."""
+    return lambda: {**parts(), **{name: make() for name, make in more.items()}}
 
 
 def flow(**config: Any) -> Any:

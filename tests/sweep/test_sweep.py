@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sweep import SPECS_OF
+from sweep import specs
 from sweep.check import check
 
-CASES = [(spec, case) for spec in SPECS_OF() for case in spec.cases]
+CASES = [(spec, case) for spec in specs() for case in spec.cases]
 
 
 @pytest.mark.parametrize(
