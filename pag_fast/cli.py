@@ -1,12 +1,10 @@
-"""The command line: ``pag-fast layers | ledger | demo | bench | verify | env``."""
+"""The command line: ``pag-fast layers | ledger | demo | bench | verify | describe | env``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,13 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Raises ValueError for files and folders that could not be written after minutes of work."""
-    file, folder = getattr(arguments, "json", None), getattr(arguments, "out", None)
-    if file is not None:
+    folder = getattr(arguments, "out", None)
+    for option in ("json", "write"):
+        file = getattr(arguments, option, None)
+        if file is None:
+            continue
         if file.is_dir():
-            raise ValueError(f"--json names a file to write, and {file} is a folder.")
+            raise ValueError(f"--{option} names a file to write, and {file} is a folder.")
         if not file.parent.is_dir():
-            raise ValueError(f"The folder of --json {file} does not exist: make it first.")
-        _check_writable(file if file.exists() else file.parent, "--json")
+            raise ValueError(f"The folder of --{option} {file} does not exist: make it first.")
+        _check_writable(file if file.exists() else file.parent, f"--{option}")
     if folder is not None:
         # it is made where it does not exist
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -99,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     _verify_options(commands)
+    _describe_options(commands)
 
     env = commands.add_parser("env", help="versions and devices, for a bug report")
-    env.set_defaults(run=lambda arguments: print("\n".join(environment())))
+    env.set_defaults(run=_env)
     return parser
 
 
@@ -127,6 +129,31 @@ def _verify_options(commands: Any) -> None:
     )
     verify.add_argument("--json", type=Path, help="write the result to this file too")
     verify.set_defaults(run=_verify)
+
+
+def _describe_options(commands: Any) -> None:
+    command = commands.add_parser(
+        "describe",
+        help="what is known of a pipeline and its denoiser; of unknown ones, what a call shows",
+    )
+    command.add_argument(
+        "--pipeline",
+        default="emoji",
+        metavar="PATH_OR_HUB_ID",
+        help="a pipeline of any class; omitted, the small one that ships with pag_fast",
+    )
+    command.add_argument("--layers", nargs="+", help="omitted, one in the middle")
+    command.add_argument("--prompt", default="red apple")
+    command.add_argument("--steps", type=int, default=2, help="of the call")
+    command.add_argument("--height", type=int, help="pixels; omitted, the pipeline's own")
+    command.add_argument("--width", type=int)
+    command.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="a file for pag_fast/models that describes the denoiser, to contribute",
+    )
+    command.set_defaults(run=_describe)
 
 
 def _pipeline_options(
@@ -281,27 +308,33 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
-def environment() -> list[str]:
-    """Lines that tell what pag_fast runs on."""
-    import torch
+def _describe(arguments: argparse.Namespace) -> None:
+    from .analysis.described import describe_by_call
+    from .tools import load as models
 
-    from .analysis.verify import versions
+    call: dict[str, Any] = {
+        "prompt": arguments.prompt,
+        "num_inference_steps": whole_number("--steps", arguments.steps, least=2),
+    }
+    for name in ("height", "width"):
+        if getattr(arguments, name) is not None:
+            call[name] = whole_number(f"--{name}", getattr(arguments, name), least=1)
+    pipe = models.load(arguments.pipeline, as_saved=True)
+    pipe.set_progress_bar_config(disable=True)
+    found = describe_by_call(pipe, arguments.layers, **call)
+    print(found)
+    if arguments.write is None:
+        return
+    if not found.sources:
+        raise ValueError("Nothing was written: every denoiser of this pipeline is described.")
+    arguments.write.write_text("\n\n".join(found.sources.values()), encoding="utf-8")
+    print(f"\n{arguments.write}: put it into pag_fast/models, and see CONTRIBUTING.md")
 
-    lines = [f"{package} {version}" for package, version in versions().items()]
-    lines[1] += f" {platform.platform()}"
-    lines.append(f"kernels {'installed' if _has_kernels() else 'not installed'}")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties: Any = torch.cuda.get_device_properties(index)
-            memory = properties.total_memory / 2**30
-            lines.append(f"device {index}: {properties.name}, {memory:.0f} GiB")
-    else:
-        lines.append(f"device: CPU, {torch.get_num_threads()} threads")
-    return lines
 
+def _env(arguments: argparse.Namespace) -> None:
+    from .tools.environment import environment
 
-def _has_kernels() -> bool:
-    return importlib.util.find_spec("pag_fast_kernels") is not None
+    print("\n".join(environment()))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class ModelDescription:
         attentions: of a model that was derived (:mod:`pag_fast.models.traced`), the names of its
             attentions: at first those that may be perturbed, then those that a trace has shown to
             mix image tokens, in execution order.
-        traced: what the forwards of a derived model have shown so far.
+        is_traced: which tokens are the image's, and where rows can change, is seen in a trace of
+            every model of this class, see :func:`pag_fast.models.traced.written.traced_model`.
+        traced: what the forwards of a model that is traced have shown so far.
     """
 
     name: str
@@ -99,11 +101,12 @@ class ModelDescription:
     learned_sigma: bool = False
     checkpoints: tuple[Checkpoint, ...] = field(default=(), repr=False)
     attentions: tuple[str, ...] = ()
+    is_traced: bool = False
     traced: Any = field(default=None, repr=False)
 
     @property
     def is_derived(self) -> bool:
-        """Whether nobody has written this description."""
+        """Whether a trace completes this description, be it of an unknown class or not."""
         return bool(self.attentions)
 
     @property

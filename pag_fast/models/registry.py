@@ -66,13 +66,13 @@ _TRACED: WeakKeyDictionary[nn.Module, ModelDescription] = WeakKeyDictionary()
 
 
 def keep_traced(model: nn.Module, description: ModelDescription) -> None:
-    """Have ``model``, whose class nobody has described, described like this as long as it lives."""
+    """Have ``model`` described like this as long as it lives: its class is not, or not entirely."""
     _TRACED[model] = description
 
 
 def find(model: nn.Module) -> ModelDescription | None:
     """The description of a denoiser's class, or of itself; ``None`` for one that is not known."""
-    return along_mro(type(model), DESCRIPTIONS) or _TRACED.get(model)
+    return _TRACED.get(model) or along_mro(type(model), DESCRIPTIONS)
 
 
 def find_controlnet(model: nn.Module) -> ControlNetDescription | None:

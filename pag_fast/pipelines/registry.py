@@ -50,11 +50,11 @@ def describe_pipeline(pipe: Any) -> PipelineDescription:
         ValueError: a pipeline that cannot be patched.
     """
     found = description_of(type(pipe))
-    if found is not None and found.kind == "injected":
-        for name in found.denoisers:
-            if getattr(pipe, name, None) is not None:
-                derive(uncompiled(getattr(pipe, name)))
-    if found is not None:
+    parts = [] if found is None else [getattr(pipe, name, None) for name in found.denoisers]
+    parts = [part for part in parts if part is not None]
+    if found is not None and parts:
+        for part in parts if found.kind == "injected" else ():
+            derive(uncompiled(part))
         return found
     try:
         found = observed_pipeline(pipe)

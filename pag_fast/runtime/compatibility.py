@@ -88,6 +88,7 @@ def look(
     modules: Iterable[tuple[str, nn.Module]] | None = None,
     *,
     passes_apart: bool = False,
+    own: str = "",
 ) -> tuple[Finding, ...]:
     """What others have put on a denoiser or ControlNet, and what is done about it.
 
@@ -97,18 +98,22 @@ def look(
         model: as diffusers made it, not the wrapper that ``torch.compile`` returns.
         modules: its ``named_modules()``.
         passes_apart: a step has several forwards, and not all of them hold perturbed rows.
+        own: the package whose classes and processors are those of the model itself, of which it was
+            seen what they do with rows.
     """
     modules = list(model.named_modules() if modules is None else modules)
-    return attached(modules, passes_apart=passes_apart) + Surroundings(modules).findings(model)
+    return attached(modules, passes_apart=passes_apart, own=own) + Surroundings(modules).findings(
+        model
+    )
 
 
 def attached(
-    modules: Iterable[tuple[str, nn.Module]], *, passes_apart: bool = False
+    modules: Iterable[tuple[str, nn.Module]], *, passes_apart: bool = False, own: str = ""
 ) -> tuple[Finding, ...]:
     """The part of :func:`look` that does not change unless somebody changes the model."""
     places: dict[Found, list[str]] = {}
     for name, module in modules:
-        for found in _of_module(name, module, passes_apart):
+        for found in _of_module(name, module, passes_apart, own):
             names = places.setdefault(found, [])
             if name not in names[-1:]:
                 names.append(name)
@@ -125,7 +130,9 @@ def _where(names: list[str]) -> str:
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
 
 
-def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Found]:
+def _of_module(
+    name: str, module: nn.Module, passes_apart: bool, own_package: str
+) -> Iterator[Found]:
     """Everything on one module."""
     own: Any = vars(module)
     yield from torch_hooks(module, outermost=not name)
@@ -139,9 +146,9 @@ def _of_module(name: str, module: nn.Module, passes_apart: bool) -> Iterator[Fou
     impl = own.get("_compiled_call_impl")
     if impl is not None:
         yield from _of_call(impl)
-    yield from _of_class(name, module)
+    yield from _of_class(name, module, own_package)
     yield from _of_parameters(module)
-    yield from _of_processor(module)
+    yield from _of_processor(module, own_package)
     config = own.get("_parallel_config")
     if config is not None:
         if getattr(config, "tensor_parallel_config", None) is not None:
@@ -172,7 +179,7 @@ def _of_forward(module: nn.Module) -> Iterator[Found]:
             yield unknown(f"a forward replaced by {who}")
 
 
-def _of_class(name: str, module: nn.Module) -> Iterator[Found]:
+def _of_class(name: str, module: nn.Module, own: str) -> Iterator[Found]:
     cls: Any = type(module)
     names = mro_names(cls)
     if "SplitInferenceModule" in names:
@@ -190,7 +197,7 @@ def _of_class(name: str, module: nn.Module) -> Iterator[Found]:
         who = foreign_class(cls)
         if who in QUANTIZERS:
             yield "quantized layers", WEIGHTS, _QUANTIZED
-        elif who:
+        elif who and who != own:
             yield unknown(f"a class of {who} ({cls.__name__})")
 
 
@@ -208,9 +215,9 @@ def _of_parameters(module: nn.Module) -> Iterator[Found]:
             return
 
 
-def _of_processor(module: nn.Module) -> Iterator[Found]:
+def _of_processor(module: nn.Module, own: str) -> Iterator[Found]:
     processor = getattr(module, "processor", None)
-    if processor is None:
+    if not callable(processor):  # models of diffusers hand on what their configuration names
         return
     cls: Any = type(processor)
     names = mro_names(cls)
@@ -222,7 +229,7 @@ def _of_processor(module: nn.Module) -> Iterator[Found]:
         yield _RUNNING
     elif isinstance(processor, nn.Module) or is_row_wise(processor):
         pass  # the class of a module is looked at where all classes are
-    elif package(cls.__module__) not in TRUSTED:
+    elif package(cls.__module__) not in {*TRUSTED, own}:
         yield unknown(f"an attention processor of {package(cls.__module__)} ({cls.__name__})")
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
@@ -235,11 +242,12 @@ class Compatibility:
     """:func:`look`, cheap enough to be asked before every forward.
 
     Args:
-        passes_apart: as for :func:`look`.
+        passes_apart, own: as for :func:`look`.
     """
 
-    def __init__(self, *, passes_apart: bool = False) -> None:
+    def __init__(self, *, passes_apart: bool = False, own: str = "") -> None:
         self.passes_apart = passes_apart
+        self.own = own
         self._known: WeakKeyDictionary[nn.Module, tuple[Watch, tuple[Finding, ...]]] = (
             WeakKeyDictionary()
         )
@@ -249,7 +257,10 @@ class Compatibility:
         known = self._known.get(model)
         if known is None or known[0].changed(model):
             modules = list(model.named_modules())
-            known = Watch(model, modules), attached(modules, passes_apart=self.passes_apart)
+            known = (
+                Watch(model, modules),
+                attached(modules, passes_apart=self.passes_apart, own=self.own),
+            )
             self._known[model] = known
         # the same object in every forward, where nothing has changed
         around = known[0].surroundings.findings(model)

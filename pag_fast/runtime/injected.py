@@ -87,6 +87,8 @@ class InjectedSession(Session):
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
 
     def end(self, *, whole: bool) -> None:
+        if self._observed is not None:
+            self.patch.seen_of_loop.update(self._observed.seen)
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
         super().end(whole=whole)
 

@@ -30,6 +30,9 @@ class ObservedLoop:
     Args:
         pipe: the running pipeline.
         tell: is told of what is not as it should be.
+
+    Attributes:
+        seen: what there was to see, for whoever describes the pipeline.
     """
 
     def __init__(self, pipe: Any, tell: Callable[[str], None]) -> None:
@@ -41,6 +44,7 @@ class ObservedLoop:
         self._given: list[tuple[str, torch.Tensor]] = []
         self._key: Any = None
         self._checked = False
+        self.seen: dict[str, str] = {}
 
     # ---- rows and passes ----
 
@@ -92,12 +96,17 @@ class ObservedLoop:
         if not first:
             first, self._assumed = UNCOND, True
         self.cond_first = first == COND
+        order = "cond, uncond" if self.cond_first else "uncond, cond"
+        self.seen["branches"] = f"together in one forward, {order}"
         return UNCOND, COND
 
     def pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
         """Which pass of its step a forward is."""
         if self.branches(rows, local) == 2 or not self.uses_cfg(local):
+            if not self.uses_cfg(local):
+                self.seen["branches"] = "cond alone"
             return COND
+        self.seen["branches"] = "a forward for each"
         found = self._whose(call, rows, local, 1)
         if not found:
             found, self._assumed = (UNCOND if COND in seen else COND), True
@@ -171,6 +180,8 @@ class ObservedLoop:
             return
         weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
+        terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]
+        self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.0%} more")
         if left > most:
             self._tell(
                 f"{name} does more to the predictions than to weigh them "

@@ -65,6 +65,8 @@ class PatchState(BasicState):
         # what records forwards, made in the first call that wants it
         self.make_capture: Callable[[Any], Capture] = capture_on
         self.capture: Capture | None = None
+        # what the latest call has shown of a loop that nobody has described
+        self.seen_of_loop: dict[str, str] = {}
         # what is perturbed behind a running call that has named layers for itself
         self.lasting_layers: Any = None
 

@@ -59,19 +59,21 @@ def perturbed_branches(
 
 def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Layer]:
     """Every layer that can be perturbed, as a perturbation sees it."""
-    linear = family_of(denoiser).processor.linear
+    family = family_of(denoiser)
+    linear = family.processor.linear
     state = state or BranchState()
     modules: dict[str, Any] = dict(self_attentions(denoiser))
+    traced = family.traced.trace if family.is_derived else None
+    seen = {} if traced is None else {a.name: a.heads for a in traced.attentions}
     return {
-        name: Layer(name, index, _heads(module), linear, "motion_modules" in name, state)
+        # a class that nobody has described may not say how many heads it has
+        name: Layer(
+            name,
+            index,
+            seen[name] if name in seen else getattr(module, "heads", 1),
+            linear,
+            "motion_modules" in name,
+            state,
+        )
         for index, (name, module) in enumerate(modules.items())
     }
-
-
-def _heads(module: Any) -> int:
-    """How many heads an attention has; 1 where a class that nobody has described does not tell."""
-    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
-    found = [
-        getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)
-    ]
-    return found[0] if found else 1

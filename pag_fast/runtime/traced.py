@@ -108,7 +108,8 @@ class TracedSession(InjectedSession):
 
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         state = self.installed.state
-        if state.slabs is None or self._signature in self._traced.verified:
+        traced = self._traced
+        if state.slabs is None or traced.written or self._signature in traced.verified:
             return super()._run(forward, call, found)
         full = state.slabs[SPLIT]
         truth = self._apart(forward, call, full)

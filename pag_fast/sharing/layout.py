@@ -96,7 +96,7 @@ def walk(model: Any, layout: Layout) -> list[tuple[str, Any]]:
     return [
         (f"{part}.{index}", block)
         for part in layout.blocks
-        for index, block in enumerate(getattr(model, part))
+        for index, block in enumerate(model.get_submodule(part))
     ]
 
 

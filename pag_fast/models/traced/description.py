@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...processors.stock import PerturbedStockAttention
-from ...sharing.arguments import latents_of, lists_by_row
+from ...sharing.arguments import frames_of, latents_of, lists_by_row
+from ...sharing.layout import attention_names
 from ...sharing.plan import BranchPlan, unshared
 from ...sharing.rows import map_tensors
 from ...sharing.tokens import Tokens
@@ -26,6 +27,9 @@ _MOST_SIGNATURES = 16
 class Traced:
     """What the forwards of one model have shown so far.
 
+    Args:
+        written: somebody has described the class, and tests hold that sharing is exact.
+
     Attributes:
         trace: what runs in which order; ``None`` before the first forward.
         tokens: for each signature of arguments, which tokens of each attention are the image's.
@@ -35,7 +39,8 @@ class Traced:
             device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, written: bool = False) -> None:
+        self.written = written
         self.trace: Trace | None = None
         self.tokens: dict[Any, dict[str, Tokens]] = {}
         self.verified: set[Any] = set()
@@ -67,12 +72,17 @@ class Traced:
 
 
 def derive(model: nn.Module) -> ModelDescription:
-    """The description of a model; of an unknown class one that traces complete.
+    """The description of a model; of an unknown class, or a traced one, one that traces complete.
 
     Raises:
         ValueError: no module of the model looks like attention.
     """
     found = find(model)
+    if found is not None and found.is_traced:
+        assert found.layout is not None
+        names = attention_names(model, found.layout)
+        found = _description(model, names, Traced(written=True))
+        keep_traced(model, found)
     if found is None:
         names = tuple(attention_modules(model))
         if not names:
@@ -139,9 +149,11 @@ def _inputs(
             "first forward, which has not run yet."
         )
     call, have, _ = traced.example
+    batched = have, have * frames_of(call)
 
     def made(x: torch.Tensor) -> torch.Tensor:
-        shape = (rows, *x.shape[1:]) if x.shape[0] == have else tuple(x.shape)
+        first = x.shape[0] // have * rows if x.shape[0] in batched else x.shape[0]
+        shape = first, *x.shape[1:]
         return new(*shape, dtype=None if x.is_floating_point() else x.dtype)
 
     by_row = lists_by_row(call, have)

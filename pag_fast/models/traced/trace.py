@@ -29,12 +29,14 @@ class TracedAttention:
         name: of the module.
         image: ``[rows, keys]``, bool: the key is an image token.
         queries: how many queries there are.
+        heads: how many heads the queries have.
         grows: the module hands on rows that its attention adds.
     """
 
     name: str
     image: torch.Tensor
     queries: int
+    heads: int
     grows: bool
 
 
@@ -58,8 +60,8 @@ class Trace:
     @property
     def structure(self) -> Any:
         """Everything but which tokens are the image's."""
-        grow = tuple(attention.grows for attention in self.attentions)
-        return self.names, grow, self.blocks, self.skips
+        kinds = tuple((attention.heads, attention.grows) for attention in self.attentions)
+        return self.names, kinds, self.blocks, self.skips
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,6 +161,7 @@ class _Seen:
         self._order: list[str] = []
         self._products: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._grows: dict[str, bool] = {}
+        self._heads: dict[str, int] = {}
 
     @contextmanager
     def names(self) -> Iterator[None]:
@@ -239,6 +242,7 @@ class _Seen:
             queries, keys = (x.isnan().any(-1).any(1) for x in (query, value))
             self._products.setdefault(self._stack[-1], []).append((queries, keys))
             self._order.append(self._stack[-1])
+            self._heads[self._stack[-1]] = query.shape[1]
         return out
 
     def trace(self) -> Trace:
@@ -253,7 +257,8 @@ class _Seen:
             if reason:
                 left_out[name] = reason
                 continue
-            found.append(TracedAttention(name, keys, queries.shape[1], self._grows[name]))
+            kind = queries.shape[1], self._heads[name], self._grows[name]
+            found.append(TracedAttention(name, keys, *kind))
         blocks = [block_of(self.model, name) for name in order]
         in_order = tuple(dict.fromkeys(block for block in blocks if block))
         return Trace(tuple(found), in_order, left_out, self._skips)

@@ -1,0 +1,345 @@
+"""Models and pipelines that diffusers does not have: traced, compared, or refused with a reason."""
+
+from __future__ import annotations
+
+import own_models
+import pytest
+import torch
+from numerics import observing, relative
+from own_models import build, prompts, truth
+from torch._dynamo.utils import counters
+
+import pag_fast
+from pag_fast import perturbations as P
+from pag_fast.models import registry
+from pag_fast.runtime import traced as traced_session
+from pag_fast.settings.compile_config import CompileConfig
+
+LAYERS = ["layers.1", "layers.2"]
+NAMES = ["layers.1.mixer", "layers.2.mixer"]
+
+MODELS = {
+    "text in front": {},
+    "text behind": {"text": "last"},
+    "text in the middle": {"text": "middle"},
+    "padded prompts": {"mask": "keys", "text": "last"},
+    "a mask of all pairs": {"mask": "pairs"},
+    "grouped queries": {"grouped": True, "attends": "Dispatched"},
+    "the dispatcher": {"attends": "Dispatched", "mask": "keys"},
+    "a helper": {"attends": "Helped"},
+}
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("cfg", "batch"), [(True, 2), (False, 1)])
+def test_equals_separate_forwards(options, cfg, batch):
+    pipe, call = build(**options), prompts(batch, cfg)
+    stock, slow = pipe(**call), truth(pipe, NAMES, call)
+    assert relative(slow, stock) > 1e-3
+    with pag_fast.patched(pipe, LAYERS):
+        fast, again = pipe(**call), pipe(**call)
+        assert not pipe._pag_fast.fallbacks
+        assert pipe._pag_fast.steps == {"shared": 4}
+    assert relative(fast, slow) < 1e-5
+    assert torch.equal(fast, again)
+    assert torch.equal(pipe(**call), stock)
+
+
+@pytest.mark.parametrize("order", ["uncond, cond", "cond, uncond", "apart"])
+def test_whose_rows_are_whose_is_seen_in_the_prompts(order):
+    pipe, call = build(), prompts()
+    pipe.order = order
+    slow = truth(pipe, NAMES, call)
+    with pag_fast.patched(pipe, LAYERS):
+        assert relative(pipe(**call), slow) < 1e-5
+        assert not pipe._pag_fast.fallbacks
+
+
+def test_diffusers_order_is_checked_where_prompts_cannot_be_seen():
+    pipe, call = build(), prompts()
+    pipe.hides = ("prompts",)
+    slow = truth(pipe, NAMES, call)
+    with pag_fast.patched(pipe, LAYERS):
+        assert relative(pipe(**call), slow) < 1e-5
+        pipe.order = "cond, uncond"
+        with pytest.raises(ValueError, match="in another order than diffusers' pipelines do"):
+            pipe(**call)
+        pipe.hides = ("prompts", "result")
+        for order in ("cond, uncond", "uncond, cond"):
+            pipe.order = order
+            with pytest.raises(ValueError, match="neither by its prompts nor by what it makes of"):
+                pipe(**call)
+
+
+def test_uncond_first_where_each_has_a_forward_is_refused():
+    pipe = build()
+    pipe.order = "apart, uncond first"
+    with (
+        pag_fast.patched(pipe, LAYERS),
+        pytest.raises(ValueError, match="uncond ran before cond in this step"),
+    ):
+        pipe(**prompts())
+
+
+def test_what_the_loop_makes_of_predictions_is_seen():
+    pipe, call = build(), prompts()
+    pipe.normalises = True
+    with (
+        pag_fast.patched(pipe, LAYERS),
+        pytest.warns(UserWarning, match="does more to the predictions than to weigh them"),
+    ):
+        pipe(**call)
+    pipe.normalises, pipe.weight = False, 2.0
+    with (
+        pag_fast.patched(pipe, LAYERS),
+        pytest.warns(UserWarning, match="with weights that sum to 2: PAG's difference"),
+    ):
+        pipe(**call)
+    pipe.weight, pipe.hides = -1.0, ("result",)
+    with pag_fast.patched(pipe, LAYERS), pytest.warns(UserWarning, match="is taken for linear"):
+        pipe(**call)
+    # diffusers negates what some models return
+    pipe.hides = ()
+    with pag_fast.patched(pipe, LAYERS):
+        pipe(**call)
+        assert not pipe._pag_fast.fallbacks
+
+
+def test_rows_that_depend_on_each_other_run_apart_or_are_refused():
+    """A model whose rows see each other has no right answer: a batch of two is another picture."""
+    pipe = build(mixes_rows=True)
+    pag_fast.patch(pipe, LAYERS)
+    with (
+        pytest.warns(UserWarning, match="sharing branches of this model is not exact"),
+        pytest.raises(ValueError, match="is not what separate forwards say"),
+    ):
+        pipe(**prompts())
+
+
+def test_sharing_that_is_not_exact_is_not_used(monkeypatch):
+    """As if a block looked at rows: its branches run apart, and the picture is right."""
+    pipe, call = build(), prompts()
+    slow = truth(pipe, NAMES, call)
+    differs = traced_session.TracedSession._differs
+    asked = []
+
+    def first_time(self, *args):
+        asked.append(self.installed.state.slabs)
+        return "a reason" if len(asked) == 1 else differs(self, *args)
+
+    monkeypatch.setattr(traced_session.TracedSession, "_differs", first_time)
+    pag_fast.patch(pipe, LAYERS)
+    with pytest.warns(UserWarning, match=r"branches are not shared: .* \(a reason\)"):
+        assert relative(pipe(**call), slow) < 1e-5
+    assert [slabs[1] for slabs in asked] == [2, 3]
+    assert relative(pipe(**call), slow) < 1e-5
+    assert pipe._pag_fast.steps["shared"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("attends", "message"),
+    [
+        ("Twice", r"layers\.0\.mixer: it attends more than once"),
+        ("ByHand", r"none was seen that mixes tokens"),
+    ],
+)
+def test_attention_that_cannot_be_perturbed_is_refused(attends, message, snapshot):
+    pipe = build(attends=attends)
+    stock = pipe(**prompts())
+    pag_fast.patch(pipe, LAYERS)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe(**prompts())
+    assert snapshot(pipe) == before
+    pag_fast.unpatch(pipe)
+    assert torch.equal(pipe(**prompts()), stock)
+
+
+def test_a_cache_among_the_arguments_is_refused():
+    """A trace would leave its NaN there."""
+    pipe = build()
+    pipe.cache = object()
+    pag_fast.patch(pipe, LAYERS)
+    with pytest.raises(
+        ValueError, match=r"called with cache=object\(…\), which may keep something"
+    ):
+        pipe(**prompts())
+
+
+def test_a_model_that_fails_with_nan_is_refused(snapshot):
+    pipe = build()
+
+    def picky(module, args):
+        if args[0].isnan().any():
+            raise RuntimeError("no NaN here")
+
+    pipe.transformer.exit.register_forward_pre_hook(observing(picky))
+    pag_fast.patch(pipe, LAYERS)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="cannot be traced: RuntimeError: no NaN here"):
+        pipe(**prompts())
+    assert snapshot(pipe) == before
+
+
+def test_a_trace_for_each_size_and_a_comparison(monkeypatch):
+    traces, compared = [], []
+    trace, apart = traced_session.trace, traced_session.TracedSession._apart
+
+    def counted(model, call):
+        traces.append(call["words"].shape)
+        return trace(model, call)
+
+    def noted(self, *args):
+        compared.append(1)
+        return apart(self, *args)
+
+    monkeypatch.setattr(traced_session, "trace", counted)
+    monkeypatch.setattr(traced_session.TracedSession, "_apart", noted)
+    pipe = build(text="middle", mask="keys")
+    pag_fast.patch(pipe, LAYERS)
+    for tokens in (5, 5, 7, 5, 7):
+        call = prompts(tokens=tokens)
+        fast = pipe(**call)
+        assert relative(fast, truth_of(pipe, call)) < 1e-5
+    assert len(traces) == len(compared) == 2
+    # a mask says where text is: another one is looked at, too
+    call = prompts()
+    call["prompt_embeds"][0, -3:] = 0
+    pipe(**call)
+    assert len(traces) == 3
+
+
+def truth_of(pipe, call):
+    """Of a pipeline that is patched: of one with the same weights that is not."""
+    other = build(**{k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")})
+    other.transformer.load_state_dict(pipe.transformer.state_dict())
+    return truth(other, NAMES, call)
+
+
+def test_random_numbers_are_not_drawn():
+    pipe, call = build(), prompts()
+    pag_fast.patch(pipe, LAYERS)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    pipe(**call)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_processors_that_are_exchanged():
+    """Between calls: what runs is what the layer has now. In the middle of one: refused."""
+    pipe, call = build(), prompts()
+    pag_fast.patch(pipe, LAYERS)
+    pipe(**call)
+
+    class Doubled(own_models.Plain):
+        def __call__(self, attn, x, mask=None):
+            return 2 * super().__call__(attn, x, mask)
+
+    pipe.transformer.layers[1].mixer.processor = Doubled()
+    with pytest.warns(UserWarning):  # a processor of another package than diffusers
+        fast = pipe(**call)
+    other = build()
+    other.transformer.layers[1].mixer.processor = Doubled()
+    assert relative(fast, truth(other, NAMES, call)) < 1e-5
+
+
+def test_other_perturbations():
+    """Against the same model with its text behind, which needs no other order of tokens."""
+    for how in (P.SoftIdentity(0.5), P.BlurredQueries()):
+        pictures = []
+        for text in ("first", "middle", "last"):
+            pipe = build(text=text)
+            pag_fast.patch(pipe, LAYERS, perturbation=how)
+            pictures.append(pipe(**prompts()))
+        assert relative(pictures[0], pictures[2]) < 1e-5
+        assert relative(pictures[1], pictures[2]) < 1e-5
+    pipe = build(mask="pairs")
+    pag_fast.patch(pipe, LAYERS, perturbation=P.SoftIdentity(0.5))
+    with pytest.raises(ValueError, match="the identity alone can perturb it"):
+        pipe(**prompts())
+    with pytest.raises(ValueError, match=r"perturbs transformer blocks, and layers\.1 is a OwnB"):
+        pag_fast.patch(build(), LAYERS, perturbation=P.SkippedBlock())
+
+
+def test_compiled_without_recompiling():
+    torch._dynamo.reset()
+    pipe, call = build(attends="Dispatched", mask="keys"), prompts()
+    slow = truth(pipe, NAMES, call)
+    with pag_fast.patched(pipe, LAYERS, compile=CompileConfig(backend="eager")):
+        before = counters["stats"]["unique_graphs"]
+        assert relative(pipe(**call), slow) < 1e-5
+        made = counters["stats"]["unique_graphs"] - before
+        pipe(**call, num_inference_steps=3, guidance_scale=5.0)
+        assert counters["stats"]["unique_graphs"] - before == made == 1
+    torch._dynamo.reset()
+
+
+def test_a_description_goes_with_its_model():
+    pipe = build()
+    pag_fast.patch(pipe, LAYERS)
+    pipe(**prompts())
+    assert pipe.transformer in registry._TRACED
+    count = len(registry._TRACED)
+    pag_fast.unpatch(pipe)
+    del pipe
+    import gc
+
+    gc.collect()
+    assert len(registry._TRACED) < count
+
+
+def test_a_pipeline_without_a_denoiser_is_refused():
+    pipe = own_models.OwnPipeline(None, None)
+    with pytest.raises(ValueError, match="OwnPipeline is not a pipeline that pag_fast can patch"):
+        pag_fast.patch(pipe, "blocks.1")
+    pipe = build()
+    del pipe.transformer.layers[:]
+    with pytest.raises(ValueError, match="no module with an attention processor as those of"):
+        pag_fast.patch(pipe, "blocks.1")
+
+
+def test_describe(tmp_path, monkeypatch, capsys):
+    """The command prints what a call shows, and writes a file with which the model is described."""
+    import importlib.util
+    import sys
+
+    from pag_fast import cli
+    from pag_fast.models.traced import description
+    from pag_fast.tools import load
+
+    def run(*options):
+        monkeypatch.setattr(load, "load", lambda *_, **__: build(text="middle"))
+        monkeypatch.setattr(own_models.OwnPipeline, "__call__", call)
+        return cli.main(["describe", "--pipeline", "own", *options])
+
+    own = own_models.OwnPipeline.__call__
+
+    def call(self, prompt="", **options):
+        return own(self, **{**prompts(), **options})
+
+    file = tmp_path / "own.py"
+    assert run("--write", str(file)) == 0
+    said = capsys.readouterr().out
+    assert "branches: together in one forward, uncond, cond" in said
+    assert "guidance: -3 · uncond + 4 · cond" in said
+    assert "layers.0-3.mixer" in said and "8 image, 5 context, 8 image, in 4 of them" in said
+    # as if it were in the package
+    source = file.read_text(encoding="utf-8").replace("from .traced", "from pag_fast.models.traced")
+    spec = importlib.util.spec_from_loader("own_description", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    exec(source, vars(module))
+    written = module.DESCRIPTION
+    assert written.layout.blocks == ("layers",) and written.layout.attentions == ("mixer",)
+    monkeypatch.setattr(registry, "DESCRIPTIONS", (*registry.DESCRIPTIONS, written))
+    pipe = build(text="middle")
+    slow = truth(pipe, NAMES, prompts())
+    compared = []
+    monkeypatch.setattr(traced_session.TracedSession, "_apart", lambda *_: compared.append(1))
+    with pag_fast.patched(pipe, LAYERS):
+        assert relative(pipe(**prompts()), slow) < 1e-5
+    assert description.derive(pipe.transformer).traced.written and not compared
+    assert run("--write", str(file)) == 2
+    assert "every denoiser of this pipeline is described" in capsys.readouterr().err
+    assert run("--write", str(tmp_path / "no" / "own.py")) == 2
+    assert "The folder of --write" in capsys.readouterr().err
+    assert "own_description" not in sys.modules
