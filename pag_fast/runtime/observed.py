@@ -102,12 +102,13 @@ class ObservedLoop:
 
     def pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
         """Which pass of its step a forward is."""
-        if self.branches(rows, local) == 2 or not self.uses_cfg(local):
-            if not self.uses_cfg(local):
-                self.seen["branches"] = "cond alone"
+        if self.branches(rows, local) == 2:
+            return COND
+        found = self._whose(call, rows, local, 1)
+        if found != UNCOND and not self.uses_cfg(local):
+            self.seen.setdefault("branches", "cond alone")
             return COND
         self.seen["branches"] = "a forward for each"
-        found = self._whose(call, rows, local, 1)
         if not found:
             found, self._assumed = (UNCOND if COND in seen else COND), True
         return found
@@ -164,7 +165,7 @@ class ObservedLoop:
         if self._checked or self._key is None or key == self._key:
             return
         given, self._given, self._checked = self._given, [], True
-        combined = _combined(local, given[0][1])
+        combined = _combined(local, [x for _, x in given])
         name = type(self.pipe).__name__
         if combined is None and self._assumed:
             raise ValueError(
@@ -182,6 +183,13 @@ class ObservedLoop:
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]
         self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.0%} more")
+        conds = [w for (branch, _), w in zip(given, weights, strict=True) if branch == COND]
+        if len(conds) > 1 and (left > most or any(abs(w) > most for w in conds[:-1])):
+            raise ValueError(
+                f"{name} has no description in pag_fast, runs its denoiser {len(given)} times in a "
+                "step and makes one prediction of that: which of them is cond's cannot be told. A "
+                "description can be added, see CONTRIBUTING.md."
+            )
         if left > most:
             self._tell(
                 f"{name} does more to the predictions than to weigh them "
@@ -213,7 +221,9 @@ def _is_text(x: Any, rows: int) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim in (2, 3) and x.shape[0] == rows
 
 
-def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+def _combined(local: dict[str, Any], given: list[torch.Tensor]) -> torch.Tensor | None:
+    """What the loop has made of predictions: by its name, else the one that is a sum of them."""
+    like = given[0]
     for name in _COMBINED:
         found = local.get(name)
         if not isinstance(found, torch.Tensor) or not found.numel():
@@ -225,6 +235,13 @@ def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
         # tokens of reference pictures, and channels of a variance, are left out by the loop
         if all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True)):
             return found
+    for found in list(local.values()):
+        if isinstance(found, torch.Tensor) and found.shape == like.shape:
+            weights, left = _weights(found, given)
+            used = sum(abs(w) > 1e-3 for w in weights)
+            most = _MOST.get(found.dtype, 1e-3)
+            if used == len(given) and left <= most and abs(abs(sum(weights)) - 1.0) <= most:
+                return found
     return None
 
 

@@ -30,6 +30,8 @@ from .predictions import prediction_of
 # of cond − perturbed, or of the prediction: far above rounding, far below what an error would be
 _OF_DIFFERENCE = 0.05
 _MOST_SIGNED = 8
+# what a model raises whose rows are not where they were looked for
+_FAILURES = (RuntimeError, IndexError, TypeError)
 _OF_PREDICTION = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
@@ -112,28 +114,32 @@ class TracedSession(InjectedSession):
         if state.slabs is None or traced.written or self._signature in traced.verified:
             return super()._run(forward, call, found)
         full = state.slabs[SPLIT]
-        truth = self._apart(forward, call, full)
+        try:
+            truth = self._apart(forward, call, full)
+        except _FAILURES as error:
+            raise self._refusal(_said(error)) from error
         try:
             out = super()._run(forward, call, found)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            out, why = None, f"{type(error).__name__}: {error}"
+        except (*_FAILURES, ValueError) as error:
+            out, why = None, _said(error)
         else:
             why = self._differs(out, truth, full)
         if not why:
             self._traced.verified.add(self._signature)
             return out
         if state.slabs == (full,) * 3:
-            raise ValueError(
-                f"PAG in {type(self.installed.denoiser).__name__}, whose description was derived, "
-                f"is not what separate forwards say ({why}): choose other layers, or describe the "
-                "model as CONTRIBUTING.md says."
-            )
+            raise self._refusal(why)
         self._traced.reason = f"sharing branches of this model is not exact ({why})"
         self.patch.fall_back(f"branches are not shared: {self._traced.reason}")
         state.slabs = (full,) * 3
         return self._run(forward, call, found)
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"PAG in {type(self.installed.denoiser).__name__}, whose description was derived, "
+            f"is not what separate forwards say ({why}): choose other layers, or describe the "
+            "model as CONTRIBUTING.md says."
+        )
 
     def _apart(self, forward: Forward, call: Call, full: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``(what the model predicts as it is, perturbed)``, by forwards without sharing."""
@@ -150,10 +156,8 @@ class TracedSession(InjectedSession):
                 return x[first * unit : last * unit] if fits else x
 
             unit = rows // full
-            return {
-                name: x[first * unit : last * unit] if name in by_row else map_tensors(x, cut)
-                for name, x in call.items()
-            }
+            parts = {name: x[first * unit : last * unit] for name, x in call.items() if name in by_row}
+            return {**map_tensors(call, cut), **parts}
 
         own = [
             (vars(attention), "processor", self.installed.processors[name])
@@ -189,3 +193,10 @@ class TracedSession(InjectedSession):
             ):
                 return f"{name} by {float(error / y.double().norm()):.1e} of its norm"
         return ""
+
+
+def _said(error: Exception) -> str:
+    """The error as a part of a sentence; memory that runs out is no fault of a description."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images")
+FAMILIES = ("images", "more_images", "videos")
 
 
 def specs() -> list[Any]:

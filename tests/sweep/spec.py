@@ -57,6 +57,7 @@ class Spec:
         shared: whether branches are shared.
         denoiser: the attribute that holds it.
         prompts: makes the arguments for prompts of a prefix (``"negative_"`` or none), of a batch.
+        dim: of the embeddings of prompts.
         masks: the dtype of masks over the tokens of prompts.
         before: is called with the pipeline before each call, and whether CFG is on.
         louder: what the weights of perturbed layers are multiplied by.
@@ -86,6 +87,7 @@ class Spec:
     masks: torch.dtype = torch.long
     before: Callable[[Any, bool], None] | None = None
     louder: float = 1.0
+    dim: int = DIM
 
     @property
     def exists(self) -> bool:
@@ -161,7 +163,7 @@ def _prompts(spec: Spec, prefix: str, batch: int) -> dict[str, Any]:
     seed, names = 2 if prefix else 1, spec.parameters
     made: dict[str, Any] = {}
     if f"{prefix}prompt_embeds" in names:
-        made[f"{prefix}prompt_embeds"] = normal(seed, batch, TOKENS, DIM)
+        made[f"{prefix}prompt_embeds"] = normal(seed, batch, TOKENS, spec.dim)
     if f"{prefix}pooled_prompt_embeds" in names:
         made[f"{prefix}pooled_prompt_embeds"] = normal(seed + 10, batch, POOLED)
     if "negative_prompt" in names:
@@ -188,6 +190,8 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
     kwargs["generator"] = torch.Generator().manual_seed(0)
     kwargs["output_type"] = "latent"
     kwargs |= VIDEO
+    if "prompt" in names and names["prompt"].default is inspect.Parameter.empty:
+        kwargs["prompt"] = None
     kwargs |= {k: v(batch) if callable(v) else v for k, v in spec.call.items()}
     return {name: value for name, value in kwargs.items() if name in names}
 
