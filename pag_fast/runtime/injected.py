@@ -25,7 +25,7 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
-from .observed import ObservedLoop
+from .observed import SKIP, ObservedLoop
 from .predictions import prediction_of, with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
@@ -33,9 +33,6 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
-
-# the other passes of a step: uncond, and SD3's skip-layer guidance
-SKIP = "skip"
 
 
 @dataclass
@@ -342,7 +339,7 @@ class InjectedSession(Session):
         latents, own = self._locals.get("latents"), prediction_of(out).dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
-        return with_prediction(out, prediction)
+        return with_prediction(out, prediction, turned=self._cond_first and bool(more))
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):

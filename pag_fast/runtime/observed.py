@@ -17,6 +17,8 @@ import torch
 from ..models.registry import COND, UNCOND
 from .forwards import Call
 
+# the other passes of a step besides uncond: SD3's skip-layer guidance, and what is like it
+SKIP = "skip"
 _LATENTS = ("latents", "latent", "intermediate_images", "image_latents", "x")
 _COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pred", "noise")
 _FLAGS = ("do_true_cfg", "do_classifier_free_guidance", "do_cfg")
@@ -44,6 +46,7 @@ class ObservedLoop:
         self._given: list[tuple[str, torch.Tensor]] = []
         self._key: Any = None
         self._checked = False
+        self._first: Any = None
         self.seen: dict[str, str] = {}
 
     # ---- rows and passes ----
@@ -101,7 +104,22 @@ class ObservedLoop:
         return UNCOND, COND
 
     def pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
-        """Which pass of its step a forward is."""
+        """Which pass of its step a forward is.
+
+        A second one of cond, with other settings on as many tokens, is another term of the loop's
+        guidance: what it subtracts is cond's.
+        """
+        found = self._pass_of(call, rows, local, seen)
+        if found != COND:
+            return found
+        settings = _settings(call)
+        if COND not in seen:
+            self._first = settings
+        elif settings != self._first and settings[0] == self._first[0]:
+            return SKIP
+        return COND
+
+    def _pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
         if self.branches(rows, local) == 2:
             return COND
         found = self._whose(call, rows, local, 1)
@@ -209,6 +227,18 @@ class ObservedLoop:
                 "in another order than diffusers' pipelines do: cond was taken for uncond. A "
                 "description can be added, see CONTRIBUTING.md."
             )
+
+
+def _settings(call: Call) -> tuple[Any, dict[str, Any]]:
+    """The size of a row of latents, and the arguments that are no tensors."""
+    first = next(iter(call.values()))
+    size = first.shape[1:] if isinstance(first, torch.Tensor) else None
+    plain = (bool, int, float, str, type(None))
+    return size, {
+        name: x
+        for name, x in call.items()
+        if isinstance(x, plain) or (isinstance(x, list) and all(isinstance(i, plain) for i in x))
+    }
 
 
 def _branch(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from ..models.registry import COND, PERTURBED, describe
 from ..models.traced.description import complete
 from ..models.traced.structure import first_parameter
-from ..models.traced.trace import signature_of, trace
+from ..models.traced.trace import contents, signature_of, trace
 from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, lists_by_row, version_of
 from ..sharing.rows import SPLIT, map_tensors
@@ -81,7 +81,8 @@ class TracedSession(InjectedSession):
             if name == latents:
                 now += [(name, latents_of(call).shape)]
             elif name != "timestep":
-                now += [(name, id(x), version_of(x) if isinstance(x, torch.Tensor) else 0)]
+                own = version_of(x) if isinstance(x, torch.Tensor) else contents(x)
+                now += [(name, id(x), own)]
         key = tuple(now)
         if key not in self._signed:
             self._signed[key] = dict(call), signature_of(call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images", "videos")
+FAMILIES = ("images", "more_images", "videos", "more_videos")
 
 
 def specs() -> list[Any]:

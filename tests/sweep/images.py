@@ -202,12 +202,14 @@ SPECS = [
     *variants(
         _KLEIN,
         Flux2KleinInpaintPipeline={
+            "image": 32,  # those of the picture are behind them
+            "louder": 4.0,
             "call": {
                 **_SMALL,
                 "image": picture(16),
                 "mask_image": picture(16)[:, :1],
                 "strength": 1.0,
-            }
+            },
         },
         Flux2KleinKVPipeline={"cfg": "", "apart": False},
     ),
@@ -222,8 +224,8 @@ SPECS = [
     Spec(
         "ChromaInpaintPipeline",
         also(_CHROMA, vae=vae),
-        setup=_has_no_guidance,
         _TWO_STACKS,
+        setup=_has_no_guidance,
         **_CHROMA_ROWS,
         call={**_SMALL, "image": picture(16), "mask_image": picture(16)[:, :1], "strength": 1.0},
     ),
@@ -264,8 +266,7 @@ SPECS = [
         "BriaPipeline",
         call=_SMALL,
         layers=_TWO_STACKS,
-        parts=
-        also(
+        parts=also(
             model(
                 "BriaTransformer2DModel",
                 patch_size=1,
@@ -305,7 +306,7 @@ SPECS = [
         model(
             "LongCatImageTransformer2DModel",
             patch_size=1,
-            in_channels=16,
+            in_channels=64,
             num_layers=3,
             num_single_layers=3,
             attention_head_dim=16,
@@ -387,7 +388,6 @@ SPECS = [
         **_TEXT_FIRST,
         **_APART,
         call={"prior_token_ids": lambda batch: torch.arange(16).expand(batch, -1)},
-        refused="called with kv_caches=GlmImageKVCache",
     ),
     Spec(
         "NucleusMoEImagePipeline",

@@ -109,7 +109,9 @@ def slow_pag(models: list[Any], attentions: list[Any], spec: Spec, cfg: bool) ->
             return own(*map(_copied, args), **{k: _copied(x) for k, x in kwargs.items()})
 
         out = forward()
-        branches = [rows[step["pass"] % len(rows)]] if spec.apart else list(rows)
+        each = [[row] for row in rows] if spec.apart else [list(rows)]
+        each += [["other"]] * spec.others
+        branches = each[step["pass"] % len(each)]
         step["pass"] += 1
         slabs = list(_prediction(out).chunk(len(branches)))
         if "cond" in branches:
@@ -117,14 +119,10 @@ def slow_pag(models: list[Any], attentions: list[Any], spec: Spec, cfg: bool) ->
             with perturbing(attentions, spec):
                 perturbed = _prediction(forward()).chunk(len(branches))[at]
             step["difference"] = slabs[at] - perturbed
-            slabs[at] = (
-                slabs[at] + PAG_SCALE / (1.0 if spec.everywhere else weight) * step["difference"]
-            )
+            if not spec.everywhere:
+                slabs[at] = slabs[at] + PAG_SCALE / weight * step["difference"]
         if spec.everywhere:
-            slabs = [
-                x if branch == "cond" else x + PAG_SCALE * step["difference"]
-                for x, branch in zip(slabs, branches, strict=True)
-            ]
+            slabs = [x + PAG_SCALE * step["difference"] for x in slabs]
         return _replaced(out, torch.cat(slabs))
 
     def replaced(own: Any) -> Any:

@@ -49,6 +49,7 @@ class Spec:
         weight: cond's weight in the result, by the scale of CFG.
         everywhere: add PAG's difference to all branches, not to cond alone by its weight: for
             guidance that is not linear.
+        others: forwards in each step behind these, whose predictions are part of the guidance.
         batches: numbers of prompts with and without CFG.
         unknown: what the call must not be given, though its signature has it.
         setup: is called with the pipeline.
@@ -75,6 +76,7 @@ class Spec:
     apart: bool = False
     weight: Callable[[float], float] = lambda scale: scale
     everywhere: bool = False
+    others: int = 0
     batches: tuple[int, int] = (2, 1)
     copies: int = 2
     unknown: tuple[str, ...] = ()
