@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images", "videos", "more_videos")
+FAMILIES = ("images", "more_images", "videos", "more_videos", "unets")
 
 
 def specs() -> list[Any]:
