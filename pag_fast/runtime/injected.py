@@ -10,7 +10,6 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,8 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
+from .observed import SKIP
+from .predictions import with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
@@ -35,9 +36,6 @@ from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
-
-# the other passes of a step: uncond, and SD3's skip-layer guidance
-SKIP = "skip"
 
 
 @dataclass
@@ -348,9 +346,9 @@ class InjectedSession(Session):
         latents, own = self._locals.get("latents"), out[0].dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
-        if isinstance(out, tuple):
-            return (prediction, *out[1:])
-        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: prediction})
+        if isinstance(out, tuple) and not out[1:]:
+            return (prediction,)
+        return with_prediction(out, prediction, turned=self._cond_first and bool(more))
 
     def _is_last_pass(self) -> bool:
         if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):

@@ -17,9 +17,11 @@ import torch
 from ..models.registry import COND, UNCOND
 from .forwards import Call
 
+# the other passes of a step besides uncond: SD3's skip-layer guidance, and what is like it
+SKIP = "skip"
 _LATENTS = ("latents", "latent", "intermediate_images", "image_latents", "x")
 _COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pred", "noise")
-_FLAGS = ("do_true_cfg", "do_classifier_free_guidance")
+_FLAGS = ("do_true_cfg", "do_classifier_free_guidance", "do_cfg")
 # of what is left of a combination that is no weighted sum, and of weights that do not sum to one
 _MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
@@ -44,12 +46,16 @@ class ObservedLoop:
         self._given: list[tuple[str, torch.Tensor]] = []
         self._key: Any = None
         self._checked = False
+        self._first: Any = None
         self.seen: dict[str, str] = {}
 
     # ---- rows and passes ----
 
     def uses_cfg(self, local: dict[str, Any]) -> bool:
-        """Whether the call uses CFG, by its own names for that."""
+        """Whether the call uses CFG, by its own names for that, or by its guider."""
+        guider = local.get("guider", getattr(self.pipe, "guider", None))
+        if isinstance(getattr(guider, "num_conditions", None), int):
+            return bool(guider.num_conditions > 1)
         for name in _FLAGS:
             if isinstance(local.get(name), bool):
                 return bool(local[name])
@@ -98,13 +104,29 @@ class ObservedLoop:
         return UNCOND, COND
 
     def pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
-        """Which pass of its step a forward is."""
-        if self.branches(rows, local) == 2 or not self.uses_cfg(local):
-            if not self.uses_cfg(local):
-                self.seen["branches"] = "cond alone"
+        """Which pass of its step a forward is.
+
+        A second one of cond, with other settings on as many tokens, is another term of the loop's
+        guidance: what it subtracts is cond's.
+        """
+        found = self._pass_of(call, rows, local, seen)
+        if found != COND:
+            return found
+        settings = _settings(call)
+        if COND not in seen:
+            self._first = settings
+        elif settings != self._first and settings[0] == self._first[0]:
+            return SKIP
+        return COND
+
+    def _pass_of(self, call: Call, rows: int, local: dict[str, Any], seen: list[str]) -> str:
+        if self.branches(rows, local) == 2:
+            return COND
+        found = self._whose(call, rows, local, 1)
+        if found != UNCOND and not self.uses_cfg(local):
+            self.seen.setdefault("branches", "cond alone")
             return COND
         self.seen["branches"] = "a forward for each"
-        found = self._whose(call, rows, local, 1)
         if not found:
             found, self._assumed = (UNCOND if COND in seen else COND), True
         return found
@@ -161,7 +183,7 @@ class ObservedLoop:
         if self._checked or self._key is None or key == self._key:
             return
         given, self._given, self._checked = self._given, [], True
-        combined = _combined(local, given[0][1])
+        combined = _combined(local, [x for _, x in given])
         name = type(self.pipe).__name__
         if combined is None and self._assumed:
             raise ValueError(
@@ -179,6 +201,13 @@ class ObservedLoop:
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]
         self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.0%} more")
+        conds = [w for (branch, _), w in zip(given, weights, strict=True) if branch == COND]
+        if len(conds) > 1 and (left > most or any(abs(w) > most for w in conds[:-1])):
+            raise ValueError(
+                f"{name} has no description in pag_fast, runs its denoiser {len(given)} times in a "
+                "step and makes one prediction of that: which of them is cond's cannot be told. A "
+                "description can be added, see CONTRIBUTING.md."
+            )
         if left > most:
             self._tell(
                 f"{name} does more to the predictions than to weigh them "
@@ -200,6 +229,18 @@ class ObservedLoop:
             )
 
 
+def _settings(call: Call) -> tuple[Any, dict[str, Any]]:
+    """The size of a row of latents, and the arguments that are no tensors."""
+    first = next(iter(call.values()))
+    size = first.shape[1:] if isinstance(first, torch.Tensor) else None
+    plain = (bool, int, float, str, type(None))
+    return size, {
+        name: x
+        for name, x in call.items()
+        if isinstance(x, plain) or (isinstance(x, list) and all(isinstance(i, plain) for i in x))
+    }
+
+
 def _branch(name: str) -> str:
     return UNCOND if "negative" in name or "uncond" in name else COND
 
@@ -210,7 +251,9 @@ def _is_text(x: Any, rows: int) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim in (2, 3) and x.shape[0] == rows
 
 
-def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+def _combined(local: dict[str, Any], given: list[torch.Tensor]) -> torch.Tensor | None:
+    """What the loop has made of predictions: by its name, else the one that is a sum of them."""
+    like = given[0]
     for name in _COMBINED:
         found = local.get(name)
         if not isinstance(found, torch.Tensor) or not found.numel():
@@ -222,6 +265,13 @@ def _combined(local: dict[str, Any], like: torch.Tensor) -> torch.Tensor | None:
         # tokens of reference pictures, and channels of a variance, are left out by the loop
         if all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True)):
             return found
+    for found in list(local.values()):
+        if isinstance(found, torch.Tensor) and found.shape == like.shape:
+            weights, left = _weights(found, given)
+            used = sum(abs(w) > 1e-3 for w in weights)
+            most = _MOST.get(found.dtype, 1e-3)
+            if used == len(given) and left <= most and abs(abs(sum(weights)) - 1.0) <= most:
+                return found
     return None
 
 

@@ -102,7 +102,11 @@ def some(call: Call, full: int, first: int, last: int) -> Call:
         unit = len(x) // full
         return x[first * unit : last * unit]
 
-    return {n: cut(x) if n in by_row else map_tensors(x, cut) for n, x in call.items()}
+    parts = {name: cut(call[name]) for name in by_row}
+    rest = {name: x for name, x in call.items() if name not in parts}
+    # in their order, as the first may be the latents
+    found = {**map_tensors(rest, cut), **parts}
+    return {name: found[name] for name in call}
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor) -> float:

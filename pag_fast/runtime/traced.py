@@ -16,7 +16,7 @@ import torch
 from ..models.registry import COND, PERTURBED, describe
 from ..models.traced.description import complete
 from ..models.traced.structure import first_parameter
-from ..models.traced.trace import signature_of, trace
+from ..models.traced.trace import contents, signature_of, trace
 from ..sharing.arguments import latents_of, version_of
 from ..sharing.rows import SPLIT
 from ..sharing.tokens import Tokens
@@ -27,6 +27,8 @@ from .predictions import prediction_of, with_prediction
 from .separately import Separately
 
 _MOST_SIGNED = 8
+# what a model raises whose rows are not where they were looked for
+_FAILURES = (RuntimeError, IndexError, TypeError)
 
 
 class TracedSession(InjectedSession):
@@ -75,7 +77,8 @@ class TracedSession(InjectedSession):
             if name == latents:
                 now += [(name, latents_of(call).shape)]
             elif name != "timestep":
-                now += [(name, id(x), version_of(x) if isinstance(x, torch.Tensor) else 0)]
+                own = version_of(x) if isinstance(x, torch.Tensor) else contents(x)
+                now += [(name, id(x), own)]
         key = tuple(now)
         if key not in self._signed:
             lasting = {name: x for name, x in call.items() if name != latents}
@@ -116,25 +119,36 @@ class TracedSession(InjectedSession):
         if state.slabs is None or traced.written or chosen in traced.verified:
             return super()._run(forward, call, found)
         full = state.slabs[SPLIT]
-        truth = Separately.run(forward, call, installed, full)
+        try:
+            truth = Separately.run(forward, call, installed, full)
+        except _FAILURES as error:
+            raise self._refusal(_said(error)) from error
         try:
             out = super()._run(forward, call, found)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            why = f"{type(error).__name__}: {error}"
+        except (*_FAILURES, ValueError) as error:
+            why = _said(error)
         else:
             why = truth.differs(prediction_of(out))
             if not why:
                 traced.verified.add(chosen)
                 return out
         if state.slabs == (full,) * 3:
-            raise ValueError(
-                f"PAG in {type(installed.denoiser).__name__}, whose description was derived, is "
-                f"not what separate forwards say ({why}): choose other layers, or describe the "
-                "model as CONTRIBUTING.md says."
-            )
+            raise self._refusal(why)
         traced.reason = f"sharing branches of this model is not exact ({why})"
         self.patch.fall_back(f"branches are not shared: {traced.reason}")
         state.slabs = (full,) * 3
         return self._run(forward, call, found)
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"PAG in {type(self.installed.denoiser).__name__}, whose description was derived, "
+            f"is not what separate forwards say ({why}): choose other layers, or describe the "
+            "model as CONTRIBUTING.md says."
+        )
+
+
+def _said(error: Exception) -> str:
+    """The error as a part of a sentence; memory that runs out is no fault of a description."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {error}"

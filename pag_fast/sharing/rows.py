@@ -14,6 +14,7 @@ of the last slab and going down drops slabs from the end.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -38,6 +39,7 @@ UNBATCHED = frozenset(
 )
 # tables of [tokens, channels], or of [rows, tokens, channels] where tokens differ between rows
 ROTARY = frozenset({"freqs_cis", "image_rotary_emb", "rotary_emb"})
+_TABLES = ("rope", "rotary", "freqs")
 
 
 class BranchState:
@@ -112,10 +114,18 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 def is_batched(name: str | None, value: Any) -> bool:
     """Whether an argument's tensors have rows in front."""
-    if name in ROTARY:
-        table = value[0] if isinstance(value, list | tuple) else value
+    if name in UNBATCHED:
+        return False
+    if name is not None and _is_table(name):
+        table = value[0] if isinstance(value, list | tuple) and value else value
         return isinstance(table, torch.Tensor) and table.ndim > 2
-    return name not in UNBATCHED
+    return True
+
+
+@functools.cache
+def _is_table(name: str) -> bool:
+    """Whether an argument of this name tells where tokens are, by a row for each."""
+    return name in ROTARY or any(part in name for part in _TABLES)
 
 
 class Align:

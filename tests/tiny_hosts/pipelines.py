@@ -118,14 +118,14 @@ def _called(spec: HostSpec, batch: int) -> dict[str, Any]:
 def latents(pipe: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """The final latents of ``pipe(**kwargs)``."""
     torch.manual_seed(0)  # control images are encoded with numbers of no generator
-    with _small_pictures(pipe):
+    with small_pictures(pipe):
         output = pipe(**kwargs)
     made = output.frames if hasattr(output, "frames") else output.images
     return torch.cat(made) if isinstance(made, list) else made
 
 
 @contextlib.contextmanager
-def _small_pictures(pipe: Any) -> Any:
+def small_pictures(pipe: Any) -> Any:
     """Pipelines that edit pictures bring them to a size of their own, of a million pixels."""
     module = sys.modules[_described(pipe).__module__]
     own = getattr(module, "calculate_dimensions", None)

@@ -15,6 +15,7 @@ from ...sharing.plan import BranchPlan, unshared
 from ...sharing.rows import map_tensors
 from ...sharing.tokens import Tokens
 from ..description import ModelDescription
+from ..layer_names import self_attentions
 from ..registry import describe, find, keep_traced
 from ..tensors import Latent, NewTensors
 from .plan import plan_traced
@@ -83,7 +84,8 @@ def derive(model: nn.Module) -> ModelDescription:
         names = attention_names(model, found.layout)
         found = _description(model, names, Traced(written=True))
         keep_traced(model, found)
-    if found is None:
+    # of a known class, with blocks that the class has not where it is described
+    if found is None or (not found.is_derived and not self_attentions(model)):
         names = tuple(attention_modules(model))
         if not names:
             raise ValueError(

@@ -7,6 +7,7 @@ touched: tensors that go in are copies, random numbers are drawn as if nothing h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ...processors.stock import InPlaceOfProduct, with_native_backend
 from .structure import attention_modules, block_of, first_parameter
 
 Call = dict[str, Any]
+_PLAIN = bool | int | float | str | torch.dtype | torch.device | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +92,15 @@ def trace(model: nn.Module, call: Call) -> Trace:
             f"{type(model).__name__} has no description in pag_fast, and cannot be traced: "
             f"{type(error).__name__}: {error}"
         ) from error
+    check_plain(arguments)  # an object that was empty, and is not any more
     return seen.trace()
 
 
 def check_plain(value: Any, name: str = "") -> None:
     """Raises ValueError for arguments other than tensors, numbers, texts and collections of them.
 
-    A cache of keys, for example, would be left with what the trace has put there.
+    A cache of keys, for example, would be left with what the trace has put there. An object that
+    holds no tensor is taken, as long as forwards put none into it.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -104,9 +108,7 @@ def check_plain(value: Any, name: str = "") -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             check_plain(item, name)
-    elif not isinstance(
-        value, torch.Tensor | bool | int | float | str | torch.dtype | torch.device | None
-    ):
+    elif not isinstance(value, torch.Tensor | _PLAIN) and contents(value) is None:
         raise ValueError(
             f"The denoiser is called with {name}={type(value).__name__}(…), which may keep "
             "something from forward to forward, and its class has no description in pag_fast: it "
@@ -114,9 +116,25 @@ def check_plain(value: Any, name: str = "") -> None:
         )
 
 
+def contents(value: Any) -> Any:
+    """What an object without tensors holds, to be compared; ``None`` where it may hold some."""
+    if isinstance(value, _PLAIN):
+        return value, type(value)
+    if isinstance(value, list | tuple):
+        items = [contents(item) for item in value]
+    elif type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
+        items = [(name, contents(item)) for name, item in vars(value).items()]
+        items = [None if item is None else (name, item) for name, item in items]
+    else:
+        return None
+    return None if None in items else (type(value), tuple(items))
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
+    if not isinstance(value, _PLAIN | list | tuple | dict):
+        return copy.deepcopy(value)
     if isinstance(value, list | tuple):
         made = [_copy(item) for item in value]
         return made if isinstance(value, list) else tuple(made)
@@ -305,4 +323,4 @@ def _sign(name: str, value: Any, found: list[Any]) -> None:
         for item in value:
             _sign(name, item, found)
     elif not isinstance(value, float):
-        found.append((name, value))
+        found.append((name, value if isinstance(value, _PLAIN) else contents(value)))

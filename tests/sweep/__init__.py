@@ -1,0 +1,20 @@
+"""Every pipeline of diffusers that nobody has described: built tiny, and compared with a slow PAG.
+
+Run by ``make sweep``. A pipeline is a :class:`sweep.spec.Spec` in one of the files of families; what
+became of each is recorded in ``results.json``, of which ``docs/pipelines.md`` is made
+(``sweep/page.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAMILIES = ("images", "more_images", "videos", "more_videos", "unets")
+
+
+def specs() -> list[Any]:
+    """All specs whose pipeline this diffusers has."""
+    from importlib import import_module
+
+    every = [spec for name in FAMILIES for spec in import_module(f"sweep.{name}").SPECS]
+    return [spec for spec in every if spec.exists]
