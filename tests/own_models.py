@@ -255,7 +255,7 @@ class OwnPipeline(diffusers.DiffusionPipeline):
             noise_pred = guided.float()
             latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
             if "result" in self.hides:
-                noise_pred = None
+                noise_pred = guided = None
         return latents
 
 
