@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
+from ..models.registry import COND, UNCOND, uncompiled
+from ..models.traced.description import derive
 from ..sharing.arguments import latents_of
 from .forwards import Call
 from .frames import calling_pipeline
-from .injected import InjectedSession
+from .injected import InjectedSession, Loop
 from .observed import ObservedLoop
 from .traced import TracedSession
+
+if TYPE_CHECKING:
+    from .patch_state import PatchState
 
 
 class ObservedSession(InjectedSession):
@@ -58,3 +62,19 @@ class ObservedSession(InjectedSession):
 
 class ObservedTracedSession(ObservedSession, TracedSession):
     """Neither the pipeline nor its denoiser is described."""
+
+
+# by whether the pipeline is observed, and its denoiser traced
+_KINDS: dict[tuple[bool, bool], type[InjectedSession]] = {
+    (False, False): InjectedSession,
+    (False, True): TracedSession,
+    (True, False): ObservedSession,
+    (True, True): ObservedTracedSession,
+}
+
+
+def session_of(pipe: Any, patch: PatchState, denoiser: str, loop: Loop) -> InjectedSession:
+    """A session for one denoiser of a pipeline without PAG."""
+    assert patch.host is not None
+    derived = derive(uncompiled(getattr(pipe, denoiser))).is_derived
+    return _KINDS[patch.host.is_observed, derived](pipe, patch, denoiser, loop)

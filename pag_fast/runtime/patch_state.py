@@ -10,7 +10,7 @@ from typing import Any
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
 from ..models.registry import controlnets, fusable_processors, uncompiled
-from ..models.traced.description import derive, seen_of
+from ..models.traced.description import seen_of
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
@@ -25,21 +25,13 @@ from .frames import know_loops
 from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation
-from .observed_session import ObservedSession, ObservedTracedSession
+from .observed_session import session_of
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
 from .stock_patch import run_stock
-from .traced import TracedSession
 from .undoing import undo_after_error, undo_all
 
-# by whether the pipeline is observed, and its denoiser traced
-_KINDS: dict[tuple[bool, bool], type[InjectedSession]] = {
-    (False, False): InjectedSession,
-    (False, True): TracedSession,
-    (True, False): ObservedSession,
-    (True, True): ObservedTracedSession,
-}
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
 _MOST_INSTALLATIONS = 8
@@ -261,9 +253,7 @@ class PatchState(BasicState):
             return
         loop = Loop()
         for name in denoiser_names(pipe):
-            model = uncompiled(getattr(pipe, name))
-            kind = _KINDS[self.host.is_observed, derive(model).is_derived]
-            yield kind(pipe, self, name, loop)
+            yield session_of(pipe, self, name, loop)
 
     # ---- what is kept between calls ----
 
