@@ -91,20 +91,20 @@ def _accuracy(pipe, known, captions, **call):
 
 
 def test_accuracy_with_cfg(pipe, pictures, known):
-    """At least 90 % of 20 prompts × 2 seeds are nearest to the emoji that was asked for."""
+    """At least 90 % of 20 prompts are nearest to the emoji that was asked for."""
     captions = _spread(pictures.captions, 20)
-    found = _accuracy(pipe, known, captions, guidance_scale=4.0, pag_scale=0.0)
-    assert found.images == 40
+    found = _accuracy(pipe, known, captions, guidance_scale=4.0, pag_scale=0.0, seeds=(0,))
+    assert found.images == 20
     assert found.top1 >= 0.90
     assert found.top5 >= found.top1
 
 
 def test_pag_raises_accuracy_without_cfg(pipe, pictures, known):
-    """Where the prompt is asked for faintly: 64 pictures, 42 % of them right without PAG.
+    """Where the prompt is asked for faintly: 32 pictures, 47 % of them right without PAG.
 
     A plain caption leaves little to raise, see the table that ``examples/emoji/evaluate.py`` makes.
     """
-    captions = _spread(pictures.captions, 64)
+    captions = _spread(pictures.captions, 32)
     call = {"guidance_scale": 1.0, "prompt_weight": 0.45, "seeds": (0,)}
     pag_fast.patch(pipe)
     without = _accuracy(pipe, known, captions, pag_scale=0.0, **call)

@@ -390,13 +390,21 @@ def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, 
 def test_unpatching_goes_on_when_a_part_of_it_fails(monkeypatch):
     pipe = _patch(_build(CONTROL))
     _run(pipe)
+    fusions, released = [x for _, x in pipe._pag_fast._fusions.values()], []
+    release = type(fusions[0]).release
 
     def fail(self):
         raise RuntimeError("in undoing")
 
+    def recorded(self):
+        released.append(self)
+        release(self)
+
     with monkeypatch.context() as context, pytest.raises(RuntimeError, match="in undoing"):
         context.setattr(Installation, "release", fail)
+        context.setattr(type(fusions[0]), "release", recorded)
         pag_fast.unpatch(pipe)
+    assert released == fusions
     assert type(pipe) is diffusers.StableDiffusionControlNetPipeline
     for model in (pipe.unet, pipe.controlnet):
         assert "_compiled_call_impl" not in vars(model)
