@@ -155,8 +155,13 @@ class MaskOfImageLatents:
         return mask, mask if unused else masked
 
 
-def mixins(cls: type) -> tuple[type, ...]:
-    """The overrides that a pipeline class needs, in the order of inheritance."""
+def mixins(cls: type, *, injected: bool = False) -> tuple[type, ...]:
+    """The overrides that a pipeline class needs, in the order of inheritance.
+
+    ``injected``: it gets PAG, whatever its class has.
+    """
+    if injected:
+        return (InjectedPipeline,)
     description = description_of(cls)
     assert description is not None
     if description.kind == "sag":

@@ -25,6 +25,7 @@ from .pipelines.registry import (
     STOCK_PIPELINES,
     denoiser_names,
     describe_pipeline,
+    described_with,
     host_of,
 )
 from .runtime.basic_state import BasicState
@@ -63,29 +64,21 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
             pipeline is then as it was.
     """
     config = _config(layers, options)
-    check_options(describe_pipeline(pipe), config)
+    perturbs = config.layers is not None or config.branches is not None
+    described = described_with(pipe, perturbs=perturbs)
+    check_options(described, config)
     check_entry()
     if is_sag(pipe):
         return _put_on(pipe, SagPatch(pipe, config))
-    if describe_pipeline(pipe).kind == "stock":
+    if described.kind == "stock":
         return _put_on(pipe, StockPatch(pipe, config))
-    host = host_of(pipe)
-    original = _users_layers(pipe)
-    wanted = list(original) if config.layers is None else as_list(config.layers)
-    if config.branches is not None:
-        wanted = [layer for branch in config.branches for layer in as_list(branch.layers)]
-    for name in denoiser_names(pipe):
-        denoiser = uncompiled(getattr(pipe, name))
-        family_of(denoiser)
-        if not wanted:
-            raise ValueError(no_default(denoiser, type(pipe).__name__))
-        perturbed_branches(denoiser, wanted, config)
-
+    host = described if described.kind == "injected" else None
+    original = _users_layers(pipe) if host is None else host.layers
+    wanted = _wanted(pipe, config, original)
     before = getattr(pipe, "_pag_fast", None)
     if before is not None:
         before.check_idle("patched anew")
-    chosen = config.layers is not None or config.branches is not None or host is not None
-    own = wanted if chosen else None
+    own = wanted if perturbs or host is not None else None
     cls = type(pipe) if before is None else before.original_class
     new = PatchState(config, cls, original, own, host)
     if before is not None:
@@ -105,10 +98,28 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     return pipe
 
 
+def _wanted(pipe: Any, config: PatchConfig, original: Any) -> list[str | int]:
+    """The layers that are to be perturbed, ``original`` being those of the pipeline.
+
+    Raises:
+        ValueError: none, one that does not exist, or that cannot be perturbed like this.
+    """
+    wanted = list(original) if config.layers is None else as_list(config.layers)
+    if config.branches is not None:
+        wanted = [layer for branch in config.branches for layer in as_list(branch.layers)]
+    for name in denoiser_names(pipe):
+        denoiser = uncompiled(getattr(pipe, name))
+        family_of(denoiser)
+        if not wanted:
+            raise ValueError(no_default(denoiser, type(pipe).__name__))
+        perturbed_branches(denoiser, wanted, config)
+    return wanted
+
+
 def _put_on(pipe: P, new: PatchState | SagPatch | StockPatch) -> P:
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
-    pipe.__class__ = _subclass(cast(Any, type(pipe)))
+    pipe.__class__ = _subclass(cast(Any, type(pipe)), injected=new.host is not None)
     new.enter_models(pipe)
     return pipe
 
@@ -147,7 +158,8 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
             before.inherit(inner)
         unpatch(pipe)
         if before is not None:
-            pipe.__class__ = _subclass(before.original_class)
+            injected = before.host is not None
+            pipe.__class__ = _subclass(before.original_class, injected=injected)
             pipe._pag_fast = before  # type: ignore[attr-defined]
             before.enter_models(pipe)
             if isinstance(before, PatchState):
@@ -216,7 +228,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 @functools.cache
-def _subclass(cls: Any) -> Any:
+def _subclass(cls: Any, *, injected: bool) -> Any:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)
@@ -229,7 +241,7 @@ def _subclass(cls: Any) -> Any:
         "__reduce_ex__": _reduce,
     }
     # under the same name: diffusers saves pipelines and finds related ones by class name
-    return type(cls.__name__, (*mixins(cls), cls), body)
+    return type(cls.__name__, (*mixins(cls, injected=injected), cls), body)
 
 
 def _reduce(pipe: Any, protocol: Any) -> Any:

@@ -493,11 +493,25 @@ def test_options_and_descriptions():
     assert set(STOCK_PIPELINES) <= set(pag_fast.supported_pipelines())
     assert {n for n, e in BY_NAME.items() if e.stock_guidance} == {SD3, *STOCK_PIPELINES}
     pipe = _pipe(LTX2)
-    for options in ({"layers": "blocks.1"}, {"pag_scale": 1.0}, {"compile": True}):
+    for options in ({"pag_scale": 1.0}, {"compile": True}):
         with pytest.raises(ValueError, match="LTX2Pipeline gets no PAG"):
             pag_fast.patch(pipe, **options)
     assert not hasattr(pipe, "_pag_fast")
     assert HOSTS[SD3].stock_guidance.argument == "skip_layers"
+
+
+def test_pag_where_layers_are_named():
+    """Its passes are observed then, and its own guidance is resumed beside PAG."""
+    pipe = _pipe(LTX2)
+    stock = _latents(LTX2, pipe)
+    with pag_fast.patched(pipe, r"^transformer_blocks\.1\.attn1"):
+        assert pipe.do_perturbed_attention_guidance
+        with_pag = _latents(LTX2, pipe)
+        assert pipe._pag_fast.steps["shared"] and pipe._pag_fast.steps[RESUMED]
+    assert relative(with_pag, stock) > 1e-4
+    with pag_fast.patched(pipe):
+        assert relative(_latents(LTX2, pipe), stock) < 1e-6
+    assert torch.equal(_latents(LTX2, pipe), stock)
 
 
 def test_explained():

@@ -7,6 +7,7 @@ that defines ``PIPELINES``.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,13 +44,37 @@ def description_of(cls: type) -> PipelineDescription | None:
     return None if found is not None and found.kind == "injected" and has_pag else found
 
 
+def _described(pipe: Any) -> PipelineDescription | None:
+    """The description by which a pipeline is patched, or else that of its class."""
+    host: PipelineDescription | None = getattr(getattr(pipe, "_pag_fast", None), "host", None)
+    return description_of(type(pipe)) if host is None else host
+
+
 def describe_pipeline(pipe: Any) -> PipelineDescription:
-    """The description of a pipeline's class; one that nobody has written is made here.
+    """The description of a pipeline; one that nobody has written is made here.
 
     Raises:
         ValueError: a pipeline that cannot be patched.
     """
-    found = description_of(type(pipe))
+    return _completed(pipe, _described(pipe))
+
+
+def described_with(pipe: Any, *, perturbs: bool) -> PipelineDescription:
+    """The description by which a pipeline is to be patched, whatever it is patched by now.
+
+    A pipeline whose own guidance alone is made fast gets PAG, too, if it is asked for
+    (``perturbs``): its passes are then observed.
+
+    Raises:
+        ValueError: a pipeline that cannot be patched.
+    """
+    found = _completed(pipe, description_of(type(pipe)))
+    if found.kind == "stock" and perturbs:
+        return replace(observed_pipeline(pipe), stock_guidance=found.stock_guidance)
+    return found
+
+
+def _completed(pipe: Any, found: PipelineDescription | None) -> PipelineDescription:
     parts = [] if found is None else [getattr(pipe, name, None) for name in found.denoisers]
     parts = [part for part in parts if part is not None]
     if found is not None and parts:
@@ -80,19 +105,19 @@ def _nearest(pipe: Any) -> str:
 
 def host_of(pipe: Any) -> PipelineDescription | None:
     """The description of a pipeline without PAG; ``None`` for any other."""
-    found = description_of(type(pipe))
+    found = _described(pipe)
     return found if found is not None and found.kind == "injected" else None
 
 
 def has_layers(pipe: Any) -> bool:
     """Whether a pipeline has, or gets, layers to perturb: Self-Attention Guidance has none."""
-    found = description_of(type(pipe))
+    found = _described(pipe)
     return found is None or found.kind in ("pag", "injected")
 
 
 def denoiser_names(pipe: Any) -> tuple[str, ...]:
     """The attributes of ``pipe`` that hold its denoisers."""
-    found = description_of(type(pipe))
+    found = _described(pipe)
     if found is None:
         return (denoiser_name(pipe),)
     return tuple(name for name in found.denoisers if getattr(pipe, name, None) is not None)
