@@ -157,8 +157,8 @@ class TracedSession(InjectedSession):
                 return x[first * unit : last * unit] if fits else x
 
             unit = rows // full
-            parts = {name: x[first * unit : last * unit] for name, x in call.items() if name in by_row}
-            return {**map_tensors(call, cut), **parts}
+            lists = {name: call[name][first * unit : last * unit] for name in by_row}
+            return {**map_tensors(call, cut), **lists}
 
         own = [
             (vars(attention), "processor", self.installed.processors[name])

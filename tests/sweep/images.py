@@ -9,15 +9,12 @@ import torch
 
 from sweep.spec import (
     DIM,
-    SIZE,
     TOKENS,
     Spec,
     also,
     flow,
     model,
     normal,
-    photo,
-    photos,
     picture,
     vae,
     variants,

@@ -1,4 +1,4 @@
-"""Pipelines of pictures whose denoiser is a transformer and whose prompts are of a kind of their own."""
+"""Pipelines of pictures with a transformer, and prompts of a kind of their own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from sweep.spec import (
     TOKENS,
     Spec,
     also,
-    flow,
     model,
     normal,
-    photo,
     vae,
-    variants,
 )
 
 _SMALL = {"height": 16, "width": 16}

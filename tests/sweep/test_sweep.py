@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sweep import specs
 from sweep.check import check
 

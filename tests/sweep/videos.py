@@ -8,13 +8,12 @@ from typing import Any
 import diffusers
 import torch
 from tiny_hosts.videos import _clip as clip
-from tiny_hosts.videos import hunyuan_video_vae, wan, wan_vae
+from tiny_hosts.videos import wan, wan_vae
 
 from sweep.spec import (
     DIM,
     POOLED,
     TOKENS,
-    VIDEO,
     Spec,
     also,
     film,
@@ -23,7 +22,6 @@ from sweep.spec import (
     normal,
     photo,
     picture,
-    vae,
     variants,
 )
 
@@ -210,7 +208,9 @@ SPECS = [
         text="last",
         image=16,
         copies=1,
-        batches=(1, 1),
+        batches=(2, 1),
+        refused="attends more than once",
+        refuses=lambda cfg, batch: cfg,
     ),
     Spec(
         "CosmosTextToWorldPipeline",
