@@ -201,12 +201,13 @@ def _layers(arguments: argparse.Namespace) -> None:
     from .analysis.costs import layer_costs
     from .analysis.published import CARDS
     from .patching import supported_pipelines
-    from .pipelines.registry import HOSTS, SAG_PIPELINES
+    from .pipelines.registry import HOSTS, SAG_PIPELINES, STOCK_PIPELINES
     from .tools import load as models
 
     model = arguments.model
     if model is None:
-        names = [name for name in supported_pipelines() if name not in SAG_PIPELINES]
+        without = (*SAG_PIPELINES, *STOCK_PIPELINES)
+        names = [name for name in supported_pipelines() if name not in without]
         print("\n".join(dict.fromkeys([*names, *CARDS])))
         print("\npag-fast layers MODEL lists the layers of one.")
         return
@@ -285,7 +286,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from .analysis.verify import verify
-    from .pipelines.registry import SAG_PIPELINES
+    from .pipelines.registry import has_layers
     from .tools import load as models
 
     scale = arguments.guidance_scale
@@ -297,7 +298,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if scale is not None:
         call["guidance_scale"] = number("--guidance-scale", scale, least=0.0)
     pipe = models.load(arguments.pipeline, models.dtype_of(arguments.dtype), as_saved=True)
-    if type(pipe).__name__ in SAG_PIPELINES:
+    if not has_layers(pipe):
         del call["pag_scale"]
     pipe.set_progress_bar_config(disable=True)
     result = verify(pipe, layers=arguments.layers, **call)

@@ -163,6 +163,8 @@ def mixins(cls: type) -> tuple[type, ...]:
         return (PatchedSagPipeline,)
     if description.kind == "injected":
         return (InjectedPipeline,)
+    if description.kind == "stock":
+        return ()
     found: list[type] = [PatchedPipeline]
     if description.rescales_again:
         found.append(RescalesOnce)

@@ -22,6 +22,7 @@ from .pipelines.registry import (
     HOSTS,
     PAG_PIPELINES,
     SAG_PIPELINES,
+    STOCK_PIPELINES,
     denoiser_names,
     describe_pipeline,
     host_of,
@@ -30,6 +31,7 @@ from .runtime.basic_state import BasicState
 from .runtime.entry import check_entry
 from .runtime.patch_state import PatchState
 from .runtime.perturbed_branches import perturbed_branches
+from .runtime.stock_patch import StockPatch
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
 
@@ -41,7 +43,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
 
     The picture of a PAG pipeline, or of the SAG pipeline, stays the same. A pipeline without PAG
     gets it, with ``pag_scale`` and ``pag_adaptive_scale`` as options here and as arguments of its
-    calls.
+    calls. Those of LTX-2 get none: their own guidance is made fast, with the same picture.
 
     Args:
         pipe: an instance of one of :func:`supported_pipelines`. Only this instance changes.
@@ -65,6 +67,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     check_entry()
     if is_sag(pipe):
         return _put_on(pipe, SagPatch(pipe, config))
+    if describe_pipeline(pipe).kind == "stock":
+        return _put_on(pipe, StockPatch(pipe, config))
     host = host_of(pipe)
     original = _users_layers(pipe)
     wanted = list(original) if config.layers is None else as_list(config.layers)
@@ -101,7 +105,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     return pipe
 
 
-def _put_on(pipe: P, new: PatchState | SagPatch) -> P:
+def _put_on(pipe: P, new: PatchState | SagPatch | StockPatch) -> P:
     unpatch(pipe)
     pipe._pag_fast = new  # type: ignore[attr-defined]
     pipe.__class__ = _subclass(cast(Any, type(pipe)))
@@ -153,8 +157,11 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
 
 
 def supported_pipelines() -> tuple[str, ...]:
-    """Class names of the pipelines that :func:`patch` takes, where diffusers has them."""
-    return tuple(filter(_exists, (*PAG_PIPELINES, *SAG_PIPELINES, *HOSTS)))
+    """Class names of the pipelines that are described, where diffusers has them.
+
+    :func:`patch` takes others, too: what runs is then seen in their calls.
+    """
+    return tuple(filter(_exists, (*PAG_PIPELINES, *SAG_PIPELINES, *STOCK_PIPELINES, *HOSTS)))
 
 
 def _exists(pipeline: str) -> bool:

@@ -13,6 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import diffusers
 import pytest
+import shortcuts
 import torch
 
 from pag_fast.ops import backend
@@ -33,6 +34,7 @@ if "PAG_FAST_TEST_DEVICE" in os.environ:
 
 def pytest_collection_finish() -> None:
     """What is imported stays: collections of garbage, many while Dynamo traces, skip it."""
+    shortcuts.take()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)

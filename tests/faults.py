@@ -18,13 +18,14 @@ from pathlib import Path
 from faults_of_calls import CALLS
 from faults_of_kept import KEPT
 from faults_of_numbers import NUMBERS
+from faults_of_stock import STOCK
 from planting import Fault
 
 ROOT = Path(__file__).parent.parent
 _IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "bench-results")
 
 
-FAULTS = [*NUMBERS, *CALLS, *KEPT]
+FAULTS = [*NUMBERS, *CALLS, *KEPT, *STOCK]
 
 
 def anchors() -> list[str]:

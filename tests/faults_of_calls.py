@@ -42,7 +42,7 @@ CALLS = [
     ),
     Fault(
         "a recorded output is taken over whatever has been written into it",
-        "pag_fast/guiders/recording.py",
+        "pag_fast/runtime/recording.py",
         "return self.versions == self._versions()",
         "return True",
         tests_of("guiders_work", "written_into"),

@@ -168,7 +168,7 @@ class OwnDenoiser(ModelMixin, ConfigMixin):
     ) -> Any:
         rows, channels, height, width = pixels.shape
         x, text = self.entry(pixels.flatten(2).transpose(1, 2)), self.caption(words)
-        temb = self.time(when.float()[:, None] / 1000)
+        temb = self.time(when.to(x.dtype)[:, None] / 1000)
         image = self.places(x.shape[1], text.shape[1])
         tokens = x.new_zeros(rows, len(image), WIDTH)
         tokens[:, image], tokens[:, ~image] = x, text
@@ -204,7 +204,8 @@ class OwnPipeline(diffusers.DiffusionPipeline):
     def predict(self, latents: torch.Tensor, t: Any, words: Any, valid: Any) -> torch.Tensor:
         when = t.expand(latents.shape[0])
         extra = {"cache": self.cache} if hasattr(self, "cache") else {}
-        return self.transformer(latents, when, words, valid=valid, return_dict=False, **extra)[0]
+        given = latents.to(self.transformer.dtype)
+        return self.transformer(given, when, words, valid=valid, return_dict=False, **extra)[0]
 
     @torch.no_grad()
     def __call__(
@@ -251,10 +252,10 @@ class OwnPipeline(diffusers.DiffusionPipeline):
                 if self.normalises:
                     norms = [x.flatten(1).norm(dim=1) for x in (cond, guided)]
                     guided = guided * (norms[0] / norms[1])[:, None, None, None]
-            noise_pred = guided
+            noise_pred = guided.float()
             latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
             if "result" in self.hides:
-                noise_pred = None
+                noise_pred = guided = None
         return latents
 
 

@@ -35,6 +35,7 @@ def _net(unet: dict[str, Any]) -> dict[str, Any]:
     return {key: unet[key] for key in ("block_out_channels", "down_block_types")}
 
 
+_TWO_LAYERS = ("WanPipeline", "QwenImagePipeline", "LTXPipeline", "CogVideoXPipeline")
 SHALLOW = {
     "StableDiffusionPAGPipeline": _ONE_BLOCK,
     "StableDiffusionXLPAGPipeline": _XL,
@@ -54,7 +55,8 @@ SHALLOW = {
     "StableDiffusionControlNetPipeline": {**_ONE_BLOCK, "net": _net(_ONE_BLOCK)},
     "StableDiffusion3Pipeline": {"num_layers": 2},
     "FluxPipeline": {"num_layers": 1, "num_single_layers": 2},
-    "WanPipeline": {"num_layers": 2},
+    "HunyuanVideoPipeline": {"num_layers": 1, "num_single_layers": 2},
+    **{name: {"num_layers": 2} for name in _TWO_LAYERS},
 }
 _XL_LAYERS = {
     "middle": ["down_blocks.0.attentions.0.transformer_blocks.1", "mid"],
@@ -80,16 +82,25 @@ LAYERS = {
     "StableDiffusionPipeline": {"middle": ["mid", "up_blocks.0.attentions.1"]},
     "StableDiffusion3Pipeline": {"middle": [r"blocks\.1\."]},
     "FluxPipeline": {"middle": [r"single_transformer_blocks\.1\."]},
-    "WanPipeline": {"middle": [r"blocks\.1\."]},
+    "HunyuanVideoPipeline": {"middle": [r"single_transformer_blocks\.1\."]},
+    **{name: {"middle": [r"blocks\.1\."]} for name in _TWO_LAYERS},
 }
 
 
+_NETS = ("Union", "Adapter", "DiffControlNet", "VideoToVideoControlNet", "SanaControlNet")
+
+
 def family(name: str) -> str:
-    """The pipeline in ``SHALLOW`` with the same denoiser and ControlNet, or ``name`` itself."""
-    like = tiny_hosts.HOSTS[name].like if name in tiny_hosts.HOSTS else name
-    if name in SHALLOW or not like:
+    """The pipeline in ``SHALLOW`` with the same denoiser and ControlNet, or ``name`` itself.
+
+    A host with a ControlNet or an adapter that its PAG pipeline has not is as deep as these.
+    """
+    host = tiny_hosts.HOSTS.get(name)
+    if name in SHALLOW or (host and any(part in name for part in _NETS)):
         return name
-    spec = tiny.PIPELINES[like]
+    if host and not host.like:
+        return host.family
+    spec = tiny.PIPELINES[host.like if host else name]
     for other in LAYERS:
         known = tiny.PIPELINES.get(other)
         if known and (known.model, known.xl, known.controlnet) == (
@@ -105,3 +116,32 @@ def build(name: str, **options: Any) -> Any:
     """The pipeline ``name`` of ``tiny.py`` or ``tiny_hosts``, shallow where there is a way."""
     made = tiny_hosts if name in tiny_hosts.HOSTS else tiny
     return made.build(name, **{**SHALLOW.get(family(name), {}), **options})
+
+
+_UP = {**_ONE_BLOCK, "down_block_types": ("DownBlock2D",), "mid_block_type": None}
+_TWO_STACKS = {"num_layers": 1, "num_single_layers": 1}
+# what is least of each, where it is not one block
+_LEAST = {
+    "StableDiffusionPAGPipeline": _UP,
+    "StableDiffusionPipeline": _UP,
+    "StableDiffusionControlNetPAGPipeline": {**_UP, "net": _net(_UP)},
+    "StableDiffusionControlNetPipeline": {**_UP, "net": _net(_UP)},
+    "AnimateDiffPAGPipeline": {**_MOTION, "down_block_types": ("DownBlockMotion",)},
+    "HunyuanDiTPAGPipeline": {"num_layers": 2},  # one with a skip from another
+    "FluxPipeline": _TWO_STACKS,
+    "HunyuanVideoPipeline": _TWO_STACKS,
+}
+
+
+def least(name: str) -> tuple[Any, list[str]]:
+    """A pipeline with as little as can be perturbed, to compile it, and the names of its layers.
+
+    It is one block of each kind, or two attentions behind each other in a UNet.
+    """
+    options = _LEAST.get(name, {"num_layers": 1})
+    if "up_block_types" in options:
+        layers = ["up_blocks.0.attentions.1"]
+    else:
+        layers = [r"^layers\.0\." if name == "Lumina2Pipeline" else r"blocks\.0\."]
+    own = {} if name in tiny_hosts.HOSTS else {"pag_applied_layers": layers}
+    return build(name, **options, **own), layers

@@ -80,7 +80,7 @@ PROBLEMS = [
     Problem(100, 2, 72, 2, 0, context=36, forked=1),
     Problem(77, 2, 40, 0, 2),
     Problem(80, 2, 64, 0, 1, context=13),
-    Problem(4097, 1, 64, 2, 1),
+    Problem(2049, 1, 64, 2, 1),
     # a forward of the perturbed branch alone
     Problem(77, 2, 64, 0, 2),
     Problem(80, 2, 64, 0, 2, context=13),

@@ -9,7 +9,6 @@ import statistics
 import time
 from dataclasses import replace
 
-import diffusers
 import pytest
 import torch
 from shallow import build
@@ -17,7 +16,6 @@ from tiny import call_kwargs
 
 from benchmarks import counts
 from benchmarks.compare import main
-from pag_fast.analysis.ledger import entry
 from pag_fast.analysis.published import CARDS, ModelCard
 from pag_fast.processors import PerturbedSelfAttention
 from pag_fast.tools.bench.record import Results, read_json, write
@@ -278,13 +276,10 @@ def test_more_registers_are_caught(compare):
 
 
 def test_the_committed_counts(tmp_path):
-    """Every line of the ledger is there; one is counted anew, where the versions are the same."""
+    """Every line of the ledger is there; ``test_ledger.py`` counts one of them anew."""
     report = read_json(counts.TABLE)
     assert len(report["flops"]) == 2 * len(CARDS)
     assert len(report["launches"]) == len(report["bytes"]) == 2 * len(counts.LAUNCHES)
     path = tmp_path / "again.json"
     counts.write_counts(report, path)
     assert path.read_text() == counts.TABLE.read_text()
-    if report["versions"]["diffusers"] == diffusers.__version__:
-        line = entry("PixArtSigmaPAGPipeline")
-        assert report["flops"][line.label]["patched"] == line.cost.patched

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from numerics import relative
-from shallow import LAYERS, build
+from shallow import LAYERS, build, least
 from tiny import PIPELINES, call_kwargs, latents
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pag_fast
 
-FAMILIES = [name for name in tiny.FAMILIES if "ControlNet" not in name]
 UNET, SD3 = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
-FUNCTIONALISED = [UNET, SD3, "SanaPAGPipeline"]
-# a UNet with two attentions behind each other; test_compiling.py has one with a middle block
-_UP = {"down_block_types": ("DownBlock2D",), "mid_block_type": None}
-_UP_LAYERS = {"middle": ["up_blocks.0.attentions.0"], "last": ["up_blocks.0.attentions.1"]}
 
 
-def _build(name, layers="middle"):
-    if name == UNET:
-        return build(name, **_UP, pag_applied_layers=_UP_LAYERS[layers])
+def _build(name, layers):
+    if layers == "least":
+        return least(name)[0]
     return build(name, pag_applied_layers=LAYERS[name][layers])
 
 
@@ -33,27 +27,26 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def _compile(pipe, name, how="wrap", backend="eager", part=None):
-    counter = CompileCounterWithBackend(backend)
-    part = part or PIPELINES[name].denoiser
-    module = getattr(pipe, part)
-    if how == "wrap":
-        setattr(pipe, part, torch.compile(module, fullgraph=True, backend=counter))
-    else:
-        module.compile(fullgraph=True, backend=counter)
+def _compile(pipe, name, backend="eager"):
+    counter, part = CompileCounterWithBackend(backend), PIPELINES[name].denoiser
+    compiled = torch.compile(getattr(pipe, part), fullgraph=True, backend=counter)
+    setattr(pipe, part, compiled)
     return counter
 
 
 # functionalisation has to cope with the op that writes in place: of one stream and of two, and of
-# linear attention; a fork with nothing behind it in a UNet and a transformer; the next test has the
-# default layers
+# linear attention; a fork with nothing behind it in a UNet and a transformer
 @pytest.mark.parametrize(
     ("name", "layers", "backend"),
     [
-        *((name, "middle", "aot_eager") for name in FUNCTIONALISED),
-        *((name, "middle", "eager") for name in FAMILIES if name not in FUNCTIONALISED),
-        (UNET, "last", "eager"),
+        (UNET, "least", "aot_eager"),
+        (SD3, "middle", "aot_eager"),
         (SD3, "last", "eager"),
+        ("SanaPAGPipeline", "least", "aot_eager"),
+        ("StableDiffusionXLPAGPipeline", "middle", "eager"),
+        ("AnimateDiffPAGPipeline", "least", "eager"),
+        ("HunyuanDiTPAGPipeline", "least", "eager"),
+        ("PixArtSigmaPAGPipeline", "least", "eager"),
     ],
 )
 def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend):
@@ -68,17 +61,16 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
     assert counter.frame_count == 1
 
 
-# CFG on has a graph of every family in the test before; a UNet and a transformer turn it on and
-# off, and those that call their model in a way of their own have it off
+# CFG on has a graph of every family in the test before; a transformer turns it on and off, and
+# those that call their model in a way of their own have it off
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         (name, [(cfg, adaptive) for cfg in cfgs for adaptive in adaptives])
         for name, cfgs, adaptives in [
             # test_compiling.py has the dropped branch of a UNet
-            (UNET, (True, False), (0.0,)),
+            (UNET, (False,), (0.0,)),
             (SD3, (True, False), (0.0, 0.5)),
-            ("AnimateDiffPAGPipeline", (False,), (0.0,)),
             ("HunyuanDiTPAGPipeline", (False,), (0.0, 0.5)),
             ("SanaPAGPipeline", (False,), (0.0, 0.5)),
             # stock has nothing to compare an adaptive scale with
@@ -88,8 +80,7 @@ def test_one_graph_for_all_steps_scales_prompts_and_calls(name, layers, backend)
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
-    few = name in (UNET, "AnimateDiffPAGPipeline")
-    pipe = _build(name) if few else build(name, num_layers=2)
+    pipe, _ = least(name)
     pag_fast.patch(pipe)
     counter = _compile(pipe, name)
     expected = {}
@@ -109,15 +100,12 @@ def test_a_graph_each_for_cfg_on_off_and_the_dropped_branch(name, settings):
         assert all(relative(out, stock) < 1e-5 for out in outs)
 
 
-# test_compile_turns.py has both ways of one model
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [(UNET, "in place"), (SD3, "wrap")],
-)
-def test_compiled_before_patching(name, how):
+# test_compile_turns.py has it in place
+def test_compiled_before_patching():
     """A denoiser that has already run compiled, stock: its graphs must not be used for ours."""
-    pipe = _build(name)
-    counter = _compile(pipe, name, how)
+    name = SD3
+    pipe, _ = least(name)
+    counter = _compile(pipe, name)
     stock = latents(pipe, call_kwargs(name, pipe))
     assert counter.frame_count == 1
     pag_fast.patch(pipe)
@@ -144,27 +132,16 @@ def test_other_settings_are_other_graphs():
         pipe.pag_applied_layers = [layers]
         pictures[layers] = latents(pipe, call_kwargs(name, pipe))
     _compile(pipe, name)
-    for options in ({}, {"share_branches": False}, {}):
-        for layers, stock in pictures.items():
-            pag_fast.patch(pipe, layers, **options)
-            assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
-
-
-def test_compiled_controlnet():
-    name = "StableDiffusionControlNetPAGPipeline"
-    pipe = build(name)
-    stock = latents(pipe, call_kwargs(name, pipe))
-    pag_fast.patch(pipe)
-    unet, net = _compile(pipe, name), _compile(pipe, name, part="controlnet")
-    for _ in range(3):
+    for layers, share in (("0", True), ("1", True), ("1", False), ("0", True)):
+        pag_fast.patch(pipe, f"blocks.{layers}", share_branches=share)
+        stock = pictures[f"blocks.{layers}"]
         assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
-    assert (unet.frame_count, net.frame_count) == (1, 1)
 
 
 def test_compiled_forward():
     """Compiled behind the module's back: nothing is kept from step to step, and it is one graph."""
     name = UNET
-    pipe = _build(name)
+    pipe, _ = least(name)
     stock = latents(pipe, call_kwargs(name, pipe, steps=3))
     pag_fast.patch(pipe)
     counter = CompileCounterWithBackend("eager")
@@ -176,8 +153,8 @@ def test_compiled_forward():
 
 def test_inductor():
     """Of a transformer; ``test_compiling.py`` has a UNet."""
-    name = "StableDiffusion3PAGPipeline"
-    pipe = build(name, num_layers=1, pag_applied_layers=[r"blocks\.0\."])
+    name = SD3
+    pipe, _ = least(name)
     stock = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe)
     _compile(pipe, name, backend="inductor")
@@ -185,9 +162,9 @@ def test_inductor():
 
 
 def test_anchored_names_match_a_compiled_denoiser():
-    """Under torch.compile stock sees names with a prefix, and ``^mid_block`` matches nothing."""
-    name = "StableDiffusionPAGPipeline"
-    pipe = build(name, pag_applied_layers=["^mid_block"])
+    """Under torch.compile stock sees names with a prefix, and ``^transformer`` matches nothing."""
+    name = SD3
+    pipe = build(name, num_layers=1, pag_applied_layers=["^transformer_blocks.0"])
     stock = latents(pipe, call_kwargs(name, pipe))
     _compile(pipe, name)
     with pytest.raises(ValueError, match="Cannot find PAG layer"):

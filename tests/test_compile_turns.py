@@ -11,7 +11,7 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
-from shallow import LAYERS, build
+from shallow import least
 from tiny_hosts import HOSTS, call_kwargs, latents
 from torch._dynamo.testing import CompileCounter
 
@@ -38,12 +38,11 @@ def _fresh_dynamo():
 
 
 def make(name):
-    """One block where that is enough to trace."""
-    return build(name, num_layers=1) if name in (SD3, SD3_PAG) else build(name)
+    return least(name)[0]
 
 
 def layers_of(name):
-    return [r"blocks\.0\."] if name in (SD3, SD3_PAG) else LAYERS[name]["middle"]
+    return least(name)[1]
 
 
 def part_of(pipe):
@@ -159,10 +158,7 @@ def test_what_is_kept_for_graphs_goes_with_them():
 
 def test_a_compiled_controlnet_in_turns():
     name = "StableDiffusionControlNetPipeline"
-    layers = ["up_blocks.0.attentions.1"]
-    down = {"down_block_types": ("DownBlock2D",)}
-    net = {**down, "block_out_channels": (8,)}
-    pipe = build(name, **down, mid_block_type=None, net=net)
+    pipe, layers = least(name)
     kwargs = dict(calls(name, pipe)[1])
     stock = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
     graphs = CompileCounter()
@@ -178,7 +174,8 @@ def test_a_compiled_controlnet_in_turns():
         out = latents(pipe, {**kwargs, "generator": torch.Generator().manual_seed(0)})
         assert relative(out, stock) < 1e-5
         made.append(graphs.frame_count)
-    assert made[0] == made[-1]
+    # a stock graph and a patched one of each
+    assert made == [4, 4]
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -241,6 +238,7 @@ def test_a_second_pipeline_compiles_and_lets_go():
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@torch.compiler.set_stance("force_eager")  # whose graphs they are shows without tracing them
 def test_what_the_user_compiles_over_ours_stays(shared):
     pipe = make(SD3)
     other = type(pipe)(**pipe.components)
@@ -262,6 +260,7 @@ def test_what_the_user_compiles_over_ours_stays(shared):
         (FLUX, "replaced"),
     ],
 )
+@torch.compiler.set_stance("force_eager")  # and what it is replaced by need not be traced
 def test_a_denoiser_taken_away_in_a_callback_is_told_of(name, how):
     made = tiny_hosts if name in HOSTS else tiny
     pipe, other = make(name), make(name)

@@ -7,7 +7,7 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
-from shallow import LAYERS, build
+from shallow import build, least
 from tiny import PIPELINES, call_kwargs, latents
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
@@ -23,8 +23,7 @@ from pag_fast.runtime.compilation import (
 from pag_fast.sharing.plan import compiled_call
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
-# test_compile.py has every family, compiled by the user
-FAMILIES = [UNET, "StableDiffusion3PAGPipeline", "HunyuanDiTPAGPipeline", CONTROLNET]
+SD3 = "StableDiffusion3PAGPipeline"
 EAGER = CompileConfig(backend="eager")
 
 
@@ -40,9 +39,10 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# test_compile.py has every family, compiled by the user; a ControlNet has a UNet behind it
+@pytest.mark.parametrize("name", [SD3, CONTROLNET])
 def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
-    pipe = build(name, pag_applied_layers=LAYERS[name]["middle"])
+    pipe, _ = least(name)
     stock = latents(pipe, call_kwargs(name, pipe))
     before = snapshot(pipe)
     pag_fast.patch(pipe, compile=EAGER)
@@ -62,21 +62,17 @@ def test_one_graph_for_prompts_scales_and_calls(name, snapshot):
 
 def test_attention_arguments_of_a_call():
     """Dynamo cannot read a stored signature once it has seen diffusers take such a dict apart."""
-    name = "StableDiffusion3PAGPipeline"
-    pipe = build(name)
+    name = SD3
+    pipe, _ = least(name)
     arguments = {"joint_attention_kwargs": {"scale": 1.0}}
     stock = latents(pipe, call_kwargs(name, pipe, **arguments))
     pag_fast.patch(pipe, compile=pag_fast.CompileConfig(backend="eager"))
     assert relative(latents(pipe, call_kwargs(name, pipe, **arguments)), stock) < 1e-5
 
 
-_NOTHING_IN_THE_MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type": None}
-
-
 def test_inductor():
     """Of a UNet; ``test_compile.py`` has a transformer."""
-    layers = {"pag_applied_layers": ["up_blocks.0.attentions.1"]}
-    pipe = build(UNET, **_NOTHING_IN_THE_MIDDLE, **layers)
+    pipe, _ = least(UNET)
     stock = latents(pipe, call_kwargs(UNET, pipe))
     pag_fast.patch(pipe, compile=True)
     for _ in range(2):
@@ -88,27 +84,28 @@ def test_queries_keys_and_values_are_one_product_in_the_graph():
     products = {}
     for fewer in (False, True):
         torch._dynamo.reset()
-        pipe = pag_fast.patch(build(UNET), compile=EAGER, fewer_launches=fewer)
+        pipe, _ = least(SD3)
+        pag_fast.patch(pipe, compile=EAGER, fewer_launches=fewer)
         seen = []
 
         def backend(graph, inputs, seen=seen):
             seen.append(str(graph.code).count("linear("))
             return graph.forward
 
-        del pipe.unet._compiled_call_impl
-        pipe.unet.compile(backend=backend, fullgraph=True, dynamic=False)
-        latents(pipe, call_kwargs(UNET, pipe))
+        del pipe.transformer._compiled_call_impl
+        pipe.transformer.compile(backend=backend, fullgraph=True, dynamic=False)
+        latents(pipe, call_kwargs(SD3, pipe))
         (products[fewer],) = seen
-    selves = sum(
-        not m.is_cross_attention for m in pipe.unet.modules() if hasattr(m, "is_cross_attention")
-    )
-    assert products[True] <= products[False] - selves
+    # three become one for the tokens of the picture, and for those of the text
+    assert products[True] == products[False] - 4
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
-def test_the_step_without_the_perturbed_branch_is_compiled_in_the_first(regional):
-    """With an adaptive scale the branch drops on the way: no step after the first compiles."""
-    pipe = build(UNET)
+def test_the_step_without_the_perturbed_branch_is_compiled_in_the_first():
+    """With an adaptive scale the branch drops on the way: no step after the first compiles.
+
+    ``test_hosts.py`` has a window, with compiled blocks.
+    """
+    pipe, _ = least(UNET)
     kwargs = {"steps": 6, "pag_adaptive_scale": 0.005}
     stock = latents(pipe, call_kwargs(UNET, pipe, **kwargs))
     after = []
@@ -117,7 +114,7 @@ def test_the_step_without_the_perturbed_branch_is_compiled_in_the_first(regional
         after.append(graphs())
         return tensors
 
-    pag_fast.patch(pipe, compile=CompileConfig(backend="eager", regional=regional))
+    pag_fast.patch(pipe, compile=EAGER)
     out = latents(pipe, call_kwargs(UNET, pipe, callback_on_step_end=callback, **kwargs))
     assert relative(out, stock) < 1e-5
     steps = dict(pipe._pag_fast.steps)
@@ -163,19 +160,20 @@ REPEATED = {
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_regional_of_every_family(name):
-    """The blocks that diffusers names, and those of the models in which it names none."""
+    """The blocks that diffusers names, and those of the models in which it names none.
+
+    ``test_hosts.py`` and ``test_compile.py`` trace the blocks of the two that take longest.
+    """
     module = tiny_hosts if name in tiny_hosts.HOSTS else tiny
-    specs = tiny_hosts.HOSTS if name in tiny_hosts.HOSTS else PIPELINES
-    if name in LAYERS and name != "FluxPipeline":  # whose both kinds of blocks are perturbed here
-        made, layers = build(name), LAYERS[name]["middle"]
-    else:
-        made, layers = module.build(name), specs[name].layers["middle"]
+    made, layers = least(name)
     pipe = pag_fast.patch(made, layers)
     eager = module.latents(pipe, module.call_kwargs(name, pipe))
     pag_fast.patch(pipe, layers, compile=CompileConfig(backend="eager", regional=True))
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     compiled = [m for m in denoiser.modules() if compiled_call(m) is not None]
     assert {type(m).__name__ for m in compiled} == REPEATED[name]
+    if name in ("AnimateDiffPAGPipeline", "HunyuanVideoPipeline"):
+        return
     assert relative(module.latents(pipe, module.call_kwargs(name, pipe)), eager) < 1e-5
     assert graphs() > 0
     again = graphs()
@@ -232,42 +230,47 @@ def test_channels_last_comes_and_goes():
     assert {n: p.stride() for n, p in pipe.unet.named_parameters()} == layouts
 
 
+# what is compiled, when, and whose it is shows in calls that take the same ways, untraced
+@torch.compiler.set_stance("force_eager")
 def test_settings_that_come_back_are_compiled_again():
-    pipe = pag_fast.patch(build(UNET), compile=EAGER)
-    stock = latents(pipe, call_kwargs(UNET, pipe))
+    pipe = pag_fast.patch(least(SD3)[0], compile=EAGER)
+    stock = latents(pipe, call_kwargs(SD3, pipe))
     with pag_fast.patched(pipe):
-        assert compiled_call(pipe.unet) is None
-    latents(pipe, call_kwargs(UNET, pipe))
-    assert compiled_call(pipe.unet) is not None
+        assert compiled_call(pipe.transformer) is None
+    latents(pipe, call_kwargs(SD3, pipe))
+    assert compiled_call(pipe.transformer) is not None
     pag_fast.patch(pipe)
-    assert compiled_call(pipe.unet) is None
-    assert relative(latents(pipe, call_kwargs(UNET, pipe)), stock) < 1e-5
+    assert compiled_call(pipe.transformer) is None
+    assert relative(latents(pipe, call_kwargs(SD3, pipe)), stock) < 1e-5
 
 
+@torch.compiler.set_stance("force_eager")
 def test_a_model_put_in_its_place_is_compiled_in_its_place():
-    pipe = pag_fast.patch(build(UNET), compile=EAGER)
-    first, other = pipe.unet, build(UNET)
-    pipe.unet = other.unet
-    latents(pipe, call_kwargs(UNET, pipe))
+    pipe = pag_fast.patch(least(SD3)[0], compile=EAGER)
+    first, other = pipe.transformer, least(SD3)[0]
+    pipe.transformer = other.transformer
+    latents(pipe, call_kwargs(SD3, pipe))
     assert compiled_call(first) is None
-    assert compiled_call(other.unet) is not None
+    assert compiled_call(other.transformer) is not None
     pag_fast.unpatch(pipe)
-    assert compiled_call(other.unet) is None
+    assert compiled_call(other.transformer) is None
 
 
+@torch.compiler.set_stance("force_eager")
 def test_what_the_user_has_compiled_stays_the_users():
-    pipe = build(UNET)
-    pipe.unet.compile(backend="eager", fullgraph=True)
-    own = compiled_call(pipe.unet)
+    pipe = least(SD3)[0]
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    own = compiled_call(pipe.transformer)
     with pag_fast.patched(pipe, compile=EAGER):
-        assert compiled_call(pipe.unet) is own
-        latents(pipe, call_kwargs(UNET, pipe))
-    assert compiled_call(pipe.unet) is own
+        assert compiled_call(pipe.transformer) is own
+        latents(pipe, call_kwargs(SD3, pipe))
+    assert compiled_call(pipe.transformer) is own
 
 
+@torch.compiler.set_stance("force_eager")
 def test_cuda_graphs_hand_out_copies_and_mark_steps(monkeypatch):
     """What a GPU would replay in place: here the calls that make that safe are counted."""
-    pipe = build(CONTROLNET)
+    pipe, _ = least(CONTROLNET)
     stock = latents(pipe, call_kwargs(CONTROLNET, pipe))
     marks = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))

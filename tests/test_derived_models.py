@@ -13,6 +13,7 @@ import pag_fast
 from pag_fast import perturbations as P
 from pag_fast.models import registry
 from pag_fast.runtime import traced as traced_session
+from pag_fast.runtime.separately import Separately
 from pag_fast.settings.compile_config import CompileConfig
 
 LAYERS = ["layers.1", "layers.2"]
@@ -120,18 +121,17 @@ def test_sharing_that_is_not_exact_is_not_used(monkeypatch):
     """As if a block looked at rows: its branches run apart, and the picture is right."""
     pipe, call = build(), prompts()
     slow = truth(pipe, NAMES, call)
-    differs = traced_session.TracedSession._differs
-    asked = []
+    differs, asked = Separately.differs, []
 
-    def first_time(self, *args):
-        asked.append(self.installed.state.slabs)
-        return "a reason" if len(asked) == 1 else differs(self, *args)
+    def first_time(self, both):
+        asked.append(1)
+        return "a reason" if len(asked) == 1 else differs(self, both)
 
-    monkeypatch.setattr(traced_session.TracedSession, "_differs", first_time)
+    monkeypatch.setattr(Separately, "differs", first_time)
     pag_fast.patch(pipe, LAYERS)
     with pytest.warns(UserWarning, match=r"branches are not shared: .* \(a reason\)"):
         assert relative(pipe(**call), slow) < 1e-5
-    assert [slabs[1] for slabs in asked] == [2, 3]
+    assert len(asked) == 2
     assert relative(pipe(**call), slow) < 1e-5
     assert pipe._pag_fast.steps["shared"] <= 1
 
@@ -183,18 +183,18 @@ def test_a_model_that_fails_with_nan_is_refused(snapshot):
 
 def test_a_trace_for_each_size_and_a_comparison(monkeypatch):
     traces, compared = [], []
-    trace, apart = traced_session.trace, traced_session.TracedSession._apart
+    trace, separately = traced_session.trace, Separately.run
 
     def counted(model, call):
         traces.append(call["words"].shape)
         return trace(model, call)
 
-    def noted(self, *args):
+    def noted(*args):
         compared.append(1)
-        return apart(self, *args)
+        return separately(*args)
 
     monkeypatch.setattr(traced_session, "trace", counted)
-    monkeypatch.setattr(traced_session.TracedSession, "_apart", noted)
+    monkeypatch.setattr(Separately, "run", noted)
     pipe = build(text="middle", mask="keys")
     pag_fast.patch(pipe, LAYERS)
     for tokens in (5, 5, 7, 5, 7):
@@ -334,7 +334,7 @@ def test_describe(tmp_path, monkeypatch, capsys):
     pipe = build(text="middle")
     slow = truth(pipe, NAMES, prompts())
     compared = []
-    monkeypatch.setattr(traced_session.TracedSession, "_apart", lambda *_: compared.append(1))
+    monkeypatch.setattr(Separately, "run", lambda *_: compared.append(1))
     with pag_fast.patched(pipe, LAYERS):
         assert relative(pipe(**prompts()), slow) < 1e-5
     assert description.derive(pipe.transformer).traced.written and not compared
@@ -343,3 +343,79 @@ def test_describe(tmp_path, monkeypatch, capsys):
     assert run("--write", str(tmp_path / "no" / "own.py")) == 2
     assert "The folder of --write" in capsys.readouterr().err
     assert "own_description" not in sys.modules
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_reason_not_to_share(dtype):
+    pipe, call = build(mask="keys"), prompts()
+    slow = truth(pipe, NAMES, call)
+    pipe.to(dtype)
+    call = {name: x.to(dtype) for name, x in call.items()}
+    with pag_fast.patched(pipe, LAYERS):
+        fast = pipe(**call)
+        assert not pipe._pag_fast.fallbacks
+        assert pipe._pag_fast.steps == {"shared": 2}
+    assert relative(fast.float(), slow) < (3e-2 if dtype == torch.float16 else 2e-1)
+
+
+def test_steps_without_a_perturbed_branch():
+    """A window that opens late: the first step of it is the one that is compared."""
+    pipe, call = build(text="middle"), {**prompts(), "num_inference_steps": 4}
+    with pag_fast.patched(pipe, LAYERS, schedule=pag_fast.Schedule(start=2)):
+        fast = pipe(**call)
+        assert pipe._pag_fast.steps == {"perturbed branch dropped": 2, "shared": 2}
+        assert not pipe._pag_fast.fallbacks
+    stock = pipe(**call)
+    assert 1e-4 < relative(fast, stock) < relative(truth(pipe, NAMES, call), stock)
+
+
+def test_cfg_that_comes_and_goes():
+    pipe = build()
+    pag_fast.patch(pipe, LAYERS)
+    for cfg, batch in ((True, 2), (False, 2), (True, 1), (False, 1)):
+        call = prompts(batch, cfg)
+        assert relative(pipe(**call), truth_of(pipe, call)) < 1e-5
+    assert not pipe._pag_fast.fallbacks
+
+
+def test_a_model_that_the_user_has_compiled():
+    torch._dynamo.reset()
+    pipe, call = build(attends="Dispatched"), prompts()
+    slow = truth(pipe, NAMES, call)
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    pag_fast.patch(pipe, LAYERS)
+    assert relative(pipe(**call), slow) < 1e-5
+    made = counters["stats"]["unique_graphs"]
+    assert relative(pipe(**call), slow) < 1e-5
+    assert counters["stats"]["unique_graphs"] == made
+    torch._dynamo.reset()
+
+
+def test_a_patched_pipeline_is_copied_and_saved(tmp_path):
+    import copy
+
+    pipe, call = build(), prompts()
+    pag_fast.patch(pipe, LAYERS)
+    fast = pipe(**call)
+    again = copy.deepcopy(pipe)
+    assert torch.equal(again(**call), fast)
+    pipe.transformer.save_pretrained(tmp_path)
+    loaded = own_models.OwnDenoiser.from_pretrained(tmp_path)
+    state = loaded.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in pipe.transformer.state_dict().items())
+
+
+def test_verify_and_explain():
+    """What was seen of the loop is explained, and the model's own classes are nobody else's."""
+    pipe = build(text="middle")
+    result = pag_fast.verify(pipe, layers=["layers.1"], **prompts())
+    assert result.ok and result.steps == {"shared": 4}
+    assert not hasattr(pipe, "_pag_fast")
+    pag_fast.patch(pipe, LAYERS)
+    pipe(**prompts())
+    found = pag_fast.explain(pipe)
+    assert not found.findings and found.fork == "layers.1.mixer"
+    assert "uncond | cond = perturbed   until layers.1.mixer" in str(found)
+    pipe.order = "apart"
+    pipe(**prompts())
+    assert "uncond             a call of its own" in str(pag_fast.explain(pipe))

@@ -107,7 +107,8 @@ def test_a_model_as_it_is_made_runs_processors_that_are_fusable(name):
     known = models.fusable_processors(model)
     own = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
     assert known & own
-    places = diffusers.models.attention_processor, inspect.getmodule(type(model))
+    kinds = {type(m.processor) for m in model.modules() if hasattr(m, "processor")}
+    places = [diffusers.models.attention_processor, *map(inspect.getmodule, (type(model), *kinds))]
     assert all(any(hasattr(place, found) for place in places) for found in known)
 
 
@@ -287,6 +288,7 @@ def test_every_option_is_taken_or_refused():
             "injected": set(),
             "pag": {"pag_scale", "pag_adaptive_scale"},
             "sag": set(_SET) - {"backend", "cache_conditioning", "fewer_launches", "strict"},
+            "stock": set(_SET) - {"strict"},
         }[entry.kind]
         if len(entry.rows) > 2:
             expected = {"rescale_mode", "rescale"}
@@ -310,7 +312,7 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
     strength = None if mode == "snf" else 0.5
     config = PatchConfig(rescale_mode=mode, rescale=strength)
     for entry in PIPELINES:
-        if entry.kind == "sag":
+        if entry.kind in ("sag", "stock"):
             continue
         if len(entry.rows) > 2:
             with pytest.raises(ValueError, match=r"guidance with one scale, and .* has two"):

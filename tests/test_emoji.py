@@ -91,10 +91,10 @@ def _accuracy(pipe, known, captions, **call):
 
 
 def test_accuracy_with_cfg(pipe, pictures, known):
-    """At least 90 % of 20 prompts × 2 seeds are nearest to the emoji that was asked for."""
+    """At least 90 % of 20 prompts are nearest to the emoji that was asked for."""
     captions = _spread(pictures.captions, 20)
-    found = _accuracy(pipe, known, captions, guidance_scale=4.0, pag_scale=0.0)
-    assert found.images == 40
+    found = _accuracy(pipe, known, captions, guidance_scale=4.0, pag_scale=0.0, seeds=(0,))
+    assert found.images == 20
     assert found.top1 >= 0.90
     assert found.top5 >= found.top1
 

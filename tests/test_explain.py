@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -13,9 +14,11 @@ import shallow
 import tiny_hosts
 import torch
 from numerics import observing
-from tiny import PIPELINES, build, call_kwargs, latents
+from shallow_cards import shallow_card
+from tiny import FAMILIES, PIPELINES, build, call_kwargs, latents
 
 import pag_fast
+from pag_fast.analysis.published import CARDS
 from pag_fast.cli import main
 from pag_fast.models.layer_names import self_attentions
 from pag_fast.pipelines import registry as hosts
@@ -35,7 +38,8 @@ def test_explains_every_pipeline(name):
     assert "not patched" in before
     pag_fast.patch(pipe)
     latents(pipe, call_kwargs(name, pipe))
-    found = pag_fast.explain(pipe, **SIZE)
+    found = pag_fast.explain(pipe, **SIZE, flops=name in FAMILIES)
+    assert bool(found.flops) == (name in FAMILIES)
     assert found.fork == found.layers[0]
     assert found.steps == {"shared": 2}
     assert not found.notes
@@ -92,7 +96,7 @@ def test_a_second_denoiser_is_named():
 
 
 def test_data_and_table_agree():
-    pipe = pag_fast.patch(build("StableDiffusionPAGPipeline"))
+    pipe = pag_fast.patch(shallow.build("StableDiffusionPAGPipeline"))
     found = pag_fast.explain(pipe, **SIZE)
     data = json.loads(json.dumps(found.as_dict()))
     assert data["layers"] == list(found.layers)
@@ -124,7 +128,7 @@ def test_predicted_rows_are_the_rows_that_run():
 def test_an_ip_adapter_is_explained_too():
     from test_features import _with_ip_adapter
 
-    pipe = pag_fast.patch(_with_ip_adapter(build("StableDiffusionPAGPipeline")))
+    pipe = pag_fast.patch(_with_ip_adapter(shallow.build("StableDiffusionPAGPipeline")))
     assert pag_fast.explain(pipe, **SIZE).flops
 
 
@@ -230,6 +234,13 @@ def test_layers_of_the_model_that_ships(capsys):
     assert marked and all(name.startswith("up_blocks.1.") for name in marked)
 
 
+@pytest.fixture
+def small_sana(monkeypatch):
+    card = replace(shallow_card("SanaPAGPipeline"), documented_layers=("transformer_blocks.1",))
+    monkeypatch.setitem(CARDS, "SanaPAGPipeline", card)
+
+
+@pytest.mark.usefixtures("small_sana")
 def test_ledger(capsys, tmp_path):
     out = tmp_path / "ledger.json"
     assert main(["ledger", "SanaPAGPipeline", "--json", str(out)]) == 0
@@ -332,6 +343,7 @@ def test_files_that_are_not_there(capsys, tmp_path):
         assert f"{option} must be a number" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_sana")
 def test_a_disk_that_is_full_is_a_sentence(capsys, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

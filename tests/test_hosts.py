@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
-from shallow import LAYERS, SHALLOW
+from shallow import LAYERS, family, least
+from shallow import build as shallow
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,11 @@ def _pipe(name):
     return build(name)
 
 
+@functools.lru_cache(maxsize=2)
+def _shallow(name):
+    return shallow(name)
+
+
 def _model(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
@@ -39,35 +45,48 @@ def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
         return latents(pipe, kwargs)
 
 
+def _is_first(name):
+    spec = HOSTS[name]
+    return spec.brings_a_model or (spec.like in tiny.FAMILIES and not spec.base)
+
+
 def _everywhere():
     """Every pipeline with a fork in the middle and without CFG; of each denoiser one with all."""
     for name, spec in HOSTS.items():
         yield name, "middle", bool(spec.cfg), spec.batches[-1]
         if spec.cfg:
             yield name, "middle", False, 1
-        if spec.brings_a_model or (spec.like in tiny.FAMILIES and not spec.base):
+        if _is_first(name):
             yield name, "all", True, 1
+
+
+def _of(name, layers):
+    """A pipeline and its layers: the others of a denoiser are shallow, with what fits to it."""
+    if _is_first(name) or family(name) not in LAYERS:
+        return _pipe(name), HOSTS[name].layers[layers]
+    return _shallow(name), LAYERS[family(name)][layers]
 
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), _everywhere())
 def test_equals_three_separate_forwards(name, layers, cfg, batch):
-    pipe = _pipe(name)
-    layers = HOSTS[name].layers[layers]
+    pipe, named = _of(name, layers)
 
-    def kwargs():
-        return call_kwargs(name, pipe, batch=batch, cfg=cfg)
+    def run():
+        return latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
 
-    stock = latents(pipe, kwargs())
-    truth = _slow(pipe, name, layers, kwargs())
+    stock = run()
+    truth = _slow(pipe, name, named, call_kwargs(name, pipe, batch=batch, cfg=cfg))
     assert relative(truth, stock) > 1e-3, "PAG makes no difference here"
-    with pag_fast.patched(pipe, layers, pag_scale=3.0):
-        patched, again = latents(pipe, kwargs()), latents(pipe, kwargs())
-        steps = dict(pipe._pag_fast.steps)
+    with pag_fast.patched(pipe, named, pag_scale=3.0):
+        patched = run()
         assert not pipe._pag_fast.fallbacks
+        assert dict(pipe._pag_fast.steps) == {"shared": 2}
+        # a denoiser keeps the same from call to call, whichever pipeline it is in
+        if _is_first(name) and layers == "middle":
+            assert torch.equal(run(), patched), "a second call gives another picture"
     assert relative(patched, truth) < 1e-5
-    assert torch.equal(patched, again), "a second call gives another picture"
-    assert steps == {"shared": 4}
-    assert torch.equal(latents(pipe, kwargs()), stock), "unpatching changed the picture"
+    if _is_first(name) and layers == "middle":
+        assert torch.equal(run(), stock), "unpatching changed the picture"
 
 
 @pytest.mark.parametrize("name", [SD, "StableDiffusionControlNetPipeline", FLUX, SD3])
@@ -150,7 +169,7 @@ def test_the_two_denoisers_of_wan():
         assert relative(latents(pipe, kwargs()), truth) < 1e-5
 
 
-def test_skip_layer_guidance_of_sd3_is_left_alone():
+def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
     pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
     skip["skip_layer_guidance_start"] = 0.0
@@ -158,7 +177,7 @@ def test_skip_layer_guidance_of_sd3_is_left_alone():
     with pag_fast.patched(pipe, layers):
         plain = latents(pipe, call_kwargs(SD3, pipe))
         both = latents(pipe, call_kwargs(SD3, pipe, **skip))
-        assert dict(pipe._pag_fast.steps) == {"shared": 4}
+        assert dict(pipe._pag_fast.steps) == {"shared": 4, "stock guidance resumed": 1}
     assert relative(both, plain) > 1e-4
 
 
@@ -240,27 +259,17 @@ def test_nothing_is_left_behind(name, snapshot):
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)
 
 
-# to compile: a block in front of the fork, one or two perturbed, and one behind
-_ONE_OF_THREE = ({"num_layers": 3}, [r"blocks\.1\."])
-_TWO_STACKS = ({"num_layers": 2, "num_single_layers": 3}, None)
-_COMPILED = {
-    SD: (SHALLOW[SD], LAYERS[SD]["middle"]),
-    SD3: _ONE_OF_THREE,
-    FLUX: _TWO_STACKS,
-    WAN: _ONE_OF_THREE,
-    "QwenImagePipeline": _ONE_OF_THREE,
-    "LTXPipeline": _ONE_OF_THREE,
-    "CogVideoXPipeline": _ONE_OF_THREE,
-    "HunyuanVideoPipeline": _TWO_STACKS,
-}
+_COMPILED = (
+    *(SD, SD3, FLUX, WAN),
+    *("QwenImagePipeline", "LTXPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline"),
+)
 
 
 @pytest.mark.parametrize("name", [name for name in _COMPILED if name in HOSTS])
 def test_compiled_without_recompiling(name):
     """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
     torch._dynamo.reset()
-    overrides, layers = _COMPILED[name]
-    pipe, layers = build(name, **overrides), layers or HOSTS[name].layers["middle"]
+    pipe, layers = least(name)
     eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
     config = CompileConfig(backend="eager")
     before = counters["stats"]["unique_graphs"]
@@ -381,15 +390,16 @@ def test_guidance_is_rescaled_once():
 def test_a_window_compiles_no_third_graph():
     """The step without a perturbed branch is compiled in the first."""
     torch._dynamo.reset()
-    pipe = build(SD, **SHALLOW[SD])
-    options = {"schedule": pag_fast.Schedule(stop=2), "compile": CompileConfig(backend="eager")}
+    pipe, layers = least(SD)
+    regional = CompileConfig(backend="eager", regional=True)
+    options = {"schedule": pag_fast.Schedule(stop=2), "compile": regional}
     graphs = []
 
     def callback(pipe, step, timestep, tensors):
         graphs.append(counters["stats"]["unique_graphs"])
         return {}
 
-    with pag_fast.patched(pipe, **options):
+    with pag_fast.patched(pipe, layers, **options):
         latents(pipe, call_kwargs(SD, pipe, steps=4, callback_on_step_end=callback))
         assert pipe._pag_fast.steps == {"shared": 2, "perturbed branch dropped": 2}
     assert len(set(graphs)) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from pag_fast.ops import reference
 
 # the interpreter multiplies bf16 wrongly, and does not say so
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# in the interpreter, which has no dtypes of its own, half of the combinations
+_MIXED = [(torch.float32, 13), (torch.float16, 0)]
+MIXED = _MIXED if INTERPRETED else list(itertools.product(DTYPES, (0, 13)))
 pytestmark = pytest.mark.usefixtures("launches", "poisoned")
 
 # rows of v, attending rows, forked rows
@@ -55,18 +60,19 @@ def test_head_dims(dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 77, 256, 1023, 1024])
+@pytest.mark.parametrize("tokens", [1, 16, 77, 256, *([] if INTERPRETED else [1023, 1024])])
 def test_lengths(dtype, tokens):
     _check(*_inputs(dtype, 2, tokens, 1, 64), num_attend=1)
 
 
 def test_a_long_odd_length():
-    _check(*_inputs(torch.float16, 2, 2049, 1, 40), num_attend=1)
+    # the interpreter takes ten seconds for twice as many
+    tokens = 1025 if INTERPRETED else 2049
+    _check(*_inputs(torch.float16, 2, tokens, 1, 40), num_attend=1)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("num_context", [0, 13])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "num_context"), MIXED, ids=str)
 def test_row_mixes(dtype, num_context, mix):
     rows, num_attend, num_forked = mix
     inputs = _inputs(dtype, rows, 90, 2, 72)
@@ -77,8 +83,8 @@ def test_row_mixes(dtype, num_context, mix):
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(64, 32, 4, 1)], ids=str)
 def test_joint_boundaries(num_context, config):
     """Text begins in the middle of a block of keys, whatever the block."""
-    inputs = _inputs(torch.float32, 3, 40 + num_context, 2, 64)
-    _check(*inputs, num_attend=2, num_context=num_context, config=config)
+    inputs = _inputs(torch.float32, 2, 40 + num_context, 1, 64)
+    _check(*inputs, num_attend=1, num_context=num_context, config=config)
 
 
 @pytest.mark.parametrize("num_context", [0, 13])
@@ -91,11 +97,11 @@ def test_strided_and_sliced(num_context):
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("num_context", [0, 13])
-# a head dimension that is a power of two, and one in two parts
-@pytest.mark.parametrize(("dtype", "dim"), zip(DTYPES, (32, 80, 80), strict=False), ids=str)
+@pytest.mark.parametrize(("dtype", "num_context"), MIXED, ids=str)
 @pytest.mark.parametrize("perturbation", ["soft", "blur"])
-def test_other_perturbations(perturbation, dtype, dim, num_context, mix):
+def test_other_perturbations(perturbation, dtype, num_context, mix):
+    # a head dimension that is a power of two, and one in two parts
+    dim = 32 if dtype == torch.float32 else 80
     rows, num_attend, num_forked = mix
     strength = torch.tensor([0.0, 0.3, 1.0]) if perturbation == "soft" else None
     _check(

@@ -41,11 +41,13 @@ def build(name, *, device=DEVICE, **options):
 
 # each kind of denoiser with and without CFG, of one image and two; the PyTorch backend is tested
 # with every pipeline and combination
-CHOICES = [("default", False, 2), ("middle", True, 1), ("all", True, 1)]
+CHOICES = [("default", False, 2), ("middle", True, 1)]
 CASES = [(name, *choice) for name in FAMILIES for choice in CHOICES]
-# motion modules have a sequence for every pixel: those in the middle, where there are few pixels,
-# are among the defaults; elsewhere each takes the interpreter half a minute
-CASES.remove(("AnimateDiffPAGPipeline", "all", True, 1))
+# a layer at the very beginning: of a UNet, one with several layers to an attention, a transformer
+# with text. Motion modules have a sequence for every pixel: those in the middle, where there are
+# few pixels, are among the defaults
+UNET, XL, SD3 = (f"StableDiffusion{kind}PAGPipeline" for kind in ("", "XL", "3"))
+CASES += [(name, "all", True, 1) for name in (UNET, XL, SD3)]
 
 
 @pytest.mark.parametrize(("name", "layers", "cfg", "batch"), CASES)

@@ -10,6 +10,7 @@ import weakref
 
 import diffusers
 import pytest
+import shallow
 import tiny
 import tiny_hosts
 import torch
@@ -33,11 +34,11 @@ class Injected(Exception):
 
 def _build(name):
     if name == SAG:
-        parts = dict(tiny_hosts.build(SD).components)
+        parts = dict(shallow.build(SD).components)
         pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
-    return (tiny if name in tiny.PIPELINES else tiny_hosts).build(name)
+    return shallow.build(name)
 
 
 def _run(pipe, **extra):
@@ -52,7 +53,7 @@ def _patch(pipe, **options):
     if name == SAG:
         return pag_fast.patch(pipe, **options)
     if name == FLUX:
-        options.setdefault("layers", [r"^transformer_blocks\.1\."])
+        options.setdefault("layers", [r"single_transformer_blocks\.1\."])
     options.setdefault("layers", "mid")
     if name != PAG:
         options.setdefault("pag_scale", 2.0)
@@ -389,13 +390,21 @@ def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, 
 def test_unpatching_goes_on_when_a_part_of_it_fails(monkeypatch):
     pipe = _patch(_build(CONTROL))
     _run(pipe)
+    fusions, released = [x for _, x in pipe._pag_fast._fusions.values()], []
+    release = type(fusions[0]).release
 
     def fail(self):
         raise RuntimeError("in undoing")
 
+    def recorded(self):
+        released.append(self)
+        release(self)
+
     with monkeypatch.context() as context, pytest.raises(RuntimeError, match="in undoing"):
         context.setattr(Installation, "release", fail)
+        context.setattr(type(fusions[0]), "release", recorded)
         pag_fast.unpatch(pipe)
+    assert released == fusions
     assert type(pipe) is diffusers.StableDiffusionControlNetPipeline
     for model in (pipe.unet, pipe.controlnet):
         assert "_compiled_call_impl" not in vars(model)

@@ -15,6 +15,7 @@ import tiny_hosts
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from numerics import observing, relative
+from shallow import SHALLOW, build, least
 
 import pag_fast
 from pag_fast.runtime import lease as leases
@@ -52,7 +53,7 @@ def _model(pipe):
 
 
 def _layer(name):
-    return [r"^transformer_blocks\.1\."] if name == FLUX else ["mid"]
+    return [r"single_transformer_blocks\.1\."] if name == FLUX else ["mid"]
 
 
 def _patched(pipe, name=SD, **options):
@@ -84,7 +85,7 @@ def _in_thread(run):
 @pytest.mark.parametrize("name", [SD, FLUX, PAG])
 @pytest.mark.parametrize("thread", [False, True], ids=["callback", "thread"])
 def test_a_stock_sibling_in_a_callback(name, thread):
-    pipe = _module(name).build(name)
+    pipe = build(name)
     sibling = _sibling(pipe, name)
     stock, seen = _run(sibling, name), []
     _patched(pipe, name)
@@ -102,7 +103,7 @@ def test_a_stock_sibling_in_a_callback(name, thread):
 
 @pytest.mark.parametrize("name", [SD, FLUX])
 def test_stock_siblings_in_threads_all_the_while(name):
-    pipe = _module(name).build(name)
+    pipe = build(name)
     siblings = [_sibling(pipe, name) for _ in range(3)]
     stock = _run(siblings[0], name)
     _patched(pipe, name)
@@ -116,7 +117,7 @@ def test_stock_siblings_in_threads_all_the_while(name):
 
 def test_forwards_of_a_thread_pool_do_not_starve_a_call():
     """Forwards that overlap without end once kept the model from ever being free."""
-    pipe = _patched(tiny_hosts.build(SD))
+    pipe = _patched(build(SD))
     alone, stop = _run(pipe), threading.Event()
     source = torch.Generator().manual_seed(0)
     x, text = (torch.randn(s, generator=source) for s in ((1, 4, 8, 8), (1, 5, 12)))
@@ -146,7 +147,7 @@ def test_forwards_of_a_thread_pool_do_not_starve_a_call():
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_stock_sibling_inside_a_hook_of_our_forward(name):
     """In the middle of our forward the model is stock for everybody else."""
-    pipe = _module(name).build(name)
+    pipe = build(name)
     sibling, seen = _sibling(pipe, name), []
     stock = _run(sibling, name, steps=1)
 
@@ -171,7 +172,7 @@ def test_a_stock_sibling_inside_a_hook_of_our_forward(name):
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_our_forward_entered_again_by_a_hook_is_nobodys(name):
     """A hook that runs the denoiser by itself, inside of a forward of the loop."""
-    pipe = _module(name).build(name)
+    pipe = build(name)
     source = torch.Generator().manual_seed(0)
     x, text = (torch.randn(s, generator=source) for s in ((3, 4, 8, 8), (3, 5, 12)))
 
@@ -237,7 +238,7 @@ def _callbacks(run):
 @pytest.mark.parametrize("kind", list(_callbacks(None)))
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_callback_that_runs_the_model_itself(name, kind):
-    pipe = _module(name).build(name)
+    pipe = build(name)
     source = torch.Generator().manual_seed(0)
     x, text = (torch.randn(s, generator=source) for s in ((3, 4, 8, 8), (3, 5, 12)))
 
@@ -256,7 +257,7 @@ def test_a_callback_that_runs_the_model_itself(name, kind):
 
 
 def test_a_loop_of_the_users_own_is_stock():
-    pipe = tiny_hosts.build(SD)
+    pipe = build(SD)
 
     @torch.no_grad()
     def loop():
@@ -279,7 +280,7 @@ def test_a_loop_of_the_users_own_is_stock():
 
 
 def _two(names=(SD, PAG)):
-    first = _module(names[0]).build(names[0])
+    first = build(names[0])
     second = _sibling(first, names[1])
     alone = []
     for pipe, name in zip((first, second), names, strict=True):
@@ -385,7 +386,7 @@ def test_four_kinds_of_users_of_one_unet():
 def test_a_guider_and_a_patched_pipeline_on_one_unet():
     arming = pytest.importorskip("pag_fast.guiders.arming", exc_type=ImportError)
 
-    pipe = _patched(tiny_hosts.build(SD))
+    pipe = _patched(build(SD))
     alone, seen = _run(pipe), []
 
     class Guider:
@@ -420,12 +421,12 @@ def test_a_guider_and_a_patched_pipeline_on_one_unet():
 def test_shared_controlnets(shared):
     nets = 1 if shared == "one" else 2
     kwargs = {} if shared == "one" else {"controlnets": nets}
-    base = tiny.build("StableDiffusionControlNetPAGPipeline", **kwargs)
+    base = build("StableDiffusionControlNetPAGPipeline", **kwargs)
     parts = dict(base.components)
 
     def make(net, seed):
         torch.manual_seed(seed)
-        unet = tiny.randomise(tiny.unet())
+        unet = tiny.randomise(tiny.unet(**SHALLOW[SD]))
         pipe = diffusers.StableDiffusionControlNetPipeline(
             **{
                 **parts,
@@ -475,7 +476,7 @@ def _alone(entry):
 
 def test_a_multicontrolnet_entered_from_both_sides():
     """A stock forward in the whole, a patched one in front of it: neither waits for the other."""
-    base = tiny.build("StableDiffusionControlNetPAGPipeline", controlnets=2)
+    base = build("StableDiffusionControlNetPAGPipeline", controlnets=2)
     multi = base.controlnet
     entry, nets = Entry(multi), [Entry(net) for net in multi.nets]
     entry.inner = nets
@@ -535,7 +536,7 @@ def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, sn
 @pytest.mark.parametrize("waits", ["stock", "patched"])
 def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
     """Whoever is stock is named as well."""
-    pipe = tiny_hosts.build(SD)
+    pipe = build(SD)
     sibling = _sibling(pipe, "StableDiffusionImg2ImgPipeline")
     picture = {"image": torch.zeros(1, 3, 16, 16), "strength": 1.0}
     _patched(pipe)
@@ -566,7 +567,7 @@ def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
 
 
 def test_a_second_call_of_one_pipeline_is_refused():
-    pipe, seen = _patched(tiny_hosts.build(SD)), []
+    pipe, seen = _patched(build(SD)), []
     alone = _run(pipe)
 
     def again():
@@ -610,16 +611,16 @@ def stance(request):
 )
 def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, monkeypatch):
     """``torch.compile(unet)`` is another module, and runs the same ones."""
-    raw = tiny_hosts.build(SD)
+    raw, layers = least(SD)
     wrapped = _sibling(raw, unet=torch.compile(raw.unet, backend="eager"))
     pipes, alone = (raw, wrapped), []
     for pipe in pipes:
-        _patched(pipe)
+        pag_fast.patch(pipe, layers, pag_scale=2.0)
         alone.append(_run(pipe))
         pag_fast.unpatch(pipe)
     assert relative(*alone) < 1e-5
     for pipe in reversed(pipes) if wrapped_first else pipes:
-        _patched(pipe)
+        pag_fast.patch(pipe, layers, pag_scale=2.0)
     assert Entry.of(raw.unet) is not Entry.of(wrapped.unet)
     assert Entry.of(raw.unet).lease is Entry.of(wrapped.unet).lease
     for pipe, other in (pipes, pipes[::-1]):
@@ -650,7 +651,7 @@ def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, m
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_wrapped_model_has_its_methods(name):
     """``torch.compile(pipe.unet)`` has none of its own; PAG pipelines set processors in a call."""
-    pipe = _module(name).build(name)
+    pipe = build(name)
     expected = pipe.unet.attn_processors
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     _patched(pipe, name)
@@ -693,7 +694,7 @@ def _left_behind(pipe):
 
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_stock_pag_pipeline_beside_ours_on_the_same_layers(name):
-    pipe = _module(name).build(name)
+    pipe = build(name)
     beside = _Beside(pipe, ["mid"])
     _patched(pipe, name)
     alone = _run(pipe, name)
@@ -709,11 +710,11 @@ def test_a_stock_pag_pipeline_beside_ours_on_the_same_layers(name):
     assert torch.equal(_run(pipe, name), alone)
 
 
-@pytest.mark.parametrize("layers", [["down_blocks.1"], ["up_blocks.2"]], ids=str)
+@pytest.mark.parametrize("layers", [["down_blocks.0"], ["up_blocks.0"]], ids=str)
 @pytest.mark.parametrize("name", [SD, PAG])
 def test_a_stock_pag_pipeline_beside_ours_on_other_layers_is_refused(name, layers):
     """Only that pipeline knows what it has put its processors in the place of."""
-    pipe = _module(name).build(name)
+    pipe = build(name)
     beside = _Beside(pipe, layers)
     _patched(pipe, name)
     alone = _run(pipe, name)
@@ -725,9 +726,9 @@ def test_a_stock_pag_pipeline_beside_ours_on_other_layers_is_refused(name, layer
     assert torch.equal(_run(pipe, name), alone)
 
 
-@pytest.mark.parametrize("layers", [["mid"], ["up_blocks.2"]], ids=str)
+@pytest.mark.parametrize("layers", [["mid"], ["up_blocks.0"]], ids=str)
 def test_a_stock_pag_pipeline_that_begins_in_the_middle_of_our_forward(layers):
-    pipe = tiny_hosts.build(SD)
+    pipe = build(SD)
     beside = _Beside(pipe, layers)
     _patched(pipe)
     alone, begun = _run(pipe), []
@@ -750,9 +751,9 @@ def test_a_stock_pag_pipeline_that_begins_in_the_middle_of_our_forward(layers):
 
 def test_processors_that_a_pag_pipeline_has_left_are_told():
     """Stock leaves them where an error ends its call."""
-    pipe = tiny_hosts.build(SD)
+    pipe = build(SD)
     sibling = _sibling(pipe, PAG)
-    sibling.set_pag_applied_layers(["up_blocks.2"])
+    sibling.set_pag_applied_layers(["up_blocks.0"])
     _patched(pipe)
     alone = _run(pipe)
     with pytest.raises(ZeroDivisionError):

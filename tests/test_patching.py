@@ -13,7 +13,7 @@ from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
 from pag_fast.models import registry as families
-from pag_fast.pipelines.registry import HOSTS
+from pag_fast.pipelines.registry import HOSTS, STOCK_PIPELINES
 
 NAME = "StableDiffusionXLPAGPipeline"
 
@@ -47,7 +47,7 @@ def test_every_pag_pipeline_of_diffusers_is_supported():
     assert theirs == set(PIPELINES)
     ours = set(pag_fast.supported_pipelines())
     assert theirs | {"StableDiffusionSAGPipeline", "FluxPipeline", "WanPipeline"} <= ours
-    assert ours - theirs - {"StableDiffusionSAGPipeline"} <= set(HOSTS)
+    assert ours - theirs - {"StableDiffusionSAGPipeline", *STOCK_PIPELINES} <= set(HOSTS)
 
 
 def test_patch_returns_the_pipeline_and_keeps_its_face():
@@ -147,10 +147,10 @@ def test_not_a_pipeline(thing):
 
 
 def test_a_pipeline_without_pag():
-    """One that is not known is refused; those that are, are in test_hosts.py."""
-    parts = {k: v for k, v in build(NAME).components.items() if k in ("unet", "scheduler")}
+    """One without a denoiser is refused; others are in test_hosts.py and test_derived.py."""
+    scheduler = build(NAME).scheduler
     with pytest.raises(ValueError, match=r"DDIMPipeline is not .* can patch: the nearest"):
-        pag_fast.patch(diffusers.DDIMPipeline(**parts))
+        pag_fast.patch(diffusers.DDIMPipeline(unet=None, scheduler=scheduler))
 
 
 def test_config_object_and_overrides():

@@ -483,15 +483,15 @@ def test_a_blur_wider_than_high():
     ("name", "options"),
     [
         (PIXART, {"layers": "blocks.1", "perturbation": SoftIdentity(0.4)}),
-        (SD3, {"branches": [Branch("blocks.1", "skip"), Branch("blocks.2", "shuffle")]}),
-        (PIXART, {"branches": [Branch("blocks.1", "noise"), Branch("blocks.2", BlurredMap(0.6))]}),
+        (SD3, {"branches": [Branch("blocks.0", "skip"), Branch("blocks.1", "shuffle")]}),
+        (PIXART, {"branches": [Branch("blocks.0", "noise"), Branch("blocks.1", BlurredMap(0.6))]}),
     ],
     ids=["soft", "skip and shuffle", "noise and blur"],
 )
 def test_one_graph_for_all_steps_and_calls(name, options):
     """As ``test_compile.py`` has it for the identity."""
     torch._dynamo.reset()
-    pipe = build(name, num_layers=3)
+    pipe = build(name, num_layers=2)
     with pag_fast.patched(pipe, **options):
         eager = latents(pipe, call_kwargs(name, pipe, steps=3))
         counter = CompileCounterWithBackend("eager")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from numerics import observing, relative
-from tiny import PIPELINES, build, call_kwargs, latents
+from tiny import FAMILIES, PIPELINES, build, call_kwargs, every, latents
 
 NAMES = pytest.mark.parametrize("name", PIPELINES)
 
@@ -92,18 +92,19 @@ def test_layer_sets(name):
     assert executed[-1] not in sets["middle"]
 
 
-@pytest.mark.parametrize(("cfg", "batch"), [(True, 1), (False, 2)], ids=["cfg", "nocfg"])
-@NAMES
+@pytest.mark.parametrize(("name", "cfg", "batch"), every([(True, 1)], [(False, 2)]))
 def test_runs(name, cfg, batch):
     pipe = _pipe(name)
     out = _run(name, pipe, cfg=cfg, batch=batch)
     assert out.shape[0] == batch
-    assert torch.equal(out, _run(name, pipe, cfg=cfg, batch=batch)), "calls are not repeatable"
     assert relative(out, _run(name, pipe, cfg=cfg, batch=batch, pag_scale=0.0)) > 1e-3
-    assert relative(out, _run(name, pipe, cfg=not cfg, batch=batch)) > 1e-3
+    if cfg:
+        assert torch.equal(out, _run(name, pipe)), "calls are not repeatable"
+        assert relative(out, _run(name, pipe, cfg=False)) > 1e-3
 
 
-@NAMES
+# of the others test_parity.py shows as much as it uses
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_set_gives_its_own_picture(name):
     pictures = {"none": _run(name, _pipe(name), pag_scale=0.0)}
     for key, layers in PIPELINES[name].layers.items():
@@ -117,8 +118,7 @@ def test_every_layer_set_gives_its_own_picture(name):
         assert relative(pictures[one], pictures[two]) > 1e-3, f"{one} equals {two}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@NAMES
+@pytest.mark.parametrize(("name", "dtype"), every([(torch.float32,)], [(torch.bfloat16,)]), ids=str)
 def test_three_steps_stay_sane(name, dtype):
     out = _run(name, build(name, dtype=dtype), steps=3)
     assert 0.1 < out.float().std() < 100

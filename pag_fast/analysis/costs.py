@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from ..config import PatchConfig
-from ..models.inputs import Size
+from ..models.inputs import Inputs, Size
 from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, family_of, uncompiled
 from ..patching import applied_layers, check_pipeline
 from ..pipelines.description import PipelineDescription
-from ..pipelines.registry import HOSTS, host_of
-from ..sag import is_sag
+from ..pipelines.registry import HOSTS, has_layers, host_of
 from ..settings.layers import as_list
 from .flops import patched_flops
-from .lower_bound import Bound, row_flops, trace
+from .lower_bound import Bound, Traced, row_flops, trace
 from .published import find_card, meta_model, meta_twin
 
 
@@ -104,6 +103,13 @@ def _has_uncond(title: str, host: PipelineDescription | None) -> bool:
     return False
 
 
+def _check(pipe: Any) -> None:
+    """Raises ValueError for a pipeline that cannot be patched, or has no layers to choose."""
+    check_pipeline(pipe)
+    if not has_layers(pipe):
+        raise ValueError(f"{type(pipe).__name__} has no layers to choose: it gets no PAG.")
+
+
 def layer_costs(
     pipe: Any,
     *,
@@ -134,9 +140,7 @@ def layer_costs(
         layers: tuple[str | int, ...] = card.documented_layers
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
     else:
-        check_pipeline(pipe)
-        if is_sag(pipe):
-            raise ValueError(f"{type(pipe).__name__} has no layers to choose: SAG has one place.")
+        _check(pipe)
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
         size = Size.of(pipe)
@@ -161,13 +165,7 @@ def layer_costs(
     # uncond in a call of its own costs the same with PAG as without
     alone = row if cfg and sequential else 0
     without = row * (2 if cfg else 1)
-    bound = Bound(model, inputs, cfg=both)
-
-    def least(name: str) -> int:
-        if family_of(model).is_derived:  # what runs, as nobody knows what has to
-            return patched_flops(model, [f"^{re.escape(name)}$"], inputs, cfg=both, config=config)
-        return bound.total(traced, (name,))
-
+    least = _least(model, inputs, traced, both, config)
     place = {item.name: index for index, item in enumerate(traced)}
     costs = [
         LayerCost(
@@ -184,6 +182,20 @@ def layer_costs(
         together = (counted + alone) / without
     source = host.source if host is not None and layers == host.layers and chosen else ""
     return LayerCosts(title, size, cfg, tuple(costs), source, together)
+
+
+def _least(
+    model: Any, inputs: Inputs, traced: Sequence[Traced], cfg: bool, config: PatchConfig
+) -> Callable[[str], int]:
+    """FLOPs of a step with PAG on one layer: the least; of derived models what runs."""
+    bound = Bound(model, inputs, cfg=cfg)
+
+    def least(name: str) -> int:
+        if family_of(model).is_derived:  # nobody knows what has to
+            return patched_flops(model, [f"^{re.escape(name)}$"], inputs, cfg=cfg, config=config)
+        return bound.total(traced, (name,))
+
+    return least
 
 
 _IN_TRANSFORMER = re.compile(

@@ -20,7 +20,7 @@ from ..models.registry import (
 )
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names, describe_pipeline
-from ..runtime.compatibility import explain_lines, look
+from ..runtime.compatibility import explain_lines, look, own_package
 from ..runtime.installation import Installation, is_eager
 from ..runtime.perturbed_branches import PerturbedBranch
 from ..sharing.conditioning_cache import invariant_modules
@@ -29,6 +29,7 @@ from ..sharing.unet_plan import plan_controlnet
 from .explanation import PIPELINES_SCALE, Explanation, ModelCall, Predicted
 from .flops import controlnet_cost, step_costs
 from .published import meta_twin
+from .stock import explain_stock, in_words
 
 
 def explain(
@@ -57,6 +58,8 @@ def explain(
     check_pipeline(pipe)
     if is_sag(pipe):
         return explain_sag(pipe, size=(height, width))
+    if describe_pipeline(pipe).kind == "stock":
+        return explain_stock(pipe, size=(height, width))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))
@@ -65,14 +68,17 @@ def explain(
     plan = installed.plan
     nets = list(controlnets(pipe.controlnet)) if getattr(pipe, "controlnet", None) else []
     size, described = Size.of(pipe).but(height, width, frames), describe_pipeline(pipe)
-    sequential, others = described.sequential, described.others
+    sequential, others = _sequential(described, found), described.others
     notes = [
         f"{name} is perturbed in the same layers as {denoiser_names(pipe)[0]}"
         for name in denoiser_names(pipe)[1:]
     ]
     notes += _derived(pipe, described)
     notes += _graphs(found)
-    predicted = _predict(model, nets, layers, config, size, described, notes) if flops else ()
+    if described.stock_guidance is not None:
+        notes.append(in_words(described.stock_guidance))
+    args = model, nets, layers, config, size, described, notes, sequential
+    predicted = _predict(*args) if flops else ()
     return Explanation(
         pipeline=type(pipe).__name__,
         denoiser=type(model).__name__,
@@ -98,6 +104,12 @@ def explain(
         frames=size.frames,
         source=described.source if _is_choice_of(described, layers) else "",
     )
+
+
+def _sequential(described: PipelineDescription, found: Any) -> bool:
+    """Whether uncond is a call of its own, as described or as the latest call has shown."""
+    seen = getattr(found, "seen_of_loop", {}).get("branches", "")
+    return described.sequential and not seen.startswith("together")
 
 
 def _derived(pipe: Any, described: PipelineDescription) -> Iterator[str]:
@@ -178,7 +190,7 @@ def _findings(pipe: Any, parts: Sequence[str], passes_apart: bool) -> Iterator[s
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             with torch.no_grad():  # as pipelines run their models
-                found = look(net, passes_apart=passes_apart)
+                found = look(net, passes_apart=passes_apart, own=own_package(net))
             for line in explain_lines(found):
                 yield f"{type(net).__name__}: {line}"
 
@@ -241,13 +253,14 @@ def _predict(
     size: Size,
     described: PipelineDescription,
     notes: list[str],
+    sequential: bool,
 ) -> tuple[Predicted, ...]:
     if len(described.others) > 1:
         notes.append("no FLOP prediction for guidance with two scales")
         return ()
     try:
         twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
-        inputs, sequential = size.inputs(twin), described.sequential
+        inputs = size.inputs(twin)
         costs = step_costs(twin, layers, inputs, sequential=sequential, config=config)
         predicted = []
         for cfg, cost in zip((True, False), costs, strict=True):

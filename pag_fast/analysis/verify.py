@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import math
 import platform
 import re
@@ -22,8 +23,7 @@ import torch
 from ..config import PatchConfig
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import check_pipeline, patched
-from ..pipelines.registry import host_of
-from ..sag import is_sag
+from ..pipelines.registry import has_layers, host_of
 from ..settings.layers import Layers
 from ..version import __version__
 from .explain import explain
@@ -146,7 +146,7 @@ def verify(
         raise ValueError(f"config must be a PatchConfig; got {config!r}.")
     chosen = call.pop("pag_applied_layers", None)  # of this call alone: stock does not know it
     layers = chosen if layers is None else layers
-    call = _call(call)
+    call = _call(pipe, call)
     denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
     with _untouched(pipe):
         found = getattr(pipe, "_pag_fast", None)
@@ -165,7 +165,7 @@ def verify(
         found_by = _compare(out, stock)
         bound = BOUNDS.get(denoiser.dtype, BOUNDS[torch.bfloat16])
         from_unshared = None
-        if not found_by["relative"] <= bound and reference == _DIFFUSERS and not is_sag(pipe):
+        if not found_by["relative"] <= bound and reference == _DIFFUSERS and has_layers(pipe):
             from_unshared = _compare(out, _unshared(pipe, config, call))["relative"]
     return Verification(
         pipeline=type(pipe).__name__,
@@ -203,9 +203,9 @@ def _stock(
     """What to compare with, in words, and its output."""
     default = PatchConfig()
     changes = [name for name in _CHANGES if getattr(config, name) != getattr(default, name)]
-    if host_of(pipe) is None and (is_sag(pipe) or not changes):
+    if host_of(pipe) is None and (not has_layers(pipe) or not changes):
         twin = _twin(pipe)
-        if not is_sag(pipe):
+        if has_layers(pipe):
             # by their full names: stock takes neither short names nor numbers
             twin.pag_applied_layers = [f"^{re.escape(name)}$" for name in explanation.layers]
         try:
@@ -241,6 +241,8 @@ def _run(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         out = pipe(**given)
+    if isinstance(out, torch.Tensor | tuple | list):  # of a class that nobody has described
+        return _tensor(out if isinstance(out, torch.Tensor) else out[0])
     values = list(out.values()) if isinstance(out, Mapping) else vars(out).values()
     return _tensor(next(iter(values)))
 
@@ -277,15 +279,20 @@ def _compare(out: torch.Tensor, stock: torch.Tensor) -> dict[str, float]:
     return {"largest": (a - b).abs().max().item(), "relative": relative, "psnr": psnr}
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    given = dict(call)
-    if not {"timesteps", "sigmas"} & given.keys():
-        given.setdefault("num_inference_steps", _STEPS)
-    given.setdefault("output_type", "latent")
-    if given.get("generator") is None:
-        given["generator"] = torch.Generator("cpu").manual_seed(0)
-    given["return_dict"] = True
-    return given
+def _call(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The call with what makes it short and repeatable, as far as the pipeline takes that."""
+    ours: dict[str, Any] = {"output_type": "latent", "return_dict": True}
+    if not {"timesteps", "sigmas"} & call.keys():
+        ours["num_inference_steps"] = _STEPS
+    if call.get("generator") is None:
+        ours["generator"] = torch.Generator("cpu").manual_seed(0)
+    parameters = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    given = {name: x for name, x in ours.items() if takes_all or name in parameters}
+    last: dict[str, Any] = {
+        name: given[name] for name in ("generator", "return_dict") if name in given
+    }
+    return {**given, **call, **last}
 
 
 # ---- nothing is left behind ----

@@ -11,9 +11,9 @@ from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
 from ..runtime.installation import check_processors
 from ..runtime.instance_patch import Entry
+from ..runtime.recording import Intercepted
 from ..sharing.plan import argument_names
 from ..sharing.rows import SPLIT, BranchState
-from .recording import Intercepted
 
 
 class Processed:

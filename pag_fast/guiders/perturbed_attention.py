@@ -100,6 +100,12 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
 
     def _make(self, model: nn.Module) -> Resumption:
         family = family_of(model)
+        if family.is_derived or family.is_traced:
+            raise ValueError(
+                f"{type(model).__name__} has no description by which a perturbed forward could be "
+                "resumed: use diffusers' own guider, or pag_fast.patch on a pipeline that is not "
+                "modular."
+            )
         attentions = perturbed_attentions(
             model, self.layers, self.skip_layer_config, exact=self.exact_layers
         )

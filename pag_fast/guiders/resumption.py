@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..runtime.instance_patch import Entry
+from ..runtime.recording import Record, Replay
 from ..sharing.plan import has_diffusers_hooks
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
 from ..sharing.threads import HERE
-from .recording import Record, Replay
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
 

@@ -136,6 +136,8 @@ def _known(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Known]:
         family = family_of(model)
     except ValueError:
         return []
+    if family.is_derived or family.is_traced:
+        return []
     # the blocks' attentions stand for the blocks
     attentions = set(attentions_in(model, blocks))
     return known_modules(model, family.plan(model, attentions, merge=False)) if attentions else []

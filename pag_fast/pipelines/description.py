@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -11,13 +11,14 @@ from ..config import PatchConfig
 Arguments = Mapping[str, Any]
 """The arguments of the pipeline's call, defaults included."""
 
-Kind = Literal["pag", "injected", "sag"]
+Kind = Literal["pag", "injected", "sag", "stock"]
 
 _EVERY_OPTION = frozenset(field.name for field in fields(PatchConfig))
 _OPTIONS: dict[Kind, frozenset[str]] = {
     "injected": _EVERY_OPTION,
     "pag": _EVERY_OPTION - {"pag_scale", "pag_adaptive_scale"},
     "sag": frozenset({"backend", "cache_conditioning", "fewer_launches", "strict"}),
+    "stock": frozenset({"strict"}),
 }
 
 _RESCALE = frozenset({"rescale_mode", "rescale"})
@@ -65,13 +66,36 @@ def true_scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> flo
 
 
 @dataclass(frozen=True)
+class StockGuidance:
+    """A forward that a stock pipeline makes to guide by: cond's, with some blocks changed.
+
+    Attributes:
+        name: what it is called, in messages.
+        argument: of the denoiser, with the indices of the changed blocks; empty in other forwards.
+        changed: these indices for the step that runs, from the pipeline and the locals of its loop;
+            empty where no such forward follows.
+        blocks: attribute of the denoiser that holds the blocks.
+        others: arguments that are set in forwards that are neither cond's nor such a one.
+        with_it: arguments besides ``argument`` that such a forward may have, and cond's has not.
+    """
+
+    name: str
+    argument: str
+    changed: Callable[[Any, Arguments], Sequence[int]]
+    blocks: str = "transformer_blocks"
+    others: tuple[str, ...] = ()
+    with_it: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class PipelineDescription:
     """A class of pipelines.
 
     Attributes:
         name: of the class.
         kind: ``"pag"`` for those of diffusers that have PAG, ``"injected"`` for those that have
-            not and get it here, ``"sag"`` for Self-Attention Guidance.
+            not and get it here, ``"sag"`` for Self-Attention Guidance, ``"stock"`` for those that
+            get no PAG, and whose own guidance is resumed.
         layers: layers that are perturbed unless others are chosen; for PAG pipelines, those that
             the documentation names.
         source: where that choice comes from.
@@ -92,6 +116,7 @@ class PipelineDescription:
         rescales_again: the pipeline rescales guidance itself, behind the op that has done it.
         guess_mode_images: in guess mode the control images have to be doubled all the same.
         mask_of_image_latents: with image latents there are no masked image latents to take apart.
+        stock_guidance: a forward of the pipeline's own that begins as cond's does.
     """
 
     name: str
@@ -109,6 +134,7 @@ class PipelineDescription:
     rescales_again: bool = False
     guess_mode_images: bool = False
     mask_of_image_latents: bool = False
+    stock_guidance: StockGuidance | None = None
 
     @property
     def sequential(self) -> bool:
@@ -179,6 +205,11 @@ def _no_option(description: PipelineDescription, name: str, value: Any) -> str:
         return (
             f"{name} is an option for pipelines that have no PAG of their own. This one takes it "
             f"in every call: pipe(prompt, {name}={value!r})."
+        )
+    if description.kind == "stock":
+        return (
+            f"{description.name} gets no PAG: pag_fast.patch(pipe) makes its own guidance sooner, "
+            f"with the same picture. Leave out {name}={value!r}."
         )
     if name == "layers":
         return (

@@ -25,11 +25,12 @@ def observed_pipeline(pipe: Any) -> PipelineDescription:
     parts = {name: uncompiled(getattr(pipe, name, None)) for name in _DENOISERS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     has_pag = any(base.__name__ == "PAGMixin" for base in cls.__mro__)
-    if has_pag or not found or not hasattr(getattr(pipe, "scheduler", None), "step"):
-        raise ValueError(f"{cls.__name__} has no denoiser and scheduler that are known.")
+    home = next((base for base in cls.__mro__ if "__call__" in vars(base)), None)
+    steps = hasattr(getattr(pipe, "scheduler", None), "step")
+    if has_pag or not found or not steps or home is None:
+        raise ValueError(f"{cls.__name__} has no loop with a denoiser and scheduler.")
     for model in found.values():
         derive(model)
-    home = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return PipelineDescription(
         home.__name__,
         kind="injected",

@@ -25,7 +25,7 @@ def _names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in PIPELINES if entry.kind == kind))
 
 
-PAG_PIPELINES, SAG_PIPELINES = _names("pag"), _names("sag")
+PAG_PIPELINES, SAG_PIPELINES, STOCK_PIPELINES = _names("pag"), _names("sag"), _names("stock")
 HOSTS = {name: entry for name in _names("injected") for entry in PIPELINES if entry.name == name}
 """Pipelines without PAG of their own."""
 
@@ -82,6 +82,12 @@ def host_of(pipe: Any) -> PipelineDescription | None:
     """The description of a pipeline without PAG; ``None`` for any other."""
     found = description_of(type(pipe))
     return found if found is not None and found.kind == "injected" else None
+
+
+def has_layers(pipe: Any) -> bool:
+    """Whether a pipeline has, or gets, layers to perturb: Self-Attention Guidance has none."""
+    found = description_of(type(pipe))
+    return found is None or found.kind in ("pag", "injected")
 
 
 def denoiser_names(pipe: Any) -> tuple[str, ...]:

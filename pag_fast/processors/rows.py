@@ -83,10 +83,12 @@ class PerturbedProcessor:
             if state.thread is not HERE.me and state.thread is not None:
                 return total, 0
             state.entered += 1
-        return self.split(total, slabs)
+        have, full = slabs[self.level], slabs[SPLIT]
+        unit = total // have
+        return (total - len(self.branches) * unit, 0) if have == full else (total, unit)
 
     def split(self, total: int, slabs: tuple[int, int, int]) -> tuple[int, int]:
-        """``(num_attend, num_forked)`` for ``total`` rows that are this layer's."""
+        """As :meth:`rows`, where it is known that the rows are ours."""
         have, full = slabs[self.level], slabs[SPLIT]
         unit = total // have
         return (total - len(self.branches) * unit, 0) if have == full else (total, unit)

@@ -13,11 +13,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..config import PatchConfig
-from ..models.registry import find, uncompiled
+from ..models.registry import uncompiled
 from ..pipelines.description import PipelineDescription
 from ..sharing.conditioning_cache import ConditioningCache
-from .compatibility import Compatibility
-from .compatibility_origins import package
+from .compatibility import Compatibility, own_package
 from .entry import Entry
 from .findings import Findings
 from .undoing import undo_all
@@ -136,10 +135,7 @@ class BasicState:
         found = self._compatibility.get(model)
         if found is None:
             apart = self.host is not None and self.host.sequential
-            described = find(model)
-            # a model that was traced and compared may come from anywhere
-            derived = described is not None and described.is_derived
-            own = package(type(model).__module__) if derived else ""
+            own = own_package(model)
             found = self._compatibility[model] = Compatibility(passes_apart=apart, own=own)
         items = found.look(model)
         if items is not self._found.items:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..models.registry import stock_pag_processors
+from ..models.registry import find, stock_pag_processors
 from .compatibility_answers import (
     UNKNOWN,
     WEIGHTS,
@@ -105,6 +105,12 @@ def look(
     return attached(modules, passes_apart=passes_apart, own=own) + Surroundings(modules).findings(
         model
     )
+
+
+def own_package(model: nn.Module) -> str:
+    """The package of a model that was traced and compared, wherever that is from; else ``""``."""
+    found = find(model)
+    return package(type(model).__module__) if found is not None and found.is_derived else ""
 
 
 def attached(
@@ -217,7 +223,7 @@ def _of_parameters(module: nn.Module) -> Iterator[Found]:
 
 def _of_processor(module: nn.Module, own: str) -> Iterator[Found]:
     processor = getattr(module, "processor", None)
-    if not callable(processor):  # models of diffusers hand on what their configuration names
+    if processor is None or isinstance(processor, str):  # a model's setting of that name
         return
     cls: Any = type(processor)
     names = mro_names(cls)

@@ -194,4 +194,5 @@ class InjectedControlNets(ControlNets):
         if call.get("guess_mode"):
             installed.state.slabs = self._slabs = None
             return call
+        self.session.arrives(call)
         return super().rows(call, rows, installed, found)

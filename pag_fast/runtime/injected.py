@@ -11,6 +11,7 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +26,13 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
-from .observed import SKIP, ObservedLoop
-from .predictions import prediction_of, with_prediction
+from .observed import SKIP
+from .predictions import with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
+from .stock_passes import StockPasses
+from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -60,9 +63,9 @@ class InjectedSession(Session):
         # the pipeline has cond in front of a batch, and not at its end
         self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
-        self._observed = ObservedLoop(pipe, patch.fall_back) if self.host.is_observed else None
         self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
         self._arguments: dict[str, Any] | None = None
+        self._stock: StockPasses | None = None
         self._extended: Copies = {}
         self._turned: Copies = {}
         self._pass = COND
@@ -82,12 +85,16 @@ class InjectedSession(Session):
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
+        if self.host.stock_guidance is not None and self.patch.config.share_branches:
+            denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
+            self._stock = StockPasses(
+                self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs
+            )
 
     def end(self, *, whole: bool) -> None:
-        if self._observed is not None:
-            self.patch.seen_of_loop.update(self._observed.seen)
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
-        super().end(whole=whole)
+        stock = [] if self._stock is None else [self._stock.forget]
+        undo_all(*stock, partial(super().end, whole=whole))
 
     def _own_rescale(self) -> float:
         return float(self._argument("guidance_rescale") or 0.0)
@@ -115,9 +122,8 @@ class InjectedSession(Session):
             self._timestep, self._turn = timestep, self._turn + 1
         if isinstance(index, int) or stepped is not None or timestep is not None:
             return index if isinstance(index, int) else None, stepped, self._turn
-        if "timestep" not in call:
-            return self.forwards
-        return float(call["timestep"].flatten()[0])
+        found = call["timestep"].flatten()[0] if "timestep" in call else self._locals.get("t")
+        return self.forwards if found is None else float(found)
 
     def _pass_of(self, call: Call) -> str:
         """Which pass a forward is: by its arguments, by whose text it gets, or by its place.
@@ -131,21 +137,20 @@ class InjectedSession(Session):
         seen = self._seen[1]
         if call.get("skip_layers") is not None:
             found = SKIP  # SD3's skip-layer guidance
-        elif self._observed is not None:
-            self._observed.check(key, self._locals)
-            rows = latents_of(call).shape[0]
-            found = self._observed.pass_of(call, rows, self._locals, seen)
         elif not self.host.sequential:
             found = COND
         else:
             found = self._pass_by_text(call) or (UNCOND if COND in seen else COND)
         if found in seen and found == COND:
-            self.patch.fall_back(
-                "the loop runs the denoiser more than once for cond in a step: each forward is "
-                "taken for one of cond"
-            )
+            self._tell_of_repeats()
         seen.append(found)
         return found
+
+    def _tell_of_repeats(self) -> None:
+        self.patch.fall_back(
+            "the loop runs the denoiser more than once for cond in a step: each forward is taken "
+            "for one of cond"
+        )
 
     def _pass_by_text(self, call: Call) -> str:
         """The pass whose prompt, among the locals of the loop, is the text of this forward."""
@@ -198,6 +203,14 @@ class InjectedSession(Session):
     # ---- a forward ----
 
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
+        """As in :class:`Session`; what the pipeline guides by itself is kept, or resumed."""
+        call = self._extended_call(forward, found)
+        if self._stock is not None:
+            above = self._stock.enter(forward.call, self._locals, found)
+            self._above = (above, self._stock) if above.entries else None
+        return call
+
+    def _extended_call(self, forward: Forward, found: Findings) -> Call:
         """Extend the denoiser's batch by the perturbed rows, where they have a weight."""
         call = forward.call
         if self.loop.step < 0:
@@ -218,9 +231,6 @@ class InjectedSession(Session):
             return call
         self.loop.step += 1
         layout = self.layout(rows)
-        if self._observed is not None:
-            layout = self._observed.layout(call, rows, self._locals)
-            self.unit, self._cond_first = rows // len(layout), self._observed.cond_first
         if self._cond_first and len(layout) > 1:
             have = len(layout)
             call, self._turned = with_rows(call, rows, frames, self._turned, turned, have, have)
@@ -255,7 +265,7 @@ class InjectedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
-        prediction = prediction_of(out)
+        prediction = out[0]
         if self._is_last_pass():
             self.forget()
         if self._pass != COND:
@@ -328,17 +338,16 @@ class InjectedSession(Session):
 
         In fp32 where the loop's latents are, as its own guidance then rounds nothing in between.
         """
-        if self._observed is not None:
-            names = (UNCOND, COND)[-len(predictions) :] if self._pass == COND else (self._pass,)
-            self._observed.gave(self._seen[0], names, predictions)
         if self._cond_first:
             predictions = predictions[::-1]
         prediction, *more = predictions
         if more:
             prediction = torch.cat(predictions)
-        latents, own = self._locals.get("latents"), prediction_of(out).dtype
+        latents, own = self._locals.get("latents"), out[0].dtype
         wide = isinstance(latents, torch.Tensor) and latents.dtype == torch.float32
         prediction = prediction.to(torch.promote_types(own, torch.float32) if wide else own)
+        if isinstance(out, tuple) and not out[1:]:
+            return (prediction,)
         return with_prediction(out, prediction, turned=self._cond_first and bool(more))
 
     def _is_last_pass(self) -> bool:

@@ -54,8 +54,9 @@ class ObservedLoop:
     def uses_cfg(self, local: dict[str, Any]) -> bool:
         """Whether the call uses CFG, by its own names for that, or by its guider."""
         guider = local.get("guider", getattr(self.pipe, "guider", None))
-        if isinstance(getattr(guider, "num_conditions", None), int):
-            return bool(guider.num_conditions > 1)
+        conditions = getattr(guider, "num_conditions", None)
+        if isinstance(conditions, int):
+            return conditions > 1
         for name in _FLAGS:
             if isinstance(local.get(name), bool):
                 return bool(local[name])
@@ -197,6 +198,11 @@ class ObservedLoop:
                 "predictions cannot be seen: it is taken for linear guidance"
             )
             return
+        self._judge(combined, given)
+
+    def _judge(self, combined: torch.Tensor, given: list[tuple[str, torch.Tensor]]) -> None:
+        """See by which weights the loop has made ``combined`` of the predictions."""
+        name = type(self.pipe).__name__
         weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import PatchConfig, check_scale
 from ..fusion import Fusion
 from ..models.registry import controlnets, fusable_processors, uncompiled
-from ..models.traced.description import derive, seen_of
+from ..models.traced.description import seen_of
 from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
@@ -25,10 +25,11 @@ from .frames import know_loops
 from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation
+from .observed_session import session_of
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
-from .traced import TracedSession
+from .stock_patch import run_stock
 from .undoing import undo_after_error, undo_all
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
@@ -145,7 +146,7 @@ class PatchState(BasicState):
                 elif value is not None:
                     kwargs[name] = value
             if self.host is not None and self.pag_scale == 0.0:
-                return call(*args, **kwargs)
+                return self._run_without(pipe, call, args, kwargs)
             return self._run(pipe, call, args, kwargs)
         finally:
             for name, value in before.items():
@@ -155,6 +156,16 @@ class PatchState(BasicState):
             if now is wanted:
                 self._set_layers(pipe, layers)
             self.lasting_layers = None
+
+    def _run_without(
+        self, pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call without PAG: what the pipeline guides by itself is resumed all the same."""
+        guidance = None if self.host is None else self.host.stock_guidance
+        if guidance is None or not self.config.share_branches:
+            return call(*args, **kwargs)
+        self.enter_models(pipe)
+        return run_stock(pipe, self, guidance, call, args, kwargs)
 
     def checked_layers(self, pipe: Any, layers: Any) -> list[str | int]:
         """Layers that somebody has named since patching, as a list.
@@ -242,9 +253,7 @@ class PatchState(BasicState):
             return
         loop = Loop()
         for name in denoiser_names(pipe):
-            model = uncompiled(getattr(pipe, name))
-            kind = TracedSession if derive(model).is_derived else InjectedSession
-            yield kind(pipe, self, name, loop)
+            yield session_of(pipe, self, name, loop)
 
     # ---- what is kept between calls ----
 

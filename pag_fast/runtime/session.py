@@ -26,6 +26,7 @@ from .guided import Guided
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
 from .row_decision import RowDecision, align_residuals
+from .stock_passes import OnTop, StockPasses
 from .undoing import undo_after_error, undo_all
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Session(Guided):
     """
 
     _kept: ConditioningCache
+    # what goes on behind everything else for the forward that begins, and whose it is
+    _above: tuple[InstancePatch, StockPasses] | None = None
 
     def __init__(self, pipe: Any, patch: PatchState, denoiser: str | None = None) -> None:
         super().__init__(pipe, patch)
@@ -150,6 +153,7 @@ class Session(Guided):
         """The forward is over, one way or another."""
         self.running_forward = False
         self._locals = {}
+        self._above = None
         self.installed.left()
 
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
@@ -165,7 +169,10 @@ class Session(Guided):
             patch = installed.patch(fused=fused)
             return InstancePatch([*patch.entries, *behind]) if behind else patch
 
-        if self._graphs is None:
+        if self._above is not None:
+            above, passes = self._above
+            out = passes.run(forward, lambda: OnTop(make(), above), installed.states, call)
+        elif self._graphs is None:
             out = forward.run(make, installed.states, call)
         else:
             out = self._graphs.run(forward, make(), installed.states, call, found)
@@ -227,6 +234,9 @@ class Session(Guided):
         self._prepare(call, layout, frames, found, same=same, step=self.forwards - 1)
         self.ran = layout, scales
         return call
+
+    def arrives(self, call: Call) -> None:
+        """A ControlNet is called, whose rows are those of the denoiser behind it."""
 
     def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""

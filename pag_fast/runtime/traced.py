@@ -17,22 +17,18 @@ from ..models.registry import COND, PERTURBED, describe
 from ..models.traced.description import complete
 from ..models.traced.structure import first_parameter
 from ..models.traced.trace import contents, signature_of, trace
-from ..perturbations import Identity
-from ..sharing.arguments import frames_of, latents_of, lists_by_row, version_of
-from ..sharing.rows import SPLIT, map_tensors
+from ..sharing.arguments import latents_of, version_of
+from ..sharing.rows import SPLIT
 from ..sharing.tokens import Tokens
 from .findings import Findings
 from .forwards import Call, Forward
 from .injected import InjectedSession
-from .instance_patch import InstancePatch
-from .predictions import prediction_of
+from .predictions import prediction_of, with_prediction
+from .separately import Separately
 
-# of cond − perturbed, or of the prediction: far above rounding, far below what an error would be
-_OF_DIFFERENCE = 0.05
 _MOST_SIGNED = 8
 # what a model raises whose rows are not where they were looked for
 _FAILURES = (RuntimeError, IndexError, TypeError)
-_OF_PREDICTION = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
 class TracedSession(InjectedSession):
@@ -85,7 +81,8 @@ class TracedSession(InjectedSession):
                 now += [(name, id(x), own)]
         key = tuple(now)
         if key not in self._signed:
-            self._signed[key] = dict(call), signature_of(call)
+            lasting = {name: x for name, x in call.items() if name != latents}
+            self._signed[key] = lasting, signature_of(call)
             while len(self._signed) > _MOST_SIGNED:
                 self._signed.pop(next(iter(self._signed)))
         return self._signed[key][1]
@@ -109,29 +106,36 @@ class TracedSession(InjectedSession):
         self.installed.state.tokens = self._tokens[key]
         super()._prepare(call, layout, *args, **kwargs)
 
+    def _combined(self, out: Any) -> Any:
+        if isinstance(out[0], torch.Tensor):
+            return super()._combined(out)
+        # a model that takes a list of rows returns one
+        found = super()._combined(with_prediction(out, prediction_of(out)))
+        return with_prediction(found, list(found[0].unbind(0)))
+
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
-        state = self.installed.state
-        traced = self._traced
-        if state.slabs is None or traced.written or self._signature in traced.verified:
+        state, installed, traced = self.installed.state, self.installed, self._traced
+        chosen = self._signature, installed.plan.order, installed.branches
+        if state.slabs is None or traced.written or chosen in traced.verified:
             return super()._run(forward, call, found)
         full = state.slabs[SPLIT]
         try:
-            truth = self._apart(forward, call, full)
+            truth = Separately.run(forward, call, installed, full)
         except _FAILURES as error:
             raise self._refusal(_said(error)) from error
         try:
             out = super()._run(forward, call, found)
         except (*_FAILURES, ValueError) as error:
-            out, why = None, _said(error)
+            why = _said(error)
         else:
-            why = self._differs(out, truth, full)
-        if not why:
-            self._traced.verified.add(self._signature)
-            return out
+            why = truth.differs(prediction_of(out))
+            if not why:
+                traced.verified.add(chosen)
+                return out
         if state.slabs == (full,) * 3:
             raise self._refusal(why)
-        self._traced.reason = f"sharing branches of this model is not exact ({why})"
-        self.patch.fall_back(f"branches are not shared: {self._traced.reason}")
+        traced.reason = f"sharing branches of this model is not exact ({why})"
+        self.patch.fall_back(f"branches are not shared: {traced.reason}")
         state.slabs = (full,) * 3
         return self._run(forward, call, found)
 
@@ -141,59 +145,6 @@ class TracedSession(InjectedSession):
             f"is not what separate forwards say ({why}): choose other layers, or describe the "
             "model as CONTRIBUTING.md says."
         )
-
-    def _apart(self, forward: Forward, call: Call, full: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(what the model predicts as it is, perturbed)``, by forwards without sharing."""
-        state, branches = self.installed.state, len(self.installed.branches)
-        sample = latents_of(call)
-        rows, frames = sample.shape[0], frames_of(call)
-        slabs, counted = state.slabs, state.entered
-        by_row = lists_by_row(call, rows)
-
-        def some(first: int, last: int) -> Call:
-            def cut(x: torch.Tensor) -> torch.Tensor:
-                unit = x.shape[0] // full
-                fits = x.shape[0] in (rows, rows * frames)
-                return x[first * unit : last * unit] if fits else x
-
-            unit = rows // full
-            lists = {name: call[name][first * unit : last * unit] for name in by_row}
-            return {**map_tensors(call, cut), **lists}
-
-        own = [
-            (vars(attention), "processor", self.installed.processors[name])
-            for name, attention in self.installed.attentions.items()
-        ]
-        with torch.compiler.set_stance("force_eager"):
-            state.slabs = None
-            first = full - branches
-            stock = forward.run(InstancePatch.nothing, (state,), some(0, first))
-            state.slabs, tokens = (branches,) * 3, state.tokens
-            if [type(branch.perturbation) for branch in self.installed.branches] == [Identity]:
-                state.tokens = {name: x.densely() for name, x in tokens.items()}
-            perturbed = forward.run(lambda: InstancePatch(own), (state,), some(first, full))
-        state.slabs, state.entered, state.tokens = slabs, counted, tokens
-        return prediction_of(stock), prediction_of(perturbed)
-
-    def _differs(self, out: Any, truth: tuple[torch.Tensor, torch.Tensor], full: int) -> str:
-        """How far a prediction of all rows is from those of separate forwards; empty if not."""
-        stock, perturbed = truth
-        rows = stock.shape[0]
-        both = prediction_of(out)
-        if both.shape[0] != rows + perturbed.shape[0]:
-            return f"{both.shape[0]} rows where {rows + perturbed.shape[0]} were expected"
-        unit = rows // (full - len(self.installed.branches))
-        cond = stock[-unit:]
-        difference = (cond.double() - perturbed[:unit].double()).norm()
-        for name, x, y in (("cond", both[:rows], stock), ("perturbed", both[rows:], perturbed)):
-            error = (x.double() - y.double()).norm()
-            limit = _OF_PREDICTION.get(x.dtype, 1e-4) * y.double().norm()
-            rounding = limit / 10
-            if not error <= torch.minimum(
-                limit, torch.maximum(_OF_DIFFERENCE * difference, rounding)
-            ):
-                return f"{name} by {float(error / y.double().norm()):.1e} of its norm"
-        return ""
 
 
 def _said(error: Exception) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.instance_patch import Entry
 from ..sharing.plan import compiled_call
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
+from .instance_patch import Entry
 
 
 class Intercepted(Replacement):
@@ -55,10 +55,14 @@ class Record(Intercepted):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         out = self.run_original(args, kwargs)
-        self.value = _walk(out, self.kept, _outline)[0]
+        self.value = self.note(out)
         if not torch.compiler.is_compiling():
             self.versions = self._versions()
         return out
+
+    def note(self, out: Any) -> Any:
+        """What is kept of an output."""
+        return _walk(out, self.kept, _outline)[0]
 
     def is_intact(self) -> bool:
         """Whether nobody has written into the output since it was made."""
