@@ -137,6 +137,7 @@ class ObservedLoop:
         unit = rows // slabs
         own = [(_branch(name), x) for name, x in list(local.items()) if "embed" in name]
         own = [(branch, x) for branch, x in own if _is_text(x, unit)]
+        told: set[str] = set()
         for given in [x for x in call.values() if _is_text(x, rows)]:
             found: list[set[str]] = []
             for start in range(0, rows, unit):
@@ -146,8 +147,10 @@ class ObservedLoop:
             for place, branches in enumerate(found):
                 if len(branches) == 1 and found.count(branches) == 1:
                     branch = branches.pop()
-                    return branch if place == 0 else (COND if branch == UNCOND else UNCOND)
-        return ""
+                    told.add(branch if place == 0 else (COND if branch == UNCOND else UNCOND))
+                    break
+        # what each pass has, as a picture's embedding, looks like cond's alone
+        return UNCOND if UNCOND in told else "".join(told)
 
     def _same(self, x: Any, own: Any) -> bool:
         """Whether two prompts are equal; lists have a tensor for each row."""

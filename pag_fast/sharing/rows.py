@@ -116,7 +116,7 @@ def is_batched(name: str | None, value: Any) -> bool:
     """Whether an argument's tensors have rows in front."""
     if name in UNBATCHED:
         return False
-    if name is not None and _is_table(name):
+    if isinstance(name, str) and _is_table(name):  # dicts may have numbers as keys
         table = value[0] if isinstance(value, list | tuple) and value else value
         return isinstance(table, torch.Tensor) and table.ndim > 2
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images", "videos", "more_videos", "unets")
+FAMILIES = ("images", "more_images", "videos", "more_videos", "unets", "others", "conditioned")
 
 
 def specs() -> list[Any]:
