@@ -167,7 +167,9 @@ class Align:
         if args:
             primary = args[0]
         else:
-            primary = kwargs["hidden_states" if "hidden_states" in kwargs else "input_tensor"]
+            primary = kwargs.get("hidden_states", kwargs.get("input_tensor"))
+            if primary is None:  # of a block that nobody has described
+                primary = next(x for x in kwargs.values() if isinstance(x, torch.Tensor))
         unit = primary.shape[0] // have
         rows = want * unit
         for name, value in kwargs.items():

@@ -9,10 +9,12 @@ import tiny
 import torch
 from tiny_hosts.videos import wan_vae
 
-from sweep.images import _Z, _Z_IMAGE
+from sweep.images import _TEXT_FIRST, _TWO_STACKS, _Z, _Z_IMAGE, _counts_prompts
 from sweep.spec import (
     DIM,
+    POOLED,
     TOKENS,
+    Nothing,
     Spec,
     also,
     film,
@@ -23,7 +25,8 @@ from sweep.spec import (
     vae,
     variants,
 )
-from sweep.unets import _MID, _SMALL, _unet
+from sweep.unets import _MID, _SIMPLE, _SMALL, _movq, _unet
+from sweep.videos import _APART
 
 _MIDDLE = [r"^transformer_blocks\.1\.attn1"]
 
@@ -103,6 +106,38 @@ def _one_vector(prefix: str, batch: int) -> dict[str, Any]:
     return {f"{prefix}prompt_embeds": normal(2 if prefix else 1, batch, DIM)}
 
 
+def _kandinsky(prefix: str, batch: int) -> dict[str, Any]:
+    return {
+        "prompt": ["a"] * batch,
+        "image_embeds": normal(3, batch, 32),
+        "negative_image_embeds": normal(4, batch, 32),
+    }
+
+
+def _two_encodings(pipe: Any) -> None:
+    """Of prompts, with what the encoder has of each token and its mask."""
+
+    def encode(prompt: Any, device: Any, copies: int, cfg: bool, negative: Any) -> Any:
+        rows = len(prompt) * copies * (2 if cfg else 1)
+        return normal(1, rows, 32), normal(2, rows, TOKENS, 24), torch.ones(rows, TOKENS)
+
+    pipe._encode_prompt = encode
+
+
+class _TextProcessor:
+    image_processor = None
+
+
+class _Vocoder:
+    class config:
+        upsample_rates = (2, 2)
+        sampling_rate = 1600
+        model_in_dim = 16
+
+    def __call__(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        return spectrogram
+
+
 SPECS = [
     Spec(
         "PRXPixelPipeline",
@@ -146,14 +181,15 @@ SPECS = [
                 conditioning_embedding_out_channels=(2, 2),
             ),
         },
-        _MID,
+        [r"^down_blocks\.1\.base_attentions\.0\..*attn1"],
         call={**_SMALL, "image": picture(16)},
     ),
     Spec(
         "AudioLDMPipeline",
-        _audio_unet(),
+        also(_audio_unet(), text_encoder=Nothing),
         [r"^mid_block.*\.attn1"],
         prompts=_one_vector,
+        setup=lambda pipe: setattr(pipe, "vocoder", _Vocoder()),
         call={"audio_length_in_s": 0.01},
     ),
     Spec(
@@ -179,6 +215,7 @@ SPECS = [
         ),
         _MIDDLE,
         refused="none was seen that mixes tokens of the image",
+        copies=1,
         call={
             "frames": 5,
             "use_resolution_binning": False,
@@ -193,6 +230,63 @@ SPECS = [
                 model("ZImageTransformer2DModel", **_Z_IMAGE), vae=vae, controlnet=_z_net
             ),
             "call": {"control_image": picture(16)},
+            "shared": False,
+            "warned": "residuals of a ControlNet go between the blocks",
+        },
+    ),
+    Spec(
+        "LongCatImageEditPipeline",
+        also(
+            model(
+                "LongCatImageTransformer2DModel",
+                patch_size=1,
+                in_channels=64,
+                num_layers=3,
+                num_single_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=DIM,
+                pooled_projection_dim=DIM,
+                axes_dims_rope=(4, 4, 8),
+            ),
+            vae=lambda: vae(16),
+            text_processor=_TextProcessor,
+        ),
+        _TWO_STACKS,
+        text="first",
+        image=128,  # with those of the picture
+        **_APART,
+        setup=_counts_prompts,
+        batches=(1, 1),
+        call={"image": photo(1, 32)},
+    ),
+    *variants(
+        Spec(
+            "",
+            lambda: {
+                "unet": diffusers.UNet2DConditionModel(
+                    **_SIMPLE,
+                    in_channels=4,
+                    out_channels=8,
+                    addition_embed_type="text_image",
+                    addition_embed_type_num_heads=2,
+                    encoder_hid_dim=24,
+                    encoder_hid_dim_type="text_image_proj",
+                ),
+                "scheduler": diffusers.DDIMScheduler(clip_sample=False),
+                "movq": _movq(),
+            },
+            [r"^down_blocks\.1\.attentions\.0$"],
+            text="first",
+            image=64,
+            prompts=_kandinsky,
+            setup=_two_encodings,
+            call={**_SMALL, "output_type": "pt"},
+            copies=1,
+        ),
+        KandinskyPipeline={},
+        KandinskyImg2ImgPipeline={
+            "call": {"image": lambda batch: picture(16, batch), "strength": 1.0}
         },
     ),
 ]

@@ -195,7 +195,7 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
     kwargs["output_type"] = "latent"
     kwargs |= VIDEO
     if "prompt" in names and names["prompt"].default is inspect.Parameter.empty:
-        kwargs["prompt"] = None
+        kwargs.setdefault("prompt", None)
     kwargs |= {k: v(batch) if callable(v) else v for k, v in spec.call.items()}
     return {name: value for name, value in kwargs.items() if name in names}
 
