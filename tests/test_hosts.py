@@ -387,10 +387,11 @@ def test_guidance_is_rescaled_once():
             latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
 
 
-def test_a_window_compiles_no_third_graph():
-    """The step without a perturbed branch is compiled in the first."""
+@pytest.mark.parametrize("name", [SD, SD3])
+def test_a_window_compiles_no_third_graph(name):
+    """The step without a perturbed branch is compiled in the first, whatever its loop's strides."""
     torch._dynamo.reset()
-    pipe, layers = least(SD)
+    pipe, layers = least(name)
     regional = CompileConfig(backend="eager", regional=True)
     options = {"schedule": pag_fast.Schedule(stop=2), "compile": regional}
     graphs = []
@@ -400,7 +401,7 @@ def test_a_window_compiles_no_third_graph():
         return {}
 
     with pag_fast.patched(pipe, layers, **options):
-        latents(pipe, call_kwargs(SD, pipe, steps=4, callback_on_step_end=callback))
+        latents(pipe, call_kwargs(name, pipe, steps=4, callback_on_step_end=callback))
         assert pipe._pag_fast.steps == {"shared": 2, "perturbed branch dropped": 2}
     assert len(set(graphs)) == 1
     torch._dynamo.reset()

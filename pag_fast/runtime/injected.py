@@ -243,7 +243,9 @@ class InjectedSession(Session):
             )
             everything = layout + (PERTURBED,) * branches
             if self.patch.compilation is not None:
-                self._warm(forward, extended, everything, frames, found, dropped=drops)
+                self._warm(
+                    forward, extended, everything, frames, found, dropped=drops, without=call
+                )
             if not drops:
                 call, layout = extended, everything
         self._prepare(call, layout, frames, found, same=same, step=self.loop.step)

@@ -295,10 +295,13 @@ class Session(Guided):
         found: Findings,
         *,
         dropped: bool,
+        without: Call | None = None,
     ) -> None:
         """Compile now, not then, what a later step needs.
 
-        Where this step drops the perturbed branch that is the model with it, else without.
+        Where this step drops the perturbed branch that is the model with it, else without:
+        ``without`` are the arguments that the loop itself gives, if it knows nothing of the branch.
+        Strides of theirs, such as of a timestep that is one number for all rows, tell graphs apart.
         """
         compilation, latents, full = self.patch.compilation, latents_of(call), len(layout)
         assert compilation is not None
@@ -313,7 +316,9 @@ class Session(Guided):
         other = dict(call)
         if not dropped:
             rows = full - len(self.installed.branches)
-            other = change_rows(other, latents.shape[0], frames, full, rows)
+            if without is None:
+                without = change_rows(other, latents.shape[0], frames, full, rows)
+            other = dict(without)
             layout = layout[:rows]
         self._prepare(other, layout, frames, found, same=False, step=self.forwards - 1)
         self._run(forward, other, found)

@@ -14,7 +14,6 @@ of the last slab and going down drops slabs from the end.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -39,7 +38,6 @@ UNBATCHED = frozenset(
 )
 # tables of [tokens, channels], or of [rows, tokens, channels] where tokens differ between rows
 ROTARY = frozenset({"freqs_cis", "image_rotary_emb", "rotary_emb"})
-_TABLES = ("rope", "rotary", "freqs")
 
 
 class BranchState:
@@ -116,16 +114,13 @@ def is_batched(name: str | None, value: Any) -> bool:
     """Whether an argument's tensors have rows in front."""
     if name in UNBATCHED:
         return False
-    if isinstance(name, str) and _is_table(name):  # dicts may have numbers as keys
+    # no call: this runs for every argument of every block, and compilers follow it
+    if isinstance(name, str) and (  # keys of dicts may be numbers
+        name in ROTARY or "rope" in name or "rotary" in name or "freqs" in name
+    ):
         table = value[0] if isinstance(value, list | tuple) and value else value
         return isinstance(table, torch.Tensor) and table.ndim > 2
     return True
-
-
-@functools.cache
-def _is_table(name: str) -> bool:
-    """Whether an argument of this name tells where tokens are, by a row for each."""
-    return name in ROTARY or any(part in name for part in _TABLES)
 
 
 class Align:
