@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest rehearse check format demo ledger bench compare \
+.PHONY: help venv test test-oldest rehearse sweep page check format demo ledger bench compare \
 	counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -39,6 +39,12 @@ test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffu
 
 rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
 	$(PYTEST) -q -n 2 --dist load tests/rehearsal
+
+sweep: $(STAMP) ## Compare every pipeline of diffusers that nobody has described with a slow PAG
+	$(PYTEST) -q -n 2 --dist worksteal tests/sweep
+
+page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m sweep.page --record
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .

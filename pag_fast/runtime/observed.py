@@ -137,6 +137,7 @@ class ObservedLoop:
         unit = rows // slabs
         own = [(_branch(name), x) for name, x in list(local.items()) if "embed" in name]
         own = [(branch, x) for branch, x in own if _is_text(x, unit)]
+        told: set[str] = set()
         for given in [x for x in call.values() if _is_text(x, rows)]:
             found: list[set[str]] = []
             for start in range(0, rows, unit):
@@ -146,8 +147,10 @@ class ObservedLoop:
             for place, branches in enumerate(found):
                 if len(branches) == 1 and found.count(branches) == 1:
                     branch = branches.pop()
-                    return branch if place == 0 else (COND if branch == UNCOND else UNCOND)
-        return ""
+                    told.add(branch if place == 0 else (COND if branch == UNCOND else UNCOND))
+                    break
+        # what each pass has, as a picture's embedding, looks like cond's alone
+        return UNCOND if UNCOND in told else "".join(told)
 
     def _same(self, x: Any, own: Any) -> bool:
         """Whether two prompts are equal; lists have a tensor for each row."""
@@ -258,27 +261,43 @@ def _is_text(x: Any, rows: int) -> bool:
 
 
 def _combined(local: dict[str, Any], given: list[torch.Tensor]) -> torch.Tensor | None:
-    """What the loop has made of predictions: by its name, else the one that is a sum of them."""
-    like = given[0]
-    for name in _COMBINED:
-        found = local.get(name)
-        if not isinstance(found, torch.Tensor) or not found.numel():
-            continue
-        if [n for n in found.shape if n > 1] == [n for n in like.shape if n > 1]:
-            return found.reshape(like.shape)  # frames of a single picture are squeezed out
-        if found.ndim != like.ndim:
-            continue
-        # tokens of reference pictures, and channels of a variance, are left out by the loop
-        if all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True)):
+    """What the loop has made of predictions: a sum of all of them, else what it calls so."""
+    fitting = [_fitting(local.get(name), given[0]) for name in _COMBINED]
+    named = [x for x in fitting if x is not None]
+    partly = None
+    for found in named:
+        whole, used = _is_sum(found, given)
+        if whole:
             return found
-    for found in list(local.values()):
-        if isinstance(found, torch.Tensor) and found.shape == like.shape:
-            weights, left = _weights(found, given)
-            used = sum(abs(w) > 1e-3 for w in weights)
-            most = _MOST.get(found.dtype, 1e-3)
-            if used == len(given) and left <= most and abs(abs(sum(weights)) - 1.0) <= most:
-                return found
-    return None
+        partly = found if partly is None and used else partly
+    if partly is not None:
+        return partly
+    alike = [x for x in list(local.values()) if _has_shape(x, given[0].shape)]
+    return next((x for x in alike if _is_sum(x, given)[0]), None)
+
+
+def _is_sum(found: torch.Tensor, given: list[torch.Tensor]) -> tuple[bool, bool]:
+    """Whether a tensor is a weighted sum of all predictions, and whether of any at all."""
+    weights, left = _weights(found, [_cropped(x, found) for x in given])
+    most, used = _MOST.get(found.dtype, 1e-3), [abs(w) > 1e-3 for w in weights]
+    whole = all(used) and left <= most and abs(abs(sum(weights)) - 1.0) <= most
+    return whole, any(used)
+
+
+def _has_shape(x: Any, shape: torch.Size) -> bool:
+    return isinstance(x, torch.Tensor) and x.shape == shape and x.is_floating_point()
+
+
+def _fitting(found: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """A tensor of the loop as one of predictions like ``like``, if it can be."""
+    if not isinstance(found, torch.Tensor) or not found.numel():
+        return None
+    if [n for n in found.shape if n > 1] == [n for n in like.shape if n > 1]:
+        return found.reshape(like.shape)  # frames of a single picture are squeezed out
+    # tokens of reference pictures, and channels of a variance, are left out by the loop
+    fits = found.ndim == like.ndim
+    fits = fits and all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True))
+    return found if fits else None
 
 
 def _cropped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

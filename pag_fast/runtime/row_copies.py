@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..sharing.arguments import change_arguments, change_list, lists_by_row
-from ..sharing.rows import change_level
+from ..sharing.arguments import ALL_RESIDUALS, change_arguments, change_list, lists_by_row
+from ..sharing.rows import change_level, map_tensors
 from .forwards import Call
 
 Copies = dict[int, tuple[torch.Tensor, int, torch.Tensor]]
@@ -44,7 +44,10 @@ def with_rows(
         return change_arguments(call, copied), copies
     of_list = change_list if change is change_level else change
     lists = lists_by_row(call, rows)
-    return change_arguments(call, copied, lambda x: of_list(x, have, want), lists), copies
+    made = change_arguments(call, copied, lambda x: of_list(x, have, want), lists)
+    if change is turned:  # residuals get rows where they are added, but not another order
+        made |= {n: map_tensors(call[n], copied) for n in ALL_RESIDUALS if call.get(n) is not None}
+    return made, copies
 
 
 def turned(x: Any, have: int, want: int) -> Any:

@@ -278,7 +278,9 @@ class Session(Guided):
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""
-        kept.advance(latents_of(call), same=same and not found.nothing_kept)
+        # without a text the layers for it look at the image
+        text = call.get("encoder_hidden_states", call)
+        kept.advance(latents_of(call), same=same and not found.nothing_kept and text is not None)
 
     def begin_step(self) -> None:
         if self.patch.compilation is not None:

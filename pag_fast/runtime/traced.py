@@ -28,7 +28,7 @@ from .separately import Separately
 
 _MOST_SIGNED = 8
 # what a model raises whose rows are not where they were looked for
-_FAILURES = (RuntimeError, IndexError, TypeError)
+_FAILURES = (RuntimeError, IndexError, TypeError, KeyError, AttributeError)
 
 
 class TracedSession(InjectedSession):

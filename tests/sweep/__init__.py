@@ -1,15 +1,14 @@
-"""Every pipeline of diffusers that nobody has described: built tiny, and compared with a slow PAG.
+"""Pipelines of diffusers that nobody has described: built tiny, compared with a slow PAG.
 
-Run by ``make sweep``. A pipeline is a :class:`sweep.spec.Spec` in a file of its family; what has
-become of each is recorded in ``results.json``, of which ``docs/pipelines.md`` is made
-(``sweep/page.py``).
+Run by ``make sweep``. A pipeline is a :class:`sweep.spec.Spec` in a file of its family. What became
+of each is recorded in ``results.json``, of which ``sweep/page.py`` makes ``docs/pipelines.md``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images", "videos", "more_videos", "unets")
+FAMILIES = ("images", "more_images", "videos", "more_videos", "unets", "others", "conditioned")
 
 
 def specs() -> list[Any]:

@@ -34,7 +34,7 @@ def check(spec: Spec, case: tuple[bool, int, int], pipe: Any = None) -> dict[str
     assert torch.isfinite(stock).all()
     models = models_of(spec, pipe)
     kind = type(models[0]).__name__
-    if spec.refused:
+    if spec.refused and spec.refuses(*case[:2]):
         return {"denoiser": kind, "reason": refusal(spec, case, pipe, stock)}
     with slow_pag(models, attentions(spec, models), spec, case[0]):
         truth = result(spec, pipe, case)

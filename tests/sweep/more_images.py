@@ -1,4 +1,4 @@
-"""Pipelines of pictures whose denoiser is a transformer, with prompts of a kind of their own."""
+"""Pipelines of pictures with a transformer, and prompts of a kind of their own."""
 
 from __future__ import annotations
 

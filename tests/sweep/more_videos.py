@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 
-from sweep.spec import DIM, Spec, also, model
+from sweep.spec import (
+    DIM,
+    Nothing,
+    Spec,
+    also,
+    model,
+    picture,
+    variants,
+)
 
 # ---- LTX-2: films with sound ----
 
@@ -48,12 +55,8 @@ def _sound_vae() -> Any:
     )
 
 
-class _Connectors(diffusers.ModelMixin):
+class _Connectors(Nothing):
     """Prompts as they are given, for film and sound."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nothing = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, embeds: Any, mask: Any, **_: Any) -> Any:
         return embeds, embeds.flip(-1), mask
@@ -99,4 +102,20 @@ _LTX2 = Spec(
 
 SPECS = [
     _LTX2,
+    *variants(
+        _LTX2,
+        LTX2ImageToVideoPipeline={
+            "call": {"image": picture(32), "image_crf": 0},
+            "warned": "cannot be seen",
+        },
+        LTX2ConditionPipeline={},
+        LTX2InContextPipeline={},
+        LTX2HDRPipeline={"others": 0},
+        LTX2DFRPipeline={
+            "cfg": "",
+            "others": 0,
+            "call": {"generate_slots": False},
+            "warned": "cannot be seen",
+        },
+    ),
 ]

@@ -54,6 +54,7 @@ class Spec:
         unknown: what the call must not be given, though its signature has it.
         setup: is called with the pipeline.
         refused: what the refusal says, as a regular expression; empty: PAG works.
+        refuses: whether that is so with or without CFG, for a number of prompts.
         warned: what PAG warns of, as a regular expression; empty: of nothing.
         shared: whether branches are shared.
         denoiser: the attribute that holds it.
@@ -82,6 +83,7 @@ class Spec:
     unknown: tuple[str, ...] = ()
     setup: Callable[[Any], None] | None = None
     refused: str = ""
+    refuses: Callable[[bool, int], bool] = lambda cfg, batch: True
     warned: str = ""
     shared: bool = True
     denoiser: str = ""
@@ -193,7 +195,7 @@ def call_kwargs(spec: Spec, cfg: bool, batch: int, copies: int, steps: int = 2) 
     kwargs["output_type"] = "latent"
     kwargs |= VIDEO
     if "prompt" in names and names["prompt"].default is inspect.Parameter.empty:
-        kwargs["prompt"] = None
+        kwargs.setdefault("prompt", None)
     kwargs |= {k: v(batch) if callable(v) else v for k, v in spec.call.items()}
     return {name: value for name, value in kwargs.items() if name in names}
 
@@ -252,6 +254,14 @@ def also(parts: Any, **more: Any) -> Any:
 def flow(**config: Any) -> Any:
     """The scheduler of most transformers."""
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+class Nothing(diffusers.ModelMixin):
+    """A component that has a device and a dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.ones(1))
 
 
 def photo(seed: int = 1, size: int = 64) -> Any:

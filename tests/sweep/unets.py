@@ -15,6 +15,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from sweep.spec import (
     DIM,
     TOKENS,
+    Nothing,
     Spec,
     normal,
     photo,
@@ -172,20 +173,16 @@ def _vae8() -> Any:
 
 
 class _Tokens(dict):
-    """Of no phrase."""
+    """Of a phrase."""
 
     def to(self, device: Any) -> Any:
         return self
 
 
-def _no_phrases(pipe: Any) -> None:
-    class Encoder(diffusers.ModelMixin):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nothing = torch.nn.Parameter(torch.ones(1))
-
+def _phrases(pipe: Any) -> None:
+    class Encoder(Nothing):
         def forward(self, **_: Any) -> Any:
-            return SimpleNamespace(pooler_output=torch.zeros(0, DIM))
+            return SimpleNamespace(pooler_output=normal(7, 1, DIM))
 
     pipe.text_encoder = Encoder()
     pipe.tokenizer = lambda *_, **__: _Tokens()
@@ -215,7 +212,9 @@ SPECS = [
         },
         StableDiffusionModelEditingPipeline={},
         StableDiffusionParadigmsPipeline={
-            "parts": _more(_unet(), scheduler=diffusers.DDIMParallelScheduler)
+            "parts": _more(_unet(), scheduler=diffusers.DDIMParallelScheduler),
+            # several steps run in parallel
+            "refused": "runs 4 branches in one batch|its loop shows neither",
         },
         StableDiffusionUpscalePipeline={
             "parts": _more(
@@ -226,16 +225,17 @@ SPECS = [
         },
         StableDiffusionGLIGENPipeline={
             "parts": _unet(attention_type="gated"),
-            "call": {"gligen_phrases": [], "gligen_boxes": []},
-            "setup": _no_phrases,
+            "call": {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.2, 0.2, 0.8, 0.8]]},
+            "setup": _phrases,
         },
         StableUnCLIPImg2ImgPipeline={
             "parts": _more(
                 _unet(class_embed_type="projection", projection_class_embeddings_input_dim=48),
                 image_noising_scheduler=diffusers.DDPMScheduler,
+                image_encoder=Nothing,
                 image_normalizer=lambda: StableUnCLIPImageNormalizer(24),
             ),
-            "call": {"image_embeds": normal(5, 1, 24)},
+            "call": {"image_embeds": lambda batch: normal(5, batch, 24)},
         },
     ),
     Spec(

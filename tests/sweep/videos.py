@@ -208,7 +208,9 @@ SPECS = [
         text="last",
         image=16,
         copies=1,
-        batches=(1, 1),
+        batches=(2, 1),
+        refused="attends more than once",
+        refuses=lambda cfg, batch: cfg,
     ),
     Spec(
         "CosmosTextToWorldPipeline",
