@@ -11,6 +11,7 @@ PACKAGES = {
     "pag_fast.fusion": "pag_fast/fusion",
     "pag_fast.guiders": "pag_fast/guiders",
     "pag_fast.models": "pag_fast/models",
+    "pag_fast.models.traced": "pag_fast/models/traced",
     "pag_fast.ops": "pag_fast/ops",
     "pag_fast.perturbations": "pag_fast/perturbations",
     "pag_fast.pipelines": "pag_fast/pipelines",

@@ -504,7 +504,8 @@ def test_pag_where_layers_are_named():
     """Its passes are observed then, and its own guidance is resumed beside PAG."""
     pipe = _pipe(LTX2)
     stock = _latents(LTX2, pipe)
-    with pag_fast.patched(pipe, r"^transformer_blocks\.1\.attn1"):
+    warned = pytest.warns(UserWarning, match="does more to the predictions than to weigh them")
+    with pag_fast.patched(pipe, r"^transformer_blocks\.1\.attn1"), warned:
         assert pipe.do_perturbed_attention_guidance
         with_pag = _latents(LTX2, pipe)
         assert pipe._pag_fast.steps["shared"] and pipe._pag_fast.steps[RESUMED]

@@ -24,6 +24,8 @@ _COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pr
 _FLAGS = ("do_true_cfg", "do_classifier_free_guidance", "do_cfg")
 # of what is left of a combination that is no weighted sum, and of weights that do not sum to one
 _MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
+# what a rescaled sum may leave, and be told by its weights all the same
+_LOOSE = 0.1
 
 
 class ObservedLoop:
@@ -209,7 +211,7 @@ class ObservedLoop:
         weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
         terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]
-        self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.0%} more")
+        self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.1%} more")
         conds = [w for (branch, _), w in zip(given, weights, strict=True) if branch == COND]
         if len(conds) > 1 and (left > most or any(abs(w) > most for w in conds[:-1])):
             raise ValueError(
@@ -217,10 +219,17 @@ class ObservedLoop:
                 "step and makes one prediction of that: which of them is cond's cannot be told. A "
                 "description can be added, see CONTRIBUTING.md."
             )
+        by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
+        if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
+            raise ValueError(
+                f"{name} has no description in pag_fast, and runs its branches "
+                "in another order than diffusers' pipelines do: cond was taken for uncond. A "
+                "description can be added, see CONTRIBUTING.md."
+            )
         if left > most:
             self._tell(
                 f"{name} does more to the predictions than to weigh them "
-                f"({left:.0%} of the result are left unexplained): PAG's difference goes through "
+                f"({left:.1%} of the result are left unexplained): PAG's difference goes through "
                 "that, too, and may come out weaker or stronger"
             )
             return
@@ -228,13 +237,6 @@ class ObservedLoop:
             self._tell(
                 f"{name} adds predictions with weights that sum to {total:.3g}:"
                 " PAG's difference comes out as many times as strong"
-            )
-        by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
-        if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
-            raise ValueError(
-                f"{name} has no description in pag_fast, and runs its branches "
-                "in another order than diffusers' pipelines do: cond was taken for uncond. A "
-                "description can be added, see CONTRIBUTING.md."
             )
 
 
@@ -273,7 +275,15 @@ def _combined(local: dict[str, Any], given: list[torch.Tensor]) -> torch.Tensor 
     if partly is not None:
         return partly
     alike = [x for x in list(local.values()) if _has_shape(x, given[0].shape)]
-    return next((x for x in alike if _is_sum(x, given)[0]), None)
+    exact = next((x for x in alike if _is_sum(x, given)[0]), None)
+    return exact if exact is not None else next((x for x in alike if _is_nearly(x, given)), None)
+
+
+def _is_nearly(found: torch.Tensor, given: list[torch.Tensor]) -> bool:
+    """Whether a tensor is a sum of all predictions but for what rescaling has added to it."""
+    weights, left = _weights(found, given)
+    whole = all(abs(w) > _LOOSE for w in weights)
+    return len(given) > 1 and whole and max(left, abs(abs(sum(weights)) - 1.0)) <= _LOOSE
 
 
 def _is_sum(found: torch.Tensor, given: list[torch.Tensor]) -> tuple[bool, bool]:

@@ -9,10 +9,9 @@ import tiny
 import torch
 from tiny_hosts.videos import wan_vae
 
-from sweep.images import _TEXT_FIRST, _TWO_STACKS, _Z, _Z_IMAGE, _counts_prompts
+from sweep.images import _TWO_STACKS, _Z, _Z_IMAGE, _counts_prompts
 from sweep.spec import (
     DIM,
-    POOLED,
     TOKENS,
     Nothing,
     Spec,
