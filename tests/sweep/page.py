@@ -145,6 +145,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    diffusers.logging.set_verbosity_error()
     if "--record" in sys.argv:
         RESULTS.write_text(json.dumps(record(), indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
