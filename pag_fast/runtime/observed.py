@@ -137,7 +137,8 @@ class ObservedLoop:
     def _whose(self, call: Call, rows: int, local: dict[str, Any], slabs: int) -> str:
         """Whose text is in front of a batch; empty where that cannot be seen."""
         unit = rows // slabs
-        own = [(_branch(name), x) for name, x in list(local.items()) if "embed" in name]
+        names = [name for name in list(local) if "embed" in name and "mask" not in name]
+        own = [(_branch(name), local[name]) for name in names]
         own = [(branch, x) for branch, x in own if _is_text(x, unit)]
         told: set[str] = set()
         for given in [x for x in call.values() if _is_text(x, rows)]:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("images", "more_images", "videos", "more_videos", "unets", "others", "conditioned")
+FAMILIES = (
+    "images",
+    "single_images",
+    "more_images",
+    "videos",
+    "more_videos",
+    "unets",
+    "more_unets",
+    "others",
+    "conditioned",
+)
 
 
 def specs() -> list[Any]:

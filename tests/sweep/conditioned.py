@@ -9,7 +9,8 @@ import tiny
 import torch
 from tiny_hosts.videos import wan_vae
 
-from sweep.images import _TWO_STACKS, _Z, _Z_IMAGE, _counts_prompts
+from sweep.images import _TWO_STACKS, _Z, _Z_IMAGE
+from sweep.single_images import _counts_prompts
 from sweep.spec import (
     DIM,
     TOKENS,
@@ -277,7 +278,7 @@ SPECS = [
             },
             [r"^down_blocks\.1\.attentions\.0$"],
             text="first",
-            image=64,
+            image=16,
             prompts=_kandinsky,
             setup=_two_encodings,
             call={**_SMALL, "output_type": "pt"},

@@ -19,6 +19,7 @@ import tiny_hosts
 
 import pag_fast
 from pag_fast.models.registry import find
+from pag_fast.pipelines.registry import PIPELINES
 from sweep import specs
 from sweep.check import check
 from sweep.not_tried import NO_TIME, NOT_TRIED
@@ -63,19 +64,31 @@ def classes() -> list[str]:
     return sorted(found)
 
 
+def described() -> dict[str, Any]:
+    """The pipelines that are described, with the denoisers of their tiny ones."""
+    found: dict[str, Any] = {}
+    for entry in PIPELINES:
+        if entry.name not in pag_fast.supported_pipelines():
+            continue
+        found[entry.name] = {"state": "described", "denoiser": _denoiser(entry)}
+        if entry.kind == "stock":
+            found[entry.name]["remarks"] = "its own guidance is made faster; no PAG"
+        if entry.kind == "sag":
+            found[entry.name]["remarks"] = "Self-Attention Guidance is made faster; no PAG"
+    return found
+
+
+def _denoiser(entry: Any) -> str:
+    for family in (tiny_hosts.HOSTS, tiny.PIPELINES):
+        if entry.name in family:
+            pipe = (tiny_hosts if family is tiny_hosts.HOSTS else tiny).build(entry.name)
+            return type(pipe.unet if hasattr(pipe, "unet") else pipe.transformer).__name__
+    return "LTX2VideoTransformer3DModel" if "LTX2" in entry.name else "UNet2DConditionModel"
+
+
 def record() -> dict[str, Any]:
     """Run the sweep, and say what has become of each pipeline."""
-    found: dict[str, Any] = {}
-    for name in pag_fast.supported_pipelines():
-        if name in tiny_hosts.HOSTS:
-            pipe = tiny_hosts.build(name)
-        elif name in tiny.PIPELINES:
-            pipe = tiny.build(name)
-        else:  # Self-Attention Guidance
-            found[name] = {"state": "described", "denoiser": "UNet2DConditionModel"}
-            continue
-        model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        found[name] = {"state": "described", "denoiser": type(model).__name__}
+    found = described()
     for spec in specs():
         found[spec.name] = _tried(spec)
         print(spec.name, found[spec.name], flush=True)
@@ -132,6 +145,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    diffusers.logging.set_verbosity_error()
     if "--record" in sys.argv:
         RESULTS.write_text(json.dumps(record(), indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))

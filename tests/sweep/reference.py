@@ -52,6 +52,7 @@ class _Identity(TorchFunctionMode):
         if callable(self.spec.text):
             return self.spec.text(rows, queries, keys)
         image = torch.ones(rows, keys, dtype=torch.bool)
+        assert keys >= self.spec.image
         if self.spec.text == "first":
             image[:, : keys - self.spec.image] = False
         elif self.spec.text == "last":

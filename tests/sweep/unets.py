@@ -156,7 +156,7 @@ _KANDINSKY = Spec(
     _kandinsky22(),
     [r"^down_blocks\.1\.attentions\.0$", r"^mid_block\.attentions\.0$"],
     text="first",
-    image=64,
+    image=16,
     prompts=_image_embeds,
     copies=1,
     call=_SMALL,
