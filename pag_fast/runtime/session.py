@@ -279,8 +279,9 @@ class Session(Guided):
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""
         # without a text the layers for it look at the image
-        text = call.get("encoder_hidden_states", call)
-        kept.advance(latents_of(call), same=same and not found.nothing_kept and text is not None)
+        text = "encoder_hidden_states"
+        same = same and not found.nothing_kept and (text not in call or call[text] is not None)
+        kept.advance(latents_of(call), same=same)
 
     def begin_step(self) -> None:
         if self.patch.compilation is not None:

@@ -115,7 +115,7 @@ def is_batched(name: str | None, value: Any) -> bool:
     if name in UNBATCHED:
         return False
     # no call: this runs for every argument of every block, and compilers follow it
-    if isinstance(name, str) and (  # keys of dicts may be numbers
+    if name.__class__ is str and (  # keys of dicts may be numbers
         name in ROTARY or "rope" in name or "rotary" in name or "freqs" in name
     ):
         table = value[0] if isinstance(value, list | tuple) and value else value
@@ -162,9 +162,10 @@ class Align:
         if args:
             primary = args[0]
         else:
-            primary = kwargs.get("hidden_states", kwargs.get("input_tensor"))
-            if primary is None:  # of a block that nobody has described
-                primary = next(x for x in kwargs.values() if isinstance(x, torch.Tensor))
+            name = "hidden_states" if "hidden_states" in kwargs else "input_tensor"
+            if name not in kwargs:  # of a block that nobody has described
+                name = next(n for n, x in kwargs.items() if isinstance(x, torch.Tensor))
+            primary = kwargs[name]
         unit = primary.shape[0] // have
         rows = want * unit
         for name, value in kwargs.items():

@@ -72,7 +72,9 @@ def described() -> dict[str, Any]:
             continue
         found[entry.name] = {"state": "described", "denoiser": _denoiser(entry)}
         if entry.kind == "stock":
-            found[entry.name]["remarks"] = "its own guidance is made faster; no PAG"
+            found[entry.name]["remarks"] = (
+                "its own guidance is made faster; PAG where layers are named"
+            )
         if entry.kind == "sag":
             found[entry.name]["remarks"] = "Self-Attention Guidance is made faster; no PAG"
     return found
