@@ -64,6 +64,17 @@ class ByHand(Plain):
         return attn.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
 
 
+class Valued(Plain):
+    """Has further use for its values behind the attention."""
+
+    def __call__(self, attn: Any, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for part in attn.qkv(x))
+        q, k, v = (part.contiguous() for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn.masked(mask, q))
+        out = out + (v if len(v) == len(out) else torch.cat([v, v[len(v) - (len(out) - len(v)) :]]))
+        return attn.out(out.transpose(1, 2).flatten(2))
+
+
 class Helped(Plain):
     """Has its attention in another method: its call's own code shows none."""
 

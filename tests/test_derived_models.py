@@ -419,3 +419,39 @@ def test_verify_and_explain():
     pipe.order = "apart"
     pipe(**prompts())
     assert "uncond             a call of its own" in str(pag_fast.explain(pipe))
+
+
+def test_every_choice_of_layers_is_compared(monkeypatch):
+    compared, separately = [], Separately.run
+
+    def noted(*args):
+        compared.append(1)
+        return separately(*args)
+
+    monkeypatch.setattr(Separately, "run", noted)
+    pipe, call = build(), prompts()
+    pag_fast.patch(pipe, "layers.1")
+    for _ in range(2):
+        pipe(**call)
+    assert len(compared) == 1
+    pipe(**call, pag_applied_layers=["layers.2"])
+    pipe(**call, pag_applied_layers=["layers.2"], pag_scale=1.0)
+    assert len(compared) == 2
+
+
+def test_values_are_the_layers_own():
+    """The op may write into the values it gets; the layer uses its own again."""
+    pipe, call = build(text="last", attends="Valued"), prompts()
+    layers = ["layers.2", "layers.3"]
+    slow = truth(pipe, [f"{name}.mixer" for name in layers], call)
+    with pag_fast.patched(pipe, layers):
+        assert relative(pipe(**call), slow) < 1e-5
+        assert pipe._pag_fast.steps == {"shared": 2} and not pipe._pag_fast.fallbacks
+
+
+def test_lists_of_rows_are_turned():
+    from pag_fast.runtime.row_copies import turned
+
+    assert turned([1, 2, 3, 4, 5, 6], 3, 3) == [5, 6, 3, 4, 1, 2]
+    x = torch.arange(6)
+    assert turned(x, 3, 3).tolist() == turned(x.tolist(), 3, 3)

@@ -89,9 +89,10 @@ class PerturbedProcessor:
 
     def split(self, total: int, slabs: tuple[int, int, int]) -> tuple[int, int]:
         """As :meth:`rows`, where it is known that the rows are ours."""
-        have, full = slabs[self.level], slabs[SPLIT]
-        unit = total // have
-        return (total - len(self.branches) * unit, 0) if have == full else (total, unit)
+        unit = total // slabs[self.level]
+        if slabs[self.level] != slabs[SPLIT]:
+            return total, unit
+        return total - unit * len(self.branches), 0
 
     def scored(self, num_attend: int, total: int, num_context: int = 0) -> int:
         """How many rows of the input need queries and keys: identity rows without text do not."""

@@ -1,0 +1,97 @@
+"""Faults of what is seen instead of described: traces, comparisons, the loops of pipelines."""
+
+from __future__ import annotations
+
+from planting import Fault, tests_of
+
+_TRACE, _PLAN = "pag_fast/models/traced/trace.py", "pag_fast/models/traced/plan.py"
+_STOCK, _TOKENS = "pag_fast/processors/stock.py", "pag_fast/sharing/tokens.py"
+_TRACED, _SEPARATELY = "pag_fast/runtime/traced.py", "pag_fast/runtime/separately.py"
+_OBSERVED, _COPIES = "pag_fast/runtime/observed.py", "pag_fast/runtime/row_copies.py"
+
+SEEN = [
+    Fault(
+        "rows that depend on each other count as rounding",
+        _SEPARATELY,
+        "if not self.rounding <= _MOST_ROUNDING.get(cond.dtype, 1e-4):",
+        "if False:",
+        tests_of("derived_models", "rows_that_depend"),
+    ),
+    Fault(
+        "a comparison of other layers counts for these",
+        _TRACED,
+        "chosen = self._signature, installed.plan.order, installed.branches",
+        "chosen = self._signature",
+        tests_of("derived_models", "every_choice_of_layers"),
+    ),
+    Fault(
+        "masks are compared by shape alone",
+        _TRACE,
+        "found.append(value.cpu().numpy().tobytes())",
+        "pass",
+        tests_of("derived_models", "a_trace_for_each_size"),
+    ),
+    Fault(
+        "a trace draws random numbers",
+        _TRACE,
+        "with torch.random.fork_rng(indices, device_type=kind), _eager():",
+        "with _eager():",
+        tests_of("derived_models", "random_numbers"),
+    ),
+    Fault(
+        "tokens that were put in order stay so",
+        _STOCK,
+        "return (out if back is None else out.index_select(1, back)).transpose(1, 2)",
+        "return out.transpose(1, 2)",
+        tests_of("derived_models", "equals_separate"),
+    ),
+    Fault(
+        "a query of the context is perturbed, too",
+        _TOKENS,
+        "(queries[:, :, None] & self.image[:, None, :] & ~itself)",
+        "(self.image[:, None, :] & ~itself)",
+        tests_of("derived_models", "equals_separate"),
+    ),
+    Fault(
+        "values of the layer's own are written into",
+        _STOCK,
+        "value.clone(memory_format=torch.contiguous_format) if order is None else value",
+        "value",
+        tests_of("derived_models", "values_are_the_layers_own"),
+    ),
+    Fault(
+        "blocks behind a list's end get the shared rows",
+        _PLAN,
+        "None if leads else SPLIT,",
+        "None,",
+        tests_of("derived", "the_same_picture"),
+    ),
+    Fault(
+        "cond and uncond may change places",
+        _OBSERVED,
+        "if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:",
+        "if False:",
+        tests_of("derived_models", "diffusers_order"),
+    ),
+    Fault(
+        "an order that nobody has seen is taken",
+        _OBSERVED,
+        "if combined is None and self._assumed:",
+        "if False:",
+        tests_of("derived_models", "diffusers_order"),
+    ),
+    Fault(
+        "guidance that is no sum is taken for one",
+        _OBSERVED,
+        "if left > most: self._tell(",
+        "if False: self._tell(",
+        tests_of("derived_models", "what_the_loop_makes"),
+    ),
+    Fault(
+        "lists of rows are not turned",
+        _COPIES,
+        "for slab in reversed(range(have))",
+        "for slab in range(have)",
+        tests_of("derived_models", "lists_of_rows"),
+    ),
+]
