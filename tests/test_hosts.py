@@ -62,7 +62,9 @@ def _everywhere():
 
 def _of(name, layers):
     """A pipeline and its layers: the others of a denoiser are shallow, with what fits to it."""
-    if _is_first(name) or family(name) not in LAYERS:
+    # the net of HunyuanDiT has a residual for each long skip of the whole model
+    whole = _is_first(name) or name == "HunyuanDiTControlNetPipeline"
+    if whole or family(name) not in LAYERS:
         return _pipe(name), HOSTS[name].layers[layers]
     return _shallow(name), LAYERS[family(name)][layers]
 
