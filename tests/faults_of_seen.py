@@ -83,8 +83,8 @@ SEEN = [
     Fault(
         "guidance that is no sum is taken for one",
         _OBSERVED,
-        "if left > most: self._tell(",
-        "if False: self._tell(",
+        "if left > most:",
+        "if False:",
         tests_of("derived_models", "what_the_loop_makes"),
     ),
     Fault(

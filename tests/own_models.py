@@ -75,6 +75,13 @@ class Valued(Plain):
         return attn.out(out.transpose(1, 2).flatten(2))
 
 
+class Drawing(Plain):
+    """Draws a random number, which changes nothing."""
+
+    def __call__(self, attn: Any, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        return super().__call__(attn, x, mask) + 0.0 * torch.rand(())
+
+
 class Helped(Plain):
     """Has its attention in another method: its call's own code shows none."""
 

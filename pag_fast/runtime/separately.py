@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..models.traced.trace import undisturbed
 from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, lists_by_row
 from ..sharing.rows import map_tensors
@@ -51,7 +52,7 @@ class Separately:
         first, unit = full - branches, latents_of(call).shape[0] // full
         before = state.slabs, state.entered, state.tokens
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with undisturbed(installed.denoiser):
                 state.slabs = None
                 stock, larger = (
                     prediction_of(

@@ -85,7 +85,7 @@ def trace(model: nn.Module, call: Call) -> Trace:
     arguments = {name: _copy(value) for name, value in call.items()}
     arguments[latents] = _nan(call[latents])
     try:
-        with _undisturbed(model), seen.names(), InPlaceOfProduct(seen.product):
+        with undisturbed(model), seen.names(), InPlaceOfProduct(seen.product):
             model.forward(**arguments)
     except Exception as error:
         raise ValueError(
@@ -148,7 +148,7 @@ def _nan(value: Any) -> Any:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Random numbers and compiled parts of a model are afterwards what they were."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
