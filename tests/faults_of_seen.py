@@ -34,8 +34,8 @@ SEEN = [
     Fault(
         "a trace draws random numbers",
         _TRACE,
-        "with torch.random.fork_rng(indices, device_type=kind), _eager():",
-        "with _eager():",
+        "with torch.random.fork_rng(indices, device_type=kind), eager:",
+        "with eager:",
         tests_of("derived_models", "random_numbers"),
     ),
     Fault(
@@ -69,7 +69,7 @@ SEEN = [
     Fault(
         "cond and uncond may change places",
         _OBSERVED,
-        "if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:",
+        "if dict(weighed).get(UNCOND, 0.0) * total > 1.0 + most:",
         "if False:",
         tests_of("derived_models", "diffusers_order"),
     ),

@@ -14,8 +14,8 @@ from ..models.registry import (
     controlnets,
     denoiser_name,
     family_of,
-    find,
     fusable_processors,
+    is_derived,
     uncompiled,
 )
 from ..pipelines.description import PipelineDescription
@@ -131,12 +131,6 @@ def _derived(pipe: Any, described: PipelineDescription) -> Iterator[str]:
             yield f"{layer} cannot be perturbed: {why}"
 
 
-def _is_derived(model: Any) -> bool:
-    """Whether a model's description was seen: then no more is done to it than to share branches."""
-    found = find(model)
-    return found is not None and found.is_derived
-
-
 def _is_choice_of(described: PipelineDescription, layers: Any) -> bool:
     """Whether these are the layers that we have chosen for a pipeline without PAG."""
     return described.kind == "injected" and tuple(layers) == described.layers
@@ -162,7 +156,7 @@ def _once(pipe: Any, config: PatchConfig) -> Iterator[str]:
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
             prefix = f"{type(net).__name__}." if part == "controlnet" else ""
-            if config.cache_conditioning and is_eager(model, net) and not _is_derived(net):
+            if config.cache_conditioning and is_eager(model, net) and not is_derived(net):
                 yield from (prefix + name for name in invariant_modules(net))
 
 
@@ -170,7 +164,7 @@ def _launches(pipe: Any, config: PatchConfig, perturbed: dict[str, int]) -> Iter
     for part in (denoiser_name(pipe), "controlnet") if config.fewer_launches else ():
         model = getattr(pipe, part, None)
         for net in [] if model is None else controlnets(model):
-            if is_eager(model, net) and not _is_derived(net):
+            if is_eager(model, net) and not is_derived(net):
                 names = {} if part == "controlnet" else perturbed
                 for line in _fusion(pipe, net, names, config).summary():
                     yield f"{type(net).__name__}: {line}"

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.description import Checkpoint
 from ..models.inputs import Size
-from ..models.registry import DESCRIPTIONS, find, keep_traced
+from ..models.registry import DESCRIPTIONS, describe, is_derived, keep_traced
 from ..pipelines.registry import HOSTS, PIPELINES
 
 
@@ -131,7 +131,6 @@ def meta_twin(model: Any) -> nn.Module:
         config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
     with torch.device("meta"):
         twin = type(model).from_config(config).eval()
-    found = find(model)
-    if found is not None and found.is_derived:
-        keep_traced(twin, found)
+    if is_derived(model):
+        keep_traced(twin, describe(model))
     return nn.Module.to(twin, torch.float16)

@@ -75,6 +75,12 @@ def find(model: nn.Module) -> ModelDescription | None:
     return _TRACED.get(model) or along_mro(type(model), DESCRIPTIONS)
 
 
+def is_derived(model: nn.Module) -> bool:
+    """Whether a model's description was seen: then no more is done to it than to share branches."""
+    found = find(model)
+    return found is not None and found.is_derived
+
+
 def find_controlnet(model: nn.Module) -> ControlNetDescription | None:
     """The description of a ControlNet's class; ``None`` for one that is not known."""
     return along_mro(type(model), CONTROLNETS)

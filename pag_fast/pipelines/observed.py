@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ..models.registry import uncompiled
-from ..models.traced.description import derive
 from .description import Arguments, PipelineDescription
 
 _DENOISERS = ("unet", "transformer", "transformer_2")
@@ -16,10 +15,8 @@ _DENOISERS = ("unet", "transformer", "transformer_2")
 def observed_pipeline(pipe: Any) -> PipelineDescription:
     """The description of a pipeline of an unknown class: passes are seen as they run.
 
-    Its denoisers get descriptions, too, where their classes have none.
-
     Raises:
-        ValueError: no denoiser that could be perturbed, no scheduler, or PAG of its own.
+        ValueError: no denoiser, no scheduler, or PAG of its own.
     """
     cls = type(pipe)
     parts = {name: uncompiled(getattr(pipe, name, None)) for name in _DENOISERS}
@@ -29,8 +26,6 @@ def observed_pipeline(pipe: Any) -> PipelineDescription:
     steps = hasattr(getattr(pipe, "scheduler", None), "step")
     if has_pag or not found or not steps or home is None:
         raise ValueError(f"{cls.__name__} has no loop with a denoiser and scheduler.")
-    for model in found.values():
-        derive(model)
     return PipelineDescription(
         home.__name__,
         kind="injected",

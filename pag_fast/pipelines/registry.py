@@ -70,17 +70,14 @@ def described_with(pipe: Any, *, perturbs: bool) -> PipelineDescription:
     """
     found = _completed(pipe, description_of(type(pipe)))
     if found.kind == "stock" and perturbs:
-        return replace(observed_pipeline(pipe), stock_guidance=found.stock_guidance)
+        observed = observed_pipeline(pipe)
+        return _with_models(pipe, replace(observed, stock_guidance=found.stock_guidance))
     return found
 
 
 def _completed(pipe: Any, found: PipelineDescription | None) -> PipelineDescription:
-    parts = [] if found is None else [getattr(pipe, name, None) for name in found.denoisers]
-    parts = [part for part in parts if part is not None]
-    if found is not None and parts:
-        for part in parts if found.kind == "injected" else ():
-            derive(uncompiled(part))
-        return found
+    if found is not None and any(getattr(pipe, x, None) is not None for x in found.denoisers):
+        return _with_models(pipe, found)
     try:
         found = observed_pipeline(pipe)
     except ValueError as error:
@@ -90,6 +87,19 @@ def _completed(pipe: Any, found: PipelineDescription | None) -> PipelineDescript
         ) from error
     home = next(base for base in type(pipe).__mro__ if base.__name__ == found.name)
     _OBSERVED[home] = found
+    return _with_models(pipe, found)
+
+
+def _with_models(pipe: Any, found: PipelineDescription) -> PipelineDescription:
+    """``found``, where every denoiser that gets PAG has a description, too.
+
+    Raises:
+        ValueError: a denoiser of an unknown class that has no attention to perturb.
+    """
+    models = [getattr(pipe, name, None) for name in found.denoisers]
+    for model in models if found.kind == "injected" else ():
+        if model is not None:
+            derive(uncompiled(model))
     return found
 
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..models.registry import find, stock_pag_processors
+from ..models.registry import is_derived, stock_pag_processors
 from .compatibility_answers import (
     UNKNOWN,
     WEIGHTS,
@@ -109,8 +109,7 @@ def look(
 
 def own_package(model: nn.Module) -> str:
     """The package of a model that was traced and compared, wherever that is from; else ``""``."""
-    found = find(model)
-    return package(type(model).__module__) if found is not None and found.is_derived else ""
+    return package(type(model).__module__) if is_derived(model) else ""
 
 
 def attached(

@@ -81,17 +81,21 @@ class ObservedLoop:
             if have and not rows % have and rows // have <= 2:
                 return rows // have
             if have and not rows % have:
-                raise ValueError(
-                    f"{type(self.pipe).__name__} has no description in pag_fast, and runs "
-                    f"{rows // have} branches in one batch: which of them is cond cannot be told. "
-                    "A description can be added, see CONTRIBUTING.md."
+                raise self._refusal(
+                    f"and runs {rows // have} branches in one batch: which of them is cond cannot "
+                    "be told"
                 )
         if not self.uses_cfg(local):
             return 1
-        raise ValueError(
-            f"{type(self.pipe).__name__} has no description in pag_fast, and its loop does not "
-            "show whether the denoiser's batch holds uncond and cond, or one of them. A "
-            "description can be added, see CONTRIBUTING.md."
+        raise self._refusal(
+            "and its loop does not show whether the denoiser's batch holds uncond and cond, or one "
+            "of them"
+        )
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"{type(self.pipe).__name__} has no description in pag_fast, {why}. A description can "
+            "be added, see CONTRIBUTING.md."
         )
 
     def layout(self, call: Call, rows: int, local: dict[str, Any]) -> tuple[str, ...]:
@@ -191,17 +195,15 @@ class ObservedLoop:
             return
         given, self._given, self._checked = self._given, [], True
         combined = _combined(local, [x for _, x in given])
-        name = type(self.pipe).__name__
         if combined is None and self._assumed:
-            raise ValueError(
-                f"{name} has no description in pag_fast, and its loop shows neither by its prompts "
-                "nor by what it makes of the predictions which of them is cond's. A description "
-                "can be added, see CONTRIBUTING.md."
+            raise self._refusal(
+                "and its loop shows neither by its prompts nor by what it makes of the predictions "
+                "which of them is cond's"
             )
         if combined is None:
             self._tell(
-                f"{name} has no description in pag_fast, and what its loop makes of the "
-                "predictions cannot be seen: it is taken for linear guidance"
+                f"{type(self.pipe).__name__} has no description in pag_fast, and what its loop "
+                "makes of the predictions cannot be seen: it is taken for linear guidance"
             )
             return
         self._judge(combined, given)
@@ -211,21 +213,19 @@ class ObservedLoop:
         name = type(self.pipe).__name__
         weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
         most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
-        terms = [f"{w:.3g} · {branch}" for (branch, _), w in zip(given, weights, strict=True)]
-        self.seen["guidance"] = " + ".join(terms) + ("" if left <= most else f" + {left:.1%} more")
-        conds = [w for (branch, _), w in zip(given, weights, strict=True) if branch == COND]
+        weighed = [(branch, w) for (branch, _), w in zip(given, weights, strict=True)]
+        terms = " + ".join(f"{w:.3g} · {branch}" for branch, w in weighed)
+        self.seen["guidance"] = terms + ("" if left <= most else f" + {left:.1%} more")
+        conds = [w for branch, w in weighed if branch == COND]
         if len(conds) > 1 and (left > most or any(abs(w) > most for w in conds[:-1])):
-            raise ValueError(
-                f"{name} has no description in pag_fast, runs its denoiser {len(given)} times in a "
-                "step and makes one prediction of that: which of them is cond's cannot be told. A "
-                "description can be added, see CONTRIBUTING.md."
+            raise self._refusal(
+                f"runs its denoiser {len(given)} times in a step and makes one prediction of that: "
+                "which of them is cond's cannot be told"
             )
-        by_branch = {branch: w for (branch, _), w in zip(given, weights, strict=True)}
-        if by_branch.get(UNCOND, 0.0) * total > 1.0 + most:
-            raise ValueError(
-                f"{name} has no description in pag_fast, and runs its branches "
-                "in another order than diffusers' pipelines do: cond was taken for uncond. A "
-                "description can be added, see CONTRIBUTING.md."
+        if dict(weighed).get(UNCOND, 0.0) * total > 1.0 + most:
+            raise self._refusal(
+                "and runs its branches in another order than diffusers' pipelines do: cond was "
+                "taken for uncond"
             )
         if left > most:
             self._tell(

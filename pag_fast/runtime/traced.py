@@ -35,6 +35,8 @@ class TracedSession(InjectedSession):
     """As :class:`InjectedSession`, for a denoiser with a derived description."""
 
     _signature: Any = None
+    # what was known of the model when the call began
+    _begun: tuple[int, str] = (0, "")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -45,6 +47,13 @@ class TracedSession(InjectedSession):
     @property
     def _traced(self) -> Any:
         return describe(self.installed.denoiser).traced
+
+    def _known(self) -> tuple[int, str]:
+        return self._traced.changes, self._traced.reason
+
+    def start(self) -> None:
+        super().start()
+        self._begun = self._known()
 
     def _tell_unshared(self) -> None:
         if self._traced.trace is not None:
@@ -66,8 +75,8 @@ class TracedSession(InjectedSession):
             with self.patch.alone(self.denoiser, self.owner):
                 seen = trace(model, call)
             complete(model, self._signature, seen, call)
-            self._begin_anew()
-        elif self.patch.config.share_branches and self.installed.plan.reason != self._traced.reason:
+        # most traces show nothing new but tokens: what the call keeps stays good
+        if self._begun != self._known():
             self._begin_anew()
 
     def _sign(self, call: Call) -> Any:
@@ -88,11 +97,9 @@ class TracedSession(InjectedSession):
         return self._signed[key][1]
 
     def _begin_anew(self) -> None:
-        """Begin again, with what is known now; nothing of the call has run yet on the other."""
-        step, seen = self.loop.step, self._seen
+        """Begin again, with what is known of the model now."""
         self.installed.left()
-        super().start()
-        self.loop.step, self._seen = step, seen
+        self.start()
 
     # ---- tokens, and the comparison ----
 

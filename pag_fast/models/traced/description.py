@@ -33,8 +33,10 @@ class Traced:
 
     Attributes:
         trace: what runs in which order; ``None`` before the first forward.
+        changes: how often another order was seen.
         tokens: for each signature of arguments, which tokens of each attention are the image's.
-        verified: signatures for which sharing was compared with separate forwards.
+        verified: ``(signature, layers, branches)`` for which sharing was compared with separate
+            forwards.
         reason: why nothing is shared, if that comparison has failed; or ``""``.
         example: ``(arguments, rows, tokens)`` of the first forward that was traced, on the meta
             device.
@@ -43,6 +45,7 @@ class Traced:
     def __init__(self, *, written: bool = False) -> None:
         self.written = written
         self.trace: Trace | None = None
+        self.changes = 0
         self.tokens: dict[Any, dict[str, Tokens]] = {}
         self.verified: set[Any] = set()
         self.reason = ""
@@ -64,11 +67,13 @@ class Traced:
             shapes = {name: map_tensors(x, lambda x: x.to("meta")) for name, x in call.items()}
             self.example = shapes, rows, {name: x.to("meta") for name, x in tokens.items()}
         while len(self.tokens) > _MOST_SIGNATURES:
-            self.verified.discard(next(iter(self.tokens)))
-            self.tokens.pop(next(iter(self.tokens)))
+            oldest = next(iter(self.tokens))
+            del self.tokens[oldest]
+            self.verified = {chosen for chosen in self.verified if chosen[0] != oldest}
         if self.trace is not None and self.trace.structure == trace.structure:
             return False
         self.trace = trace
+        self.changes += 1
         return True
 
 
@@ -103,7 +108,7 @@ def seen_of(model: nn.Module) -> Any:
     if not found.is_derived:
         return None
     own = tuple(id(model.get_submodule(name).processor) for name in found.attentions)
-    return id(found), found.traced.reason, own
+    return found.traced.changes, found.traced.reason, own
 
 
 def complete(model: nn.Module, signature: Any, trace: Trace, call: dict[str, Any]) -> None:

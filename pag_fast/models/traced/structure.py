@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import nn
 
+from ...sharing.plan import argument_names
+
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose attention may be perturbed, by name: those that have a processor.
 
     That is how diffusers builds attention. Whether one mixes image tokens, a trace shows.
     """
+    own = {name: getattr(module, "processor", None) for name, module in model.named_modules()}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if callable(getattr(module, "processor", None))
-        and not isinstance(getattr(module, "processor", None), type)
-        and hasattr(type(module), "forward")
+        name: model.get_submodule(name)
+        for name, processor in own.items()
+        if callable(processor) and not isinstance(processor, type)
     }
 
 
@@ -33,6 +34,4 @@ def block_of(model: nn.Module, name: str) -> str:
 
 def first_parameter(model: Any) -> str:
     """The name of the argument that holds the latents: the first that a model's forward takes."""
-    from ...sharing.plan import argument_names
-
     return argument_names(model)[0]

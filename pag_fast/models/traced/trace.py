@@ -154,13 +154,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     kind = next(iter(devices)).type if devices else "cuda"
     indices = [d.index or 0 for d in devices if d.type == kind]
     # compiled parts would be compiled again, for what runs here
-    with torch.random.fork_rng(indices, device_type=kind), _eager():
-        yield
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(indices, device_type=kind), eager:
         yield
 
 
