@@ -130,6 +130,9 @@ _LEAST = {
     "HunyuanDiTPAGPipeline": {"num_layers": 2},  # one with a skip from another
     "FluxPipeline": _TWO_STACKS,
     "HunyuanVideoPipeline": _TWO_STACKS,
+    "ChromaPipeline": _TWO_STACKS,
+    "Flux2Pipeline": _TWO_STACKS,
+    "ZImagePipeline": {"n_layers": 1},
 }
 
 
@@ -142,6 +145,7 @@ def least(name: str) -> tuple[Any, list[str]]:
     if "up_block_types" in options:
         layers = ["up_blocks.0.attentions.1"]
     else:
-        layers = [r"^layers\.0\." if name == "Lumina2Pipeline" else r"blocks\.0\."]
+        in_layers = name in ("Lumina2Pipeline", "ZImagePipeline")
+        layers = [r"^layers\.0\." if in_layers else r"blocks\.0\."]
     own = {} if name in tiny_hosts.HOSTS else {"pag_applied_layers": layers}
     return build(name, **options, **own), layers

@@ -44,6 +44,11 @@ _SHALLOW: dict[str, dict[str, Any]] = {
     "CogVideoXPipeline": {"num_layers": 5},
     "HunyuanVideoPipeline": {"num_layers": 3, "num_single_layers": 3},
     "Lumina2Pipeline": {"num_layers": 4},
+    "CogView4Pipeline": {"num_layers": 4},
+    "Flux2KleinPipeline": {"num_layers": 3, "num_single_layers": 3},
+    "ZImagePipeline": {"n_layers": 4},
+    "Krea2Pipeline": {"num_layers": 6},
+    "WanVACEPipeline": {"num_layers": 4, "vace_layers": [0, 2]},
 }
 
 

@@ -51,6 +51,7 @@ MODELS = {
     "CogVideoXTransformer3DModel": tiny_hosts.cogvideox,
     "HunyuanVideoTransformer3DModel": tiny_hosts.hunyuan_video,
     "Lumina2Transformer2DModel": tiny_hosts.lumina2,
+    **tiny_hosts.SWEPT,
 }
 # blocks that are there in place of others in some models
 _STAND_INS = ("FreeNoise", "HunyuanVideoTokenReplace")
@@ -134,7 +135,7 @@ def test_a_subclass_is_described_by_its_base():
 
 
 def test_unknown_classes_are_named():
-    with pytest.raises(ValueError, match="Linear is none of the supported denoisers: Cog"):
+    with pytest.raises(ValueError, match="Linear is none of the supported denoisers: Chr"):
         models.describe(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"No inputs are known for Linear; known are .*ControlNet"):
         forward_kwargs(torch.nn.Linear(2, 2), rows=1, height=8, width=8)
@@ -175,7 +176,7 @@ def test_guidance_is_that_of_the_pipeline(name):
         assert entry.guidance == "linear"
         return
     source = inspect.getsource(cls.__call__)
-    norms = "rescale_noise_cfg" in source or "torch.norm(" in source
+    norms = any(x in source for x in ("rescale_noise_cfg", "torch.norm(", "vector_norm("))
     assert norms == (entry.guidance == "normalised")
     assert not entry.normalised_by or entry.normalised_by in arguments
     by = "guidance_rescale" if "guidance_rescale" in arguments else entry.normalised_by
@@ -202,7 +203,7 @@ def test_passes_are_as_described(name):
 
     def record(_, args, kwargs):
         sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        rows.append(sample.shape[0])
+        rows.append(len(sample))
 
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=1))
@@ -328,7 +329,7 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
 
 def test_cards_are_those_of_described_pipelines():
     assert {card.pipeline for card in CARDS.values()} <= set(BY_NAME)
-    assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 9
+    assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 18
 
 
 # ---- what a stream holds ----

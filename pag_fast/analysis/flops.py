@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.inputs import Inputs
+from ..models.layer_names import self_attentions
 from ..models.registry import family_of, fusable_processors
 from ..perturbations import Identity
 from ..runtime.installation import Installation, forward_entries
@@ -28,6 +29,7 @@ from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
 from ..sharing.rows import BranchState
 from ..sharing.threads import HERE
+from ..sharing.tokens import in_runs
 from ..sharing.unet_plan import plan_controlnet
 from .lower_bound import Traced, lower_bound, row_flops, trace
 
@@ -171,6 +173,10 @@ def patched_flops(
         described = family_of(model)
         if described.traced is not None and described.traced.example is not None:
             state.tokens = described.traced.example[2]
+        elif described.tokens is not None:
+            # rows of one size, whose prompts are of one length
+            tokens = in_runs(described.tokens(model, call)[:1], latents_of(call).device)
+            state.tokens = dict.fromkeys(self_attentions(model), tokens)
         sequence = described.sequence
         if sequence is not None:
             state.num_contexts, state.num_image = sequence(model, call)

@@ -39,17 +39,19 @@ class Entry:
 
 
 def entries(
-    pipeline: str, layers: Sequence[str] | None = None, *, cfg: Sequence[bool] = (True, False)
+    pipeline: str, layers: Sequence[str] | None = None, *, cfg: Sequence[bool] | None = None
 ) -> list[Entry]:
     """The ledger's lines of one pipeline, one for each value of ``cfg``.
 
-    Without ``layers``, those that the documentation names.
+    Without ``layers``, those that the documentation names; without ``cfg``, with CFG, where the
+    pipeline has it, and without.
 
     Raises:
         ValueError: no such pipeline, or no such layer.
     """
     card = find_card(pipeline)
     chosen = tuple(layers or card.documented_layers)
+    cfg = card.guidance if cfg is None else cfg
     model = meta_model(card, "denoiser")
     inputs = card.size.inputs(model)
     costs = step_costs(model, list(chosen), inputs, cfg=cfg, sequential=card.sequential)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.inputs import Inputs
 from ..models.layer_names import resolve
+from ..models.registry import find
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,15 @@ _TEXT_ONLY = ("caption_projection", "context_embedder", "text_embedder", "encode
 _TEXT_STREAM = ("ff_context", "txt_mlp")
 # where text and image are one sequence, through the same weights
 _ONE_SEQUENCE = {
+    "ChromaTransformer2DModel": ("single_transformer_blocks.",),
     "CogVideoXTransformer3DModel": ("transformer_blocks.",),
+    "CogView4Transformer2DModel": ("transformer_blocks.",),
+    "Flux2Transformer2DModel": ("single_transformer_blocks.",),
     "FluxTransformer2DModel": ("single_transformer_blocks.",),
     "HunyuanVideoTransformer3DModel": ("single_transformer_blocks.",),
+    "Krea2Transformer2DModel": ("transformer_blocks.",),
     "Lumina2Transformer2DModel": ("layers.",),
+    "ZImageTransformer2DModel": ("layers.",),
 }
 _TWO_STREAMS = ("QwenImageTransformer2DModel", "SD3Transformer2DModel")
 # uncond and cond are one until the first cross-attention
@@ -202,6 +208,10 @@ def _split(name: str, owners: Collection[str]) -> tuple[str, str]:
 
 def _joint_tokens(model: Any, call: dict[str, Any]) -> tuple[int, int] | None:
     """``(image, text)`` tokens of a model with joint attention, else ``None``."""
+    found = find(model)  # ControlNets are counted, too
+    if found is not None and found.tokens is not None:
+        before, image, behind = found.tokens(model, call)[0]
+        return image, before + behind
     kind = type(model).__name__
     if kind not in _ONE_SEQUENCE and kind not in _TWO_STREAMS:
         return None

@@ -55,6 +55,11 @@ class ModelCard:
         """Whether the pipeline runs uncond and cond in two calls of the denoiser."""
         return _PIPELINES[self.pipeline].sequential
 
+    @property
+    def guidance(self) -> tuple[bool, ...]:
+        """With CFG and without, as far as the pipeline has it."""
+        return (False,) if _PIPELINES[self.pipeline].passes == "alone" else (True, False)
+
 
 def _card(denoiser: str, checkpoint: Checkpoint) -> ModelCard:
     return ModelCard(

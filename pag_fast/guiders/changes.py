@@ -9,11 +9,14 @@ from torch import nn
 
 from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
-from ..runtime.installation import check_processors
+from ..runtime.installation import check_processors, processor_class
 from ..runtime.instance_patch import Entry
+from ..runtime.perturbed_branches import layers_of
 from ..runtime.recording import Intercepted
+from ..sharing.arguments import latents_of
 from ..sharing.plan import argument_names
 from ..sharing.rows import SPLIT, BranchState
+from ..sharing.tokens import in_runs
 
 
 class Processed:
@@ -26,8 +29,9 @@ class Processed:
     def entry(self) -> Entry:
         """The processor, ready for an instance patch."""
         own = self.attention.processor
-        # for whoever keeps ours from the middle of a forward
-        self.processor.displaced = own.displaced if isinstance(own, PerturbedProcessor) else own
+        found = own.displaced if isinstance(own, PerturbedProcessor) else own
+        if found is not self.processor.displaced:
+            self.processor.takes_place_of(found)
         return vars(self.attention), "processor", self.processor
 
 
@@ -78,18 +82,26 @@ class Perturbed:
     ) -> None:
         family = family_of(model)
         check_processors(attentions, family.replaces)
-        self._sequence = family.sequence
+        self._sequence, self._runs = family.sequence, family.tokens
+        self._names = tuple(attentions)
+        known = layers_of(model, state)
         self.state = state
         self.changes = [
-            Processed(attention, family.processor(state, SPLIT, backend))
-            for attention in attentions.values()
+            Processed(
+                attention,
+                processor_class(family, attention)(state, SPLIT, backend, layer=known[name]),
+            )
+            for name, attention in attentions.items()
         ]
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the processors which tokens are text, from the arguments of the model."""
+        call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
         if self._sequence is not None:
-            call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
             self.state.num_contexts, self.state.num_image = self._sequence(model, call)
+        if self._runs is not None:
+            tokens = in_runs(self._runs(model, call), latents_of(call).device)
+            self.state.tokens = dict.fromkeys(self._names, tokens)
 
 
 def skipped_block(state: BranchState, block: nn.Module) -> Skipped:

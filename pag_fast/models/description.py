@@ -9,6 +9,7 @@ from typing import Any
 from ..processors.rows import PerturbedProcessor
 from ..sharing.layout import IMAGE_ALONE, Layout, Stream
 from ..sharing.plan import BranchPlan
+from ..sharing.tokens import Run
 from .tensors import Latent, NewTensors
 
 Inputs = Callable[[Any, NewTensors, int, Latent], dict[str, Any]]
@@ -16,6 +17,9 @@ Inputs = Callable[[Any, NewTensors, int, Latent], dict[str, Any]]
 
 Sequence = Callable[[Any, dict[str, Any]], tuple[tuple[int, ...], int]]
 """``(text tokens of each sample, image tokens)`` from a model and its arguments."""
+
+Runs = Callable[[Any, dict[str, Any]], tuple[Run, ...]]
+"""Where the image's tokens are, in all rows or in each, from a model and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class ModelDescription:
             keys and values of one tensor, and take projections that are views of one product; the
             ``stock_processors`` do, too.
         sequence: where blocks get text and image as one sequence, how long each is.
+        tokens: of a model whose layers' own processors run around our product
+            (:class:`~pag_fast.processors.stock.PerturbedStockAttention`), where the image's tokens
+            are in the sequences that its layers attend to.
         learned_sigma: with twice as many channels as go in, the second half of what comes out is
             a variance.
         checkpoints: published weights of this class.
@@ -98,6 +105,7 @@ class ModelDescription:
     replaces: frozenset[str] = frozenset()
     fusable_processors: frozenset[str] = frozenset()
     sequence: Sequence | None = None
+    tokens: Runs | None = None
     learned_sigma: bool = False
     checkpoints: tuple[Checkpoint, ...] = field(default=(), repr=False)
     attentions: tuple[str, ...] = ()
@@ -108,6 +116,11 @@ class ModelDescription:
     def is_derived(self) -> bool:
         """Whether a trace completes this description, be it of an unknown class or not."""
         return bool(self.attentions)
+
+    @property
+    def runs_stock(self) -> bool:
+        """Whether the processors of perturbed layers go on running, around our product."""
+        return self.is_derived or self.tokens is not None
 
     @property
     def skippable_blocks(self) -> frozenset[str]:

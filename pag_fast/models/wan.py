@@ -15,8 +15,9 @@ from .tensors import Latent, NewTensors
 
 _LAYOUT = Layout(("blocks",), ("attn1",), merge=True)
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
-_SIZE: dict[str, Any] = {"height": 480, "width": 832, "frames": 81, "frame_factor": 4}
-_1300M = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+SIZE: dict[str, Any] = {"height": 480, "width": 832, "frames": 81, "frame_factor": 4}
+SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+"""Of the model with 1.3 billion parameters."""
 
 
 def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
@@ -39,7 +40,7 @@ DESCRIPTION = ModelDescription(
     replaces=frozenset({"WanAttnProcessor", "WanAttnProcessor2_0"}),
     fusable_processors=frozenset({"WanAttnProcessor"}),
     checkpoints=(
-        Checkpoint("WanPipeline", "Wan 2.1 T2V 14B", **_SIZE),
-        Checkpoint("WanPipeline", "Wan 2.1 T2V 1.3B", _1300M, **_SIZE, variant="1.3B"),
+        Checkpoint("WanPipeline", "Wan 2.1 T2V 14B", **SIZE),
+        Checkpoint("WanPipeline", "Wan 2.1 T2V 1.3B", SMALL, **SIZE, variant="1.3B"),
     ),
 )

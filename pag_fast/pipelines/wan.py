@@ -26,4 +26,5 @@ PIPELINES = (
     _WAN("WanPipeline", denoisers=_TWO, scale=_scale),
     _WAN("WanImageToVideoPipeline", denoisers=_TWO, scale=_scale, base="WanPipeline"),
     _WAN("WanVideoToVideoPipeline", base="WanPipeline"),
+    _WAN("WanVACEPipeline", denoisers=_TWO, scale=_scale),
 )

@@ -21,13 +21,14 @@ from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
+from ..sharing.tokens import in_runs
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
 from .observed import SKIP
-from .predictions import with_prediction
+from .predictions import prediction_of, with_prediction
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
@@ -63,7 +64,8 @@ class InjectedSession(Session):
         # the pipeline has cond in front of a batch, and not at its end
         self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
-        self._sequence = family_of(uncompiled(getattr(pipe, denoiser))).sequence
+        family = family_of(uncompiled(getattr(pipe, denoiser)))
+        self._sequence, self._runs = family.sequence, family.tokens
         self._arguments: dict[str, Any] | None = None
         self._stock: StockPasses | None = None
         self._extended: Copies = {}
@@ -252,6 +254,16 @@ class InjectedSession(Session):
         self.ran = layout, scales
         return call
 
+    def _prepare(self, call: Call, layout: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
+        if self._runs is not None:
+            runs = self._runs(self.installed.denoiser, call)
+            if len(runs) > 1:  # cond's
+                unit, at = len(runs) // len(layout), layout.index(COND)
+                runs = runs[at * unit : (at + 1) * unit]
+            tokens = in_runs(runs, latents_of(call).device)
+            self.installed.state.tokens = dict.fromkeys(self.installed.attentions, tokens)
+        super()._prepare(call, layout, *args, **kwargs)
+
     def _scheduled(self, call: Call) -> Any:
         """The scheduler's own timestep: some pipelines hand a function of it to the model."""
         scheduler = self.pipe.scheduler
@@ -267,6 +279,13 @@ class InjectedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
+        if isinstance(out[0], torch.Tensor):
+            return self._guided(out)
+        # a model that takes a list of rows returns one
+        found = self._guided(with_prediction(out, prediction_of(out)))
+        return with_prediction(found, list(found[0].unbind(0)))
+
+    def _guided(self, out: Any) -> Any:
         prediction = out[0]
         if self._is_last_pass():
             self.forget()

@@ -51,7 +51,7 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
-        self._is_derived = family.is_derived
+        self._runs_stock = family.runs_stock
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
@@ -74,7 +74,7 @@ class Installation:
         known = layers_of(denoiser, self.state)
         traced = not eager or any(map(is_compiled, denoiser.modules()))
         self.processors: dict[str, PerturbedProcessor] = {
-            name: _processor_class(family, attentions[name], compiled=traced)(
+            name: processor_class(family, attentions[name], compiled=traced)(
                 self.state,
                 self.plan.levels.get(name, SPLIT),
                 config.backend,
@@ -171,7 +171,7 @@ class Installation:
             ValueError: an attention whose processor does what ours would not.
         """
         check_processors(self.attentions, self.replaces)
-        if self._is_derived:
+        if self._runs_stock:
             self._follow_processors()
         fusion = self.fusion if fused else None
         if fusion is not None and fusion.refresh():
@@ -263,9 +263,11 @@ class Installation:
         return branch.perturbation if perturbed else None
 
 
-def _processor_class(family: ModelDescription, attention: Any, *, compiled: bool) -> Any:
+def processor_class(
+    family: ModelDescription, attention: Any, *, compiled: bool = True
+) -> Any:
     """What is put on an attention; compilers read signatures from code alone."""
-    if family.is_derived:
+    if family.runs_stock:
         own = attention.processor
         stock: Any = type(own.displaced if isinstance(own, PerturbedProcessor) else own)
         return in_place_of(stock)

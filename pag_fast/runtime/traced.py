@@ -23,7 +23,7 @@ from ..sharing.tokens import Tokens
 from .findings import Findings
 from .forwards import Call, Forward
 from .injected import InjectedSession
-from .predictions import prediction_of, with_prediction
+from .predictions import prediction_of
 from .separately import Separately
 
 _MOST_SIGNED = 8
@@ -112,13 +112,6 @@ class TracedSession(InjectedSession):
             self._tokens[key] = {n: x.slab(key[1], key[2]) for n, x in tokens.items()}
         self.installed.state.tokens = self._tokens[key]
         super()._prepare(call, layout, *args, **kwargs)
-
-    def _combined(self, out: Any) -> Any:
-        if isinstance(out[0], torch.Tensor):
-            return super()._combined(out)
-        # a model that takes a list of rows returns one
-        found = super()._combined(with_prediction(out, prediction_of(out)))
-        return with_prediction(found, list(found[0].unbind(0)))
 
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         state, installed, traced = self.installed.state, self.installed, self._traced

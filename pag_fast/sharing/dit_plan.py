@@ -28,6 +28,9 @@ from .rows import MERGED, SHARED, SPLIT
 
 Blocks = list[tuple[str, Any]]
 
+# of an attention, what is put together with its product: FLUX.2's single blocks, Krea 2's gate
+_BESIDE_THE_PRODUCT = ("mlp_act_fn", "to_gate")
+
 
 @dataclass(frozen=True)
 class _Fork:
@@ -129,8 +132,9 @@ def _plan_shared_block(
 ) -> None:
     """A block that runs without the perturbed rows."""
     is_behind = index > fork.index and not fork.shuffled
-    arrives = SPLIT if index == 0 or is_behind else SHARED
-    leaves = SPLIT if index == fork.index - 1 and not fork.behind else None
+    whole = layout.whole_between
+    arrives = SPLIT if index == 0 or is_behind or whole else SHARED
+    leaves = SPLIT if whole or (index == fork.index - 1 and not fork.behind) else None
     plan.sites.append(
         Site(
             name,
@@ -163,17 +167,24 @@ def _plan_split_block(
         level = MERGED if fork.merge and index == 0 else SHARED
         plan.levels[fork.name] = level
         plan.sites += block_sites(name, attentions_of(block, layout), fork.name, level)
-        if getattr(block, "proj_mlp", None) is not None:
-            # it sees what the attention beside it sees, where cond and perturbed are one
-            plan.sites += [
-                Site(f"{name}.proj_mlp", block.proj_mlp, SPLIT, SHARED),
-                Site(f"{name}.act_mlp", block.act_mlp, SHARED, SHARED, leaves=SPLIT),
-            ]
+        plan.sites += _parallel_sites(name, block, layout)
         if level == MERGED:
             plan.merged_until = fork.name
     if _streams(block):
         # long skips stored before the fork meet the stream behind it
         plan.sites.append(Site(name, block, SPLIT, SPLIT, streams=_streams(block)))
+
+
+def _parallel_sites(name: str, block: Any, layout: Layout) -> Iterator[Site]:
+    """Of what runs beside the fork, and sees what it sees, where cond and perturbed are one."""
+    if getattr(block, "proj_mlp", None) is not None:
+        yield Site(f"{name}.proj_mlp", block.proj_mlp, SPLIT, SHARED)
+        yield Site(f"{name}.act_mlp", block.act_mlp, SHARED, SHARED, leaves=SPLIT)
+    for attribute, attention in attentions_of(block, layout):
+        for part in _BESIDE_THE_PRODUCT:
+            if getattr(attention, part, None) is not None:
+                full, module = f"{name}.{attribute}.{part}", getattr(attention, part)
+                yield Site(full, module, SHARED, SHARED, leaves=SPLIT)
 
 
 def _before(model: Any, layout: Layout) -> Iterator[tuple[str, nn.Module]]:

@@ -71,6 +71,8 @@ class Layout:
         twice: arguments of a block that may hold every row twice, all of them once and then again.
         residuals: what a ControlNet adds between blocks.
         equivariant: blocks treat an image token alike wherever it is.
+        whole_between: the model's own code between two blocks does something with rows that needs
+            all of them: blocks that run on fewer hand on copies.
     """
 
     blocks: tuple[str, ...]
@@ -80,6 +82,7 @@ class Layout:
     twice: tuple[str, ...] = ()
     residuals: tuple[Residuals, ...] = ()
     equivariant: bool = False
+    whole_between: bool = False
 
 
 IMAGE_ALONE = (Stream("hidden_states", (IMAGE,)),)

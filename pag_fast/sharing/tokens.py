@@ -6,9 +6,13 @@ one in each.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+
+Run = tuple[int, int, int]
+"""Context in front of the image's tokens, these, and context behind them, in a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +82,15 @@ class Tokens:
             itself = place[:, None, :] == torch.arange(self.queries, device=place.device)[:, None]
         itself = itself.to(self.image.device)
         return (queries[:, :, None] & self.image[:, None, :] & ~itself)[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def in_runs(runs: tuple[Run, ...], device: torch.device) -> Tokens:
+    """The tokens of a sequence in which those of the image stand together.
+
+    ``runs`` are of all rows, or one for each. Compiled graphs and recorded ones guard on what is
+    returned, so that it is the same object every time.
+    """
+    rows = [[False] * before + [True] * image + [False] * behind for before, image, behind in runs]
+    image = torch.tensor(rows, device="cpu")
+    return Tokens.of(image, image.shape[1]).to(device)

@@ -22,8 +22,11 @@ FAMILIES = (
 
 
 def specs() -> list[Any]:
-    """All specs whose pipeline this diffusers has."""
+    """All specs whose pipeline this diffusers has, and nobody has described."""
     from importlib import import_module
 
+    import pag_fast
+
     every = [spec for name in FAMILIES for spec in import_module(f"sweep.{name}").SPECS]
-    return [spec for spec in every if spec.exists]
+    described = pag_fast.supported_pipelines()
+    return [spec for spec in every if spec.exists and spec.name not in described]

@@ -196,7 +196,8 @@ SPECS = [
         "ChromaImg2ImgPipeline",
         also(_CHROMA, vae=vae),
         _TWO_STACKS,
-        **_CHROMA_ROWS,
+        # its encoder's mask has the dtype of what it encodes, and is added to scores
+        **{**_CHROMA_ROWS, "masks": torch.float32},
         call={**_SMALL, "image": picture(16), "strength": 1.0},
     ),
     Spec(

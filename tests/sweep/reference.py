@@ -98,7 +98,13 @@ def _replaced(out: Any, prediction: torch.Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def slow_pag(models: list[Any], attentions: list[Any], spec: Spec, cfg: bool) -> Iterator[None]:
+def slow_pag(
+    models: list[Any],
+    attentions: list[Any],
+    spec: Spec,
+    cfg: bool,
+    pag_scale: float = PAG_SCALE,
+) -> Iterator[None]:
     """The denoisers ``models`` with PAG on ``attentions``."""
     scale = spec.scales[0 if cfg else 1]
     weight = spec.weight(scale) if cfg else 1.0
@@ -121,9 +127,9 @@ def slow_pag(models: list[Any], attentions: list[Any], spec: Spec, cfg: bool) ->
                 perturbed = _prediction(forward()).chunk(len(branches))[at]
             step["difference"] = slabs[at] - perturbed
             if not spec.everywhere:
-                slabs[at] = slabs[at] + PAG_SCALE / weight * step["difference"]
+                slabs[at] = slabs[at] + pag_scale / weight * step["difference"]
         if spec.everywhere:
-            slabs = [x + PAG_SCALE * step["difference"] for x in slabs]
+            slabs = [x + pag_scale * step["difference"] for x in slabs]
         return _replaced(out, torch.cat(slabs))
 
     def replaced(own: Any) -> Any:

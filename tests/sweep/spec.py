@@ -13,7 +13,7 @@ import diffusers
 import PIL.Image
 import tiny
 import torch
-from tiny_hosts.pipelines import small_pictures
+from editing import small_pictures
 
 TOKENS = 5  # of a prompt
 DIM = 12  # of its embeddings

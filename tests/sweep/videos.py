@@ -320,8 +320,6 @@ SPECS = [
         **_APART,
         batches=(1, 1),
         copies=1,
-        shared=False,  # what blocks of the control give is added between blocks
-        warned="sharing branches of this model is not exact",
     ),
     Spec(
         "LucyEditPipeline",

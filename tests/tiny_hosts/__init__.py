@@ -6,13 +6,14 @@ layer, and shares no code with the package but the names of layers. A pipeline i
 """
 
 from tiny_hosts.images import flux, lumina2, qwen
-from tiny_hosts.pipelines import HOSTS, build, call_kwargs, latents
+from tiny_hosts.pipelines import HOSTS, SWEPT, build, call_kwargs, latents
 from tiny_hosts.reference import inspect_parameters, perturbing, rows_of, slow_pag, text_and_image
 from tiny_hosts.spec import TEXT, HostSpec
 from tiny_hosts.videos import cogvideox, hunyuan_video, ltx, wan
 
 __all__ = [
     "HOSTS",
+    "SWEPT",
     "TEXT",
     "HostSpec",
     "build",

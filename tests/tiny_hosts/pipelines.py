@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import inspect
-import sys
 from typing import Any
 
 import diffusers
 import tiny
 import torch
 from copies import made_once
+from editing import small_pictures
 
 import pag_fast
-from tiny_hosts import controlnets, images, unets, videos
-from tiny_hosts.spec import EDITED, TEXT, HostSpec, pooled
+from tiny_hosts import controlnets, images, swept, unets, videos
+from tiny_hosts.spec import TEXT, HostSpec, pooled
 
-_SPECS = [*unets.SPECS, *images.SPECS, *controlnets.SPECS, *videos.SPECS]
+_SPECS = [*unets.SPECS, *images.SPECS, *controlnets.SPECS, *videos.SPECS, *swept.SPECS]
 HOSTS = {spec.name: spec for spec in _SPECS if spec.name in pag_fast.supported_pipelines()}
 _VAES = {**images.VAES, **controlnets.VAES, **videos.VAES}
 _PARTS = {**unets.PARTS, **images.PARTS, **controlnets.PARTS, **videos.PARTS}
 _MODELS = {**images.MODELS, **videos.MODELS}
 
 
+def _transformer(name: str) -> Any:
+    return build(name).transformer
+
+
 @made_once
 def build(name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A tiny pipeline without PAG; ``overrides`` go to the denoiser's configuration."""
     spec = HOSTS[name]
+    if spec.swept is not None:
+        return swept.build(spec, **overrides).to(dtype=dtype)
     cls = getattr(diffusers, name)
     if spec.like:
         components = dict(tiny.build(spec.like, **{**spec.model, **overrides}).components)
@@ -76,6 +82,8 @@ def call_kwargs(
 ) -> dict[str, Any]:
     """Arguments of a call; equal calls give equal pictures."""
     spec = HOSTS[name]
+    if spec.swept is not None:
+        return {**swept.call_kwargs(spec, pipe, batch, cfg, steps), **extra}
     if spec.like:
         kwargs = tiny.call_kwargs(spec.like, pipe, batch=batch, cfg=cfg, steps=steps)
         for argument in ("pag_scale", *spec.without):
@@ -124,20 +132,9 @@ def latents(pipe: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     return torch.cat(made) if isinstance(made, list) else made
 
 
-@contextlib.contextmanager
-def small_pictures(pipe: Any) -> Any:
-    """Pipelines that edit pictures bring them to a size of their own, of a million pixels."""
-    module = sys.modules[_described(pipe).__module__]
-    own = getattr(module, "calculate_dimensions", None)
-    if own is None:
-        yield
-        return
-    module.calculate_dimensions = lambda area, ratio: own(EDITED**2, ratio)
-    try:
-        yield
-    finally:
-        module.calculate_dimensions = own
-
-
-def _described(pipe: Any) -> type:
-    return next(cls for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers."))
+# the denoisers of hosts that the sweep builds, by class
+SWEPT = {
+    model: functools.partial(_transformer, name)
+    for name, model in swept.DENOISERS.items()
+    if name in HOSTS
+}

@@ -87,6 +87,13 @@ def slow_pag(
     perturbed branch, whose difference the others use again.
     """
     spec = HOSTS[name]
+    if spec.swept is not None:
+        from sweep.reference import slow_pag as swept
+
+        cfg = bool(spec.cfg) and cfg_scale > spec.swept.scales[1]
+        with swept([pipe.transformer], attentions, spec.swept, cfg, pag_scale):
+            yield pipe
+        return
     batched = not spec.apart
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     own, passes, held = model.forward, [0], [None]

@@ -8,9 +8,9 @@ from typing import Any
 import PIL.Image
 import tiny
 import torch
+from editing import EDITED
 
 TEXT = 5  # tokens of a prompt
-EDITED = 32  # pixels of a picture that is edited
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class HostSpec:
     where text tokens are in the sequence an attention sees: ``"first"``, ``"last"`` or ``""``.
     ``base`` is a host with the same class of denoiser, of which this is a variant. ``cfg`` is the
     argument with CFG's scale; empty where there is no CFG. What can be called in ``call`` gets the
-    batch.
+    batch. ``swept`` is the spec of the sweep by which it is built and called.
     """
 
     name: str
@@ -36,6 +36,7 @@ class HostSpec:
     call: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)  # of the denoiser's configuration
     without: tuple[str, ...] = ()  # arguments that the PAG pipeline takes and this one does not
+    swept: Any = None
 
     @property
     def brings_a_model(self) -> bool:
@@ -49,7 +50,7 @@ class HostSpec:
 
     def cfg_scale(self, kwargs: dict[str, Any]) -> float:
         """The scale of CFG in a call."""
-        return kwargs[self.cfg] if self.cfg else 1.0
+        return kwargs[self.cfg] if self.cfg in kwargs else 1.0
 
 
 def like(name: str, text: str = "", pag: str = "", **more: Any) -> HostSpec:

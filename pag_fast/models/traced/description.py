@@ -103,8 +103,10 @@ def derive(model: nn.Module) -> ModelDescription:
 
 
 def seen_of(model: nn.Module) -> Any:
-    """What is put on a model rests on this, where its description was derived; else ``None``."""
+    """What is put on a model rests on this, where its layers' own processors run; else ``None``."""
     found = describe(model)
+    if found.tokens is not None:
+        return tuple(type(module.processor) for module in self_attentions(model).values())
     if not found.is_derived:
         return None
     own = tuple(id(model.get_submodule(name).processor) for name in found.attentions)

@@ -1,0 +1,35 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from .description import Arguments, PipelineDescription
+
+
+def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
+    """Of ``cond + g·(cond − uncond)`` that of ``uncond + g·(cond − uncond)``."""
+    timestep = float(pipe.scheduler.timesteps[step])
+    most = pipe._cfg_truncation
+    if most is not None and float(most) <= 1.0 and (1000.0 - timestep) / 1000.0 > float(most):
+        return 1.0  # CFG is over
+    return 1.0 + float(pipe.guidance_scale)
+
+
+_Z_IMAGE = partial(
+    PipelineDescription,
+    kind="injected",
+    layers=(r"^layers\.20\.",),
+    source="untested: two thirds of the way through, where shared blocks make PAG cheap",
+    rows=("cond", "uncond"),
+    guidance="normalised",
+    normalised_by="cfg_normalization",
+    scale=_scale,
+)
+
+PIPELINES = (
+    _Z_IMAGE("ZImagePipeline"),
+    _Z_IMAGE("ZImageImg2ImgPipeline", base="ZImagePipeline"),
+    _Z_IMAGE("ZImageInpaintPipeline", base="ZImagePipeline"),
+)
