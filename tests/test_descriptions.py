@@ -209,6 +209,7 @@ def test_passes_are_as_described(name):
     tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe, steps=1))
     handle.remove()
     expected = {"apart": [1, 1], "alone": [1], "together": [len(entry.rows)]}
+    expected["observed"] = [1, 1]  # by the guider that it gets here
     assert rows == expected[entry.passes]
 
 
@@ -291,7 +292,7 @@ def test_every_option_is_taken_or_refused():
             "sag": set(_SET) - {"backend", "cache_conditioning", "fewer_launches", "strict"},
             "stock": set(_SET) - {"strict"},
         }[entry.kind]
-        if len(entry.rows) > 2:
+        if len(entry.rows) > 2 or entry.is_observed:
             expected = {"rescale_mode", "rescale"}
         assert _refused(entry) == expected == set(_SET) - entry.options, entry.name
 
@@ -315,8 +316,9 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
     for entry in PIPELINES:
         if entry.kind in ("sag", "stock"):
             continue
-        if len(entry.rows) > 2:
-            with pytest.raises(ValueError, match=r"guidance with one scale, and .* has two"):
+        if len(entry.rows) > 2 or entry.is_observed:
+            known = r"guidance with one scale, and .* has two|scale of CFG, which is not known"
+            with pytest.raises(ValueError, match=known):
                 check_options(entry, config)
             continue
         if entry.passes == "together":
@@ -329,7 +331,7 @@ def test_rescale_modes_that_need_uncond_next_to_cond(mode):
 
 def test_cards_are_those_of_described_pipelines():
     assert {card.pipeline for card in CARDS.values()} <= set(BY_NAME)
-    assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 18
+    assert [c.pipeline in PAG_PIPELINES for c in CARDS.values()] == [True] * 17 + [False] * 19
 
 
 # ---- what a stream holds ----

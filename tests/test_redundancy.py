@@ -83,8 +83,10 @@ def test_no_row_is_computed_for_two_branches_of_a_host(name, cfg, layers):
 
     def redundant_share(**options):
         # enough image tokens to outweigh what is projected from the timestep
-        size = {"height": 96, "width": 96}
-        kwargs = tiny_hosts.call_kwargs(name, pipe, batch=2, cfg=cfg, steps=1, **size)
+        pixels = 128 if name == "ZImagePipeline" else 96
+        size = {"height": pixels, "width": pixels}
+        batch = tiny_hosts.HOSTS[name].batches[-1]
+        kwargs = tiny_hosts.call_kwargs(name, pipe, batch=batch, cfg=cfg, steps=1, **size)
         seen = Redundancy(3 if together else 2)
         with pag_fast.patched(pipe, chosen, **options), seen:
             tiny_hosts.latents(pipe, kwargs)

@@ -70,9 +70,10 @@ def describe_by_call(pipe: Any, layers: Any = None, **call: Any) -> Described:
 
 
 def _kind(described: Any) -> str:
-    if described.is_observed:
+    if not described.is_written:
         return "nobody has described it; seen in its call"
     passes = {"together": "together in one forward", "apart": "a forward for each"}
+    passes["observed"] = "as its guider says"
     branches = passes.get(described.passes, "cond alone")
     layers = ", ".join(described.layers) or "named by the user"
     return f"described; branches {branches}; layers {layers}"

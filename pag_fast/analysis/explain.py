@@ -114,7 +114,7 @@ def _sequential(described: PipelineDescription, found: Any) -> bool:
 
 def _derived(pipe: Any, described: PipelineDescription) -> Iterator[str]:
     """What was not written down but seen."""
-    if described.is_observed:
+    if not described.is_written:
         yield (
             f"nobody has described {described.name}: which forwards and rows are cond's is seen in "
             "its calls, and guidance is taken for linear"

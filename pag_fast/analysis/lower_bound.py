@@ -91,7 +91,11 @@ _ONE_SEQUENCE = {
     "Lumina2Transformer2DModel": ("layers.",),
     "ZImageTransformer2DModel": ("layers.",),
 }
-_TWO_STREAMS = ("QwenImageTransformer2DModel", "SD3Transformer2DModel")
+_TWO_STREAMS = (
+    "HunyuanVideo15Transformer3DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
 # uncond and cond are one until the first cross-attention
 _TEXT_BY_CROSS_ATTENTION = (
     "LTXVideoTransformer3DModel",
@@ -216,6 +220,9 @@ def _joint_tokens(model: Any, call: dict[str, Any]) -> tuple[int, int] | None:
     if kind not in _ONE_SEQUENCE and kind not in _TWO_STREAMS:
         return None
     sample, text = call["hidden_states"], call["encoder_hidden_states"].shape[1]
+    # HunyuanVideo 1.5 has three encoders
+    more = [call.get(name) for name in ("encoder_hidden_states_2", "image_embeds")]
+    text += sum(x.shape[1] for x in more if x is not None)
     if sample.ndim == 3:  # packed by the pipeline
         return sample.shape[1], text
     config = model.config

@@ -26,6 +26,16 @@ class NewTensors:
         """Of prompts that need no padding."""
         return torch.ones((rows, tokens), device=self.device, dtype=torch.int64).as_subclass(_Full)
 
+    def told_mask(self, rows: int, tokens: int) -> torch.Tensor:
+        """As :meth:`mask`, for a model that takes tokens out by it."""
+        ones = torch.ones((rows, tokens), dtype=torch.int64, device="cpu")
+        return ones.as_subclass(_Told) if self.device.type == "meta" else ones.to(self.device)
+
+    def told_zeros(self, *shape: int) -> torch.Tensor:
+        """Of what is not there, for a model that asks whether it is."""
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return zeros.as_subclass(_Told) if self.device.type == "meta" else zeros
+
     def table(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of a rotary embedding."""
         return self(*shape, dtype=torch.float32), self(*shape, dtype=torch.float32)
@@ -41,6 +51,27 @@ class _Full(torch.Tensor):
                 rows, tokens = args[0].shape
                 return torch.full((rows,), tokens)
             return func(*args, **(kwargs or {}))
+
+
+class _Told(torch.Tensor):
+    """Values that a model asks for where no tensor has any.
+
+    A mask is on the CPU, and on the meta device where numbers are computed with it. What is on the
+    meta device itself is zero.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.unbind:  # what iterates over it calls
+                return tuple(row.as_subclass(cls) for row in args[0].unbind())
+            if func in (torch.Tensor.eq, torch.Tensor.__eq__) and args[0].is_meta:
+                return torch.tensor(True, device="cpu")
+            out = func(*args, **(kwargs or {}))
+            if not isinstance(out, torch.Tensor) or out.is_meta:
+                return out
+            computes = func in (torch.Tensor.float, torch.stack)
+            return out.to("meta") if computes else out.as_subclass(cls)
 
 
 def patches(model: Any, latent: Latent) -> int:

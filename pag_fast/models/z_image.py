@@ -34,7 +34,9 @@ def _tokens(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
             "which are to be perturbed."
         )
     patch, frames = call.get("patch_size") or 2, call.get("f_patch_size") or 1
-    images = [x.shape[1] // frames * (x.shape[2] // patch) * (x.shape[3] // patch) for x in call["x"]]
+    images = [
+        x.shape[1] // frames * (x.shape[2] // patch) * (x.shape[3] // patch) for x in call["x"]
+    ]
     texts = [len(text) for text in call["cap_feats"]]
     lengths = [_padded(i) + _padded(t) for i, t in zip(images, texts, strict=True)]
     runs = tuple((0, image, max(lengths) - image) for image in images)

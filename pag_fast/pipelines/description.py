@@ -103,8 +103,8 @@ class PipelineDescription:
         denoisers: attributes that hold the denoisers.
         passes: ``"together"``: one call of the denoiser with ``[uncond | cond]``; ``"apart"``: one
             with cond, then one with uncond; ``"alone"``: there is no CFG, and no uncond, as a model
-            that was distilled from it gets its scale as an embedding; ``"observed"``: nobody has
-            described the class, and its calls show what runs.
+            that was distilled from it gets its scale as an embedding; ``"observed"``: its calls
+            show what runs, as nobody has described the class, or a guider decides on that.
         rows: the branches in a batch of ``"together"``, in order; ``"image"`` is what has the
             picture and no text, for guidance with a scale for each.
         guidance: ``"linear"``: what CFG returns is a linear function of both predictions;
@@ -143,8 +143,13 @@ class PipelineDescription:
 
     @property
     def is_observed(self) -> bool:
-        """Whether nobody has written this description."""
+        """Whether its calls show which of its forwards and rows are whose."""
         return self.passes == "observed"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has described the class."""
+        return not self.is_observed or bool(self.source)
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .joint import (
     PerturbedCogVideoXAttention,
     PerturbedFluxAttention,
+    PerturbedHunyuanVideo15Attention,
     PerturbedHunyuanVideoAttention,
     PerturbedJointAttention,
     PerturbedQwenAttention,
@@ -22,6 +23,7 @@ from .video import PerturbedLTXAttention, PerturbedVideoAttention
 __all__ = [
     "PerturbedCogVideoXAttention",
     "PerturbedFluxAttention",
+    "PerturbedHunyuanVideo15Attention",
     "PerturbedHunyuanVideoAttention",
     "PerturbedJointAttention",
     "PerturbedLTXAttention",

@@ -194,6 +194,32 @@ class PerturbedHunyuanVideoAttention(PerturbedJointAttention):
         return super().part(attn, projection, norm, x, rotary)
 
 
+class PerturbedHunyuanVideo15Attention(PerturbedHunyuanVideoAttention):
+    """HunyuanVideo 1.5: the mask is the prompt's alone.
+
+    Diffusers' mask over all pairs of tokens hides every key from what pads a prompt, too. Nothing
+    sees what comes of that, and a mask of the keys is enough.
+    """
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        image = hidden_states.shape[1]
+        mask = torch.nn.functional.pad(attention_mask.bool(), (image, 0), value=True)
+        return self.attend_jointly(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            image_rotary=image_rotary_emb,
+            mask=mask[:, None, None, :],
+        )
+
+
 class PerturbedCogVideoXAttention(PerturbedHunyuanVideoAttention):
     """CogVideoX: one projection, one norm and one output layer for both kinds of token."""
 

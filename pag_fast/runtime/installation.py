@@ -263,9 +263,7 @@ class Installation:
         return branch.perturbation if perturbed else None
 
 
-def processor_class(
-    family: ModelDescription, attention: Any, *, compiled: bool = True
-) -> Any:
+def processor_class(family: ModelDescription, attention: Any, *, compiled: bool = True) -> Any:
     """What is put on an attention; compilers read signatures from code alone."""
     if family.runs_stock:
         own = attention.processor

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny_hosts  # noqa: F401  it takes specs over from here, and has to come first
+
 FAMILIES = (
     "images",
     "single_images",

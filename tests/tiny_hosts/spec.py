@@ -50,7 +50,9 @@ class HostSpec:
 
     def cfg_scale(self, kwargs: dict[str, Any]) -> float:
         """The scale of CFG in a call."""
-        return kwargs[self.cfg] if self.cfg in kwargs else 1.0
+        if self.swept is not None:  # it may be a guider's
+            return self.swept.scales[0 if "negative_prompt_embeds" in kwargs else 1]
+        return kwargs[self.cfg] if self.cfg else 1.0
 
 
 def like(name: str, text: str = "", pag: str = "", **more: Any) -> HostSpec:

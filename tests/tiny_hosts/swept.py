@@ -22,6 +22,7 @@ _FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "single_images": {"Krea2Pipeline": ()},
     "videos": {"WanVACEPipeline": ()},
+    "others": {"HunyuanVideo15Pipeline": ()},
 }
 DENOISERS = {
     "ChromaPipeline": "ChromaTransformer2DModel",
@@ -30,6 +31,7 @@ DENOISERS = {
     "ZImagePipeline": "ZImageTransformer2DModel",
     "Krea2Pipeline": "Krea2Transformer2DModel",
     "WanVACEPipeline": "WanVACETransformer3DModel",
+    "HunyuanVideo15Pipeline": "HunyuanVideo15Transformer3DModel",
 }
 _ALL = {"WanVACEPipeline": "attn1", "CogView4Pipeline": "attn1", "ZImagePipeline": r"^layers\."}
 
