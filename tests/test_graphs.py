@@ -65,7 +65,9 @@ def test_the_picture_is_the_same(name):
     assert relative(again, latents(pipe, second())) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "WanPipeline", "QwenImagePipeline", "Flux2KleinPipeline"]
+)
 def test_pipelines_without_pag(name):
     """Passes of their own have graphs of their own."""
     pipe = build_host(name)

@@ -11,6 +11,7 @@ import torch
 from numerics import observing, relative
 from shallow import LAYERS, family, least
 from shallow import build as shallow
+from sweep.spec import photo
 from tiny_hosts import HOSTS, build, call_kwargs, latents, slow_pag
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -422,3 +423,37 @@ def test_layers_can_be_changed_between_calls():
     with pag_fast.patched(pipe, "up_blocks.2"):
         assert torch.equal(latents(pipe, call_kwargs(SD, pipe)), up)
     assert relative(up, mid) > 1e-4
+
+
+@pytest.mark.skipif("Flux2KleinKVPipeline" not in HOSTS, reason="this diffusers has no FLUX.2")
+def test_keys_that_are_kept_from_step_to_step_are_refused(snapshot):
+    """FLUX.2 Klein keeps those of its reference pictures, without the perturbed rows."""
+    name = "Flux2KleinKVPipeline"
+    pipe = build(name)
+    pag_fast.patch(pipe, HOSTS[name].layers["middle"])
+    before = snapshot(pipe)
+    picture = photo()
+    with pytest.raises(ValueError, match="keeps keys and values of its reference pictures"):
+        latents(pipe, call_kwargs(name, pipe, image=picture))
+    assert snapshot(pipe) == before
+
+
+_OF_BLOCKS = [("Flux2Pipeline", "shuffle"), ("ZImagePipeline", "shuffle")]
+_OF_BLOCKS += [("ZImagePipeline", "skip"), ("WanVACEPipeline", "skip")]
+
+
+@pytest.mark.parametrize(("name", "how"), [case for case in _OF_BLOCKS if case[0] in HOSTS])
+def test_blocks_with_one_stream_or_code_between_them(name, how):
+    """As with branches apart, and beside a prompt of another length as alone."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pictures = []
+    for share, batch in ((True, 1), (False, 1), (True, HOSTS[name].batches[-1])):
+        with pag_fast.patched(pipe, layers, perturbation=how, share_branches=share):
+            kwargs = call_kwargs(name, pipe, batch=batch)
+            kwargs["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
+            if batch == 1:
+                whole = call_kwargs(name, pipe, batch=HOSTS[name].batches[-1])
+                kwargs |= {k: x[:1] for k, x in whole.items() if k.endswith("prompt_embeds")}
+            pictures.append(latents(pipe, kwargs)[:1])
+    assert relative(pictures[0], pictures[1]) < 1e-5
+    assert relative(pictures[2], pictures[0]) < 1e-5

@@ -175,8 +175,10 @@ def patched_flops(
             state.tokens = described.traced.example[2]
         elif described.tokens is not None:
             # rows of one size, whose prompts are of one length
-            tokens = in_runs(described.tokens(model, call)[:1], latents_of(call).device)
+            runs = described.tokens(model, call)[:1]
+            tokens = in_runs(runs, latents_of(call).device)
             state.tokens = dict.fromkeys(self_attentions(model), tokens)
+            state.num_contexts, state.num_image = (runs[0][0],), runs[0][1]
         sequence = described.sequence
         if sequence is not None:
             state.num_contexts, state.num_image = sequence(model, call)

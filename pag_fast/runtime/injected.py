@@ -260,8 +260,9 @@ class InjectedSession(Session):
             if len(runs) > 1:  # cond's
                 unit, at = len(runs) // len(layout), layout.index(COND)
                 runs = runs[at * unit : (at + 1) * unit]
-            tokens = in_runs(runs, latents_of(call).device)
-            self.installed.state.tokens = dict.fromkeys(self.installed.attentions, tokens)
+            state, tokens = self.installed.state, in_runs(runs, latents_of(call).device)
+            state.tokens = dict.fromkeys(self.installed.attentions, tokens)
+            state.num_contexts, state.num_image = tuple(run[0] for run in runs), runs[0][1]
         super()._prepare(call, layout, *args, **kwargs)
 
     def _scheduled(self, call: Call) -> Any:

@@ -110,7 +110,8 @@ class PerturbedBlock:
         if self.skipped:
             # HunyuanVideo passes its text by position, behind the image
             given = {"hidden_states": hidden, "encoder_hidden_states": args[1:2], **kwargs}
-            inputs = [given[name] for name in self.streams]
+            # the one of a block that has one, whatever it calls it
+            inputs = [hidden] if len(self.streams) == 1 else [given[x] for x in self.streams]
             inputs = [x[0] if isinstance(x, tuple) else x for x in inputs]
             self._kept = [
                 [self._branch(x, i, unit, have == full) for i in self.skipped] for x in inputs
@@ -239,7 +240,8 @@ def perturbed_blocks(
             shuffled=run,
             streams=argument_order(returned),
             holds_text=any(
-                stream.argument == "hidden_states" and TEXT in stream.tokens for stream in returned
+                TEXT in stream.tokens and (stream.argument == "hidden_states" or len(returned) == 1)
+                for stream in returned
             ),
         )
         made.append((module, block))

@@ -134,7 +134,9 @@ def _plan_shared_block(
     is_behind = index > fork.index and not fork.shuffled
     whole = layout.whole_between
     arrives = SPLIT if index == 0 or is_behind or whole else SHARED
-    leaves = SPLIT if whole or (index == fork.index - 1 and not fork.behind) else None
+    # behind the fork, what appends the rows of branches that skip the block hands on all
+    is_last = index == fork.index - 1 and not fork.behind
+    leaves = SPLIT if is_last or (whole and index < fork.index) else None
     plan.sites.append(
         Site(
             name,
