@@ -450,8 +450,9 @@ def test_blocks_with_one_stream_or_code_between_them(name, how):
     for share, batch in ((True, 1), (False, 1), (True, HOSTS[name].batches[-1])):
         with pag_fast.patched(pipe, layers, perturbation=how, share_branches=share):
             kwargs = call_kwargs(name, pipe, batch=batch)
-            kwargs["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
-            if batch == 1:
+            if batch > 1:
+                kwargs["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
+            else:
                 whole = call_kwargs(name, pipe, batch=HOSTS[name].batches[-1])
                 kwargs |= {k: x[:1] for k, x in whole.items() if k.endswith("prompt_embeds")}
             pictures.append(latents(pipe, kwargs)[:1])
