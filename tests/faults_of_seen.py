@@ -94,4 +94,11 @@ SEEN = [
         "for slab in range(have)",
         tests_of("derived_models", "lists_of_rows"),
     ),
+    Fault(
+        "what is put together with a fork's product has fewer rows",
+        "pag_fast/sharing/dit_plan.py",
+        '_BESIDE_THE_PRODUCT = ("mlp_act_fn", "to_gate")',
+        '_BESIDE_THE_PRODUCT = ("mlp_act_fn",)',
+        tests_of("hosts", "three_separate and Krea2"),
+    ),
 ]

@@ -316,7 +316,7 @@ SPECS = [
             ),
             vae=wan_vae,
         ),
-        _BLOCKS,
+        [r"^blocks\.2\.attn1"],  # a block of the control goes in front of it
         **_APART,
         batches=(1, 1),
         copies=1,
