@@ -1,4 +1,4 @@
-"""A way round what Triton's interpreter does again and again, to the same results."""
+"""Ways round what Triton's interpreter and diffusers do again and again, to the same results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers.hooks import group_offloading
+from diffusers.models import modeling_utils
 
 
 def patched_once(interpreter: Any) -> Callable[[Any], Any]:
@@ -88,8 +91,60 @@ def checked_in_numpy(interpreter: Any) -> Callable[[Any, Any, Any, Any], None]:
     return check
 
 
+def is_hooked(model: torch.nn.Module) -> bool:
+    """Whether a module of ``model`` has a hook of diffusers'."""
+    rest, seen = [model], set()
+    while rest:
+        module = rest.pop()
+        if "_diffusers_hook" in vars(module):
+            return True
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                rest.append(child)
+    return False
+
+
+def without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``_get_top_level_group_offload_hook``, which a pipeline asks seven times in a call.
+
+    ``hasattr`` of a module that has no such attribute raises an error and catches it.
+    """
+
+    @functools.wraps(own)
+    def get(model: torch.nn.Module) -> Any:
+        return own(model) if is_hooked(model) else None
+
+    return get
+
+
+def dtype_without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``get_parameter_dtype``, which asks every module, too."""
+
+    @functools.wraps(own)
+    def get(model: Any) -> Any:
+        if isinstance(model, torch.nn.Module) and not is_hooked(model):
+            apart = getattr(model, "_keep_in_fp32_modules", None) or ()
+            for name, parameter in model.named_parameters():
+                if parameter.is_floating_point() and not any(part in name for part in apart):
+                    return parameter.dtype
+        return own(model)
+
+    return get
+
+
+def _diffusers() -> None:
+    for module, name, shorter in (
+        (modeling_utils, "get_parameter_dtype", dtype_without_hooks),
+        (group_offloading, "_get_top_level_group_offload_hook", without_hooks),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, shorter(getattr(module, name)))
+
+
 def take() -> None:
-    """Put the ways round in place where the interpreter has been imported, and is one we know."""
+    """Put the ways round in place; Triton's where it is imported, and an interpreter we know."""
+    _diffusers()
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = patched_once(interpreter)
