@@ -152,6 +152,7 @@ def test_compiled_forward():
     assert counter.frame_count == 1
 
 
+@torch.backends.mkldnn.flags(enabled=True)  # as users have it
 def test_inductor():
     """Of a transformer; ``test_compiling.py`` has a UNet."""
     name = SD3

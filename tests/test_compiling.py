@@ -70,6 +70,7 @@ def test_attention_arguments_of_a_call():
     assert relative(latents(pipe, call_kwargs(name, pipe, **arguments)), stock) < 1e-5
 
 
+@torch.backends.mkldnn.flags(enabled=True)  # as users have it
 def test_inductor():
     """Of a UNet; ``test_compile.py`` has a transformer."""
     pipe, _ = least(UNET)
