@@ -12,7 +12,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest rehearse sweep page check format demo ledger bench compare \
+.PHONY: help venv test test-oldest test-distributed rehearse sweep page check format demo ledger bench compare \
 	counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -42,6 +42,9 @@ rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
 
 sweep: $(STAMP) ## Compare every pipeline of diffusers that nobody has described with a slow PAG
 	$(PYTEST) -q -n 2 --dist worksteal tests/sweep
+
+test-distributed: $(STAMP) ## Run the tests of several processes, and of many prompts
+	$(PYTEST) -q -n 2 --dist worksteal tests/distributed
 
 page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m sweep.page --record

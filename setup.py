@@ -22,6 +22,7 @@ PACKAGES = {
     "pag_fast.sharing": "pag_fast/sharing",
     "pag_fast.tools": "pag_fast/tools",
     "pag_fast.tools.bench": "pag_fast/tools/bench",
+    "pag_fast.tools.generate": "pag_fast/tools/generate",
     # never as "kernels": that is the name of a package that diffusers and transformers look for
     "pag_fast_kernels": "kernels/torch-ext/pag_fast_kernels",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``pag-fast layers | ledger | demo | bench | verify | describe | env``."""
+"""The command line: ``pag-fast layers | ledger | demo | bench | generate | verify | ...``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .settings.checks import number, whole_number
+from .tools.generate.command import add_command as add_generate
 from .version import __version__
 
 
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="under torch.compile too")
     bench.set_defaults(run=_bench)
 
+    add_generate(commands)
     _verify_options(commands)
     _describe_options(commands)
 

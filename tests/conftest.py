@@ -27,6 +27,8 @@ if not backend._installed():
 diffusers.logging.set_verbosity_error()
 # fp32 means fp32: cuDNN's convolutions would round to TF32, and results differ by 1e-3
 torch.backends.cudnn.allow_tf32 = False
+# oneDNN sets up every convolution anew, which takes three times as long as a tiny one itself
+torch._C._set_mkldnn_enabled(False)
 # benchmarks/gpu_suite.sh runs the tests of the kernels on a GPU, compiled
 if "PAG_FAST_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["PAG_FAST_TEST_DEVICE"])

@@ -1,11 +1,17 @@
-"""A way round what Triton's interpreter does again and again, to the same results."""
+"""Ways round what Triton's interpreter and diffusers do again and again, to the same results."""
 
 from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+import torch
+from diffusers.hooks import group_offloading
+from diffusers.models import modeling_utils
 
 
 def patched_once(interpreter: Any) -> Callable[[Any], Any]:
@@ -44,8 +50,106 @@ def patched_once(interpreter: Any) -> Callable[[Any], Any]:
     return patch
 
 
+def listed_once(interpreter: Any) -> Callable[[Any], Any]:
+    """``_get_np_dtype`` that does not make the table of all dtypes for every op."""
+    language, own = interpreter.tl, interpreter._get_np_dtype
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(own)
+    def get(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
+        if isinstance(element, language.pointer_type):
+            return own(dtype)
+        found = known.get(element)
+        if found is None:
+            found = known[element] = own(element)
+        return found
+
+    return get
+
+
+def checked_in_numpy(interpreter: Any) -> Callable[[Any, Any, Any, Any], None]:
+    """The check of integers for overflow, which the interpreter computes in eight ops of its own.
+
+    It does so for every sum and product of offsets, and says nothing unless Triton debugs.
+    """
+    own = interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl.__func__
+    in_numpy = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    @functools.wraps(own)
+    def check(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+            return
+        operands = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
+        exact = in_numpy[binary_op.__name__](*operands)
+        inside = exact.min() >= kind.get_int_min_value() and exact.max() <= kind.get_int_max_value()
+        assert inside, (
+            f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}"
+        )
+
+    return check
+
+
+def is_hooked(model: torch.nn.Module) -> bool:
+    """Whether a module of ``model`` has a hook of diffusers'."""
+    rest, seen = [model], set()
+    while rest:
+        module = rest.pop()
+        if "_diffusers_hook" in vars(module):
+            return True
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                rest.append(child)
+    return False
+
+
+def without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``_get_top_level_group_offload_hook``, which a pipeline asks seven times in a call.
+
+    ``hasattr`` of a module that has no such attribute raises an error and catches it.
+    """
+
+    @functools.wraps(own)
+    def get(model: torch.nn.Module) -> Any:
+        return own(model) if is_hooked(model) else None
+
+    return get
+
+
+def dtype_without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``get_parameter_dtype``, which asks every module, too."""
+
+    @functools.wraps(own)
+    def get(model: Any) -> Any:
+        if isinstance(model, torch.nn.Module) and not is_hooked(model):
+            apart = getattr(model, "_keep_in_fp32_modules", None) or ()
+            for name, parameter in model.named_parameters():
+                if parameter.is_floating_point() and not any(part in name for part in apart):
+                    return parameter.dtype
+        return own(model)
+
+    return get
+
+
+def _diffusers() -> None:
+    for module, name, shorter in (
+        (modeling_utils, "get_parameter_dtype", dtype_without_hooks),
+        (group_offloading, "_get_top_level_group_offload_hook", without_hooks),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, shorter(getattr(module, name)))
+
+
 def take() -> None:
-    """Put the way round in place where the interpreter has been imported, and is one we know."""
+    """Put the ways round in place; Triton's where it is imported, and an interpreter we know."""
+    _diffusers()
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = patched_once(interpreter)
+        interpreter._get_np_dtype = listed_once(interpreter)
+        semantic = interpreter.interpreter_semantic
+        semantic.binary_op_sanitize_overflow_impl = types.MethodType(
+            checked_in_numpy(interpreter), semantic
+        )

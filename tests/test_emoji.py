@@ -16,6 +16,14 @@ from pag_fast.tools.metrics import NearestPicture, generate, prompt_accuracy, ps
 MEGABYTE = 1e6
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _with_onednn():
+    """Which the other tests are sooner done without: these convolutions are large enough."""
+    torch._C._set_mkldnn_enabled(True)
+    yield
+    torch._C._set_mkldnn_enabled(False)
+
+
 @pytest.fixture(scope="module")
 def pictures():
     return models.emoji_pictures()

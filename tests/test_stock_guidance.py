@@ -299,23 +299,23 @@ def test_what_is_kept_is_freed_within_the_step(name, layers):
 
 def test_a_compiled_denoiser_runs_as_it_is():
     torch._dynamo.reset()
-    pipe = tiny_hosts.build(SD3)
-    stock = _latents(SD3, pipe)
+    pipe, skipped = tiny_hosts.build(SD3, num_layers=2), {"skip_guidance_layers": [1]}
+    stock = _latents(SD3, pipe, **skipped)
     pipe.transformer.compile(backend="eager")
     with _patched(SD3, pipe), pytest.warns(UserWarning, match="the denoiser is compiled"):
-        assert relative(_latents(SD3, pipe), stock) <= 1e-6
+        assert relative(_latents(SD3, pipe, **skipped), stock) <= 1e-6
         assert RESUMED not in pipe._pag_fast.steps
     torch._dynamo.reset()
 
 
 def test_blocks_that_are_compiled_one_by_one():
     torch._dynamo.reset()
-    pipe = tiny_hosts.build(SD3)
-    stock = _latents(SD3, pipe)
+    pipe, skipped = tiny_hosts.build(SD3, num_layers=3), {"skip_guidance_layers": [1]}
+    stock = _latents(SD3, pipe, **skipped)
     for block in pipe.transformer.transformer_blocks:
         block.compile(backend="eager")
     with _patched(SD3, pipe):
-        assert relative(_latents(SD3, pipe), stock) <= 1e-6
+        assert relative(_latents(SD3, pipe, **skipped), stock) <= 1e-6
         assert dict(pipe._pag_fast.steps) == {RESUMED: 3}
     torch._dynamo.reset()
 
@@ -400,11 +400,12 @@ def test_counted_work_is_what_is_predicted(name, pag_scale):
 
     def before(_, args, kwargs):
         calls.append((FlopCounterMode(display=False), kwargs))
-        calls[-1][0].__enter__()
+        if kwargs.get(guidance.argument):
+            calls[-1][0].__enter__()
 
     def after(*_):
-        calls[-1][0].__exit__(None, None, None)
         if calls[-1][1].get(guidance.argument):
+            calls[-1][0].__exit__(None, None, None)
             counted.append(calls[-1][0].get_total_flops())
 
     pipe.transformer.register_forward_pre_hook(observing(before), with_kwargs=True)
@@ -429,10 +430,10 @@ def test_counted_work_is_what_is_predicted(name, pag_scale):
 def test_ltx2_at_full_width():
     """Uncond and cond, spatio-temporal guidance, and isolated modalities.
 
-    With block 7 of 12 in the place of block 28 of 48.
+    With block 4 of 7 in the place of block 28 of 48.
     """
     with torch.device("meta"):
-        model = diffusers.LTX2VideoTransformer3DModel(num_layers=12, perturbed_attn=True).eval()
+        model = diffusers.LTX2VideoTransformer3DModel(num_layers=7, perturbed_attn=True).eval()
     frames, height, width, sound, text = 16, 16, 24, 126, 1024
 
     def inputs(rows):
@@ -454,7 +455,7 @@ def test_ltx2_at_full_width():
         }
 
     guidance = BY_NAME[LTX2].stock_guidance
-    cost = guidance_cost(model, guidance, [7], inputs)
+    cost = guidance_cost(model, guidance, [4], inputs)
     both = count(model, inputs(2))
     isolated = count(model, {**inputs(1), "isolate_modalities": True})
     stock, patched = both + cost.stock + isolated, both + cost.patched + isolated

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import tiny
 import torch
+from copies import made_once
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from tiny_hosts.spec import picture
 
@@ -68,7 +69,7 @@ def _vae() -> Any:
         upsample_type=("spatiotemporal",),
         upsample_residual=(False,),
         upsample_factor=(1,),
-        patch_size=1,
+        patch_size=2,
     )
 
 
@@ -83,6 +84,7 @@ def _audio_vae() -> Any:
     )
 
 
+@made_once
 def build(name: str = "LTX2Pipeline", **overrides: Any) -> Any:
     """A tiny pipeline; ``overrides`` go to the denoiser's configuration."""
     torch.manual_seed(0)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PatchConfig
 from ..fusion import Fusion
@@ -31,6 +30,7 @@ from ..sharing.rows import BranchState
 from ..sharing.threads import HERE
 from ..sharing.tokens import in_runs
 from ..sharing.unet_plan import plan_controlnet
+from .counter import FlopCounter
 from .lower_bound import Traced, lower_bound, row_flops, trace
 
 
@@ -60,9 +60,9 @@ class Cost:
 
 def count(model: Any, call: dict[str, Any]) -> int:
     """FLOPs of ``model(**call)``."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter() as counter:
         model(**call, return_dict=False)
-    return counter.get_total_flops()
+    return counter.total
 
 
 @contextmanager

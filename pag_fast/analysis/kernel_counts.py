@@ -25,6 +25,7 @@ from ..models.inputs import Inputs
 from ..ops.backend import IMPLEMENTATIONS
 from ..sharing.arguments import latents_of
 from ..sharing.rows import BranchState
+from .counter import run_op
 from .flops import controlnet_step, patched_step, stock_step
 
 # allocation and bookkeeping: nothing runs on a device
@@ -106,7 +107,7 @@ class Launches(TorchDispatchMode):
         if name in IMPLEMENTATIONS:
             with self, _FusedAttention(self):
                 return IMPLEMENTATIONS[name](*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = run_op(func, args, kwargs)
         if is_launch(func):
             self.add(name, (args, kwargs, out))
         return out

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from ..models.inputs import Inputs
 from ..models.layer_names import resolve
 from ..models.registry import find
+from .counter import FlopCounter
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Traced:
 
 def trace(model: Any, inputs: Inputs) -> list[Traced]:
     """FLOPs of every module for one row, in the order in which the modules first compute."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), ModuleTracker() as tracker, FlopCounter(tracker) as counter:
         model(**inputs(1), return_dict=False)
     root = type(model).__name__
     totals = {
-        name.removeprefix(root).lstrip("."): sum(ops.values())
-        for name, ops in counter.get_flop_counts().items()
+        name.removeprefix(root).lstrip("."): flops
+        for name, flops in counter.modules.items()
         if name != "Global"
     }
     own = dict(totals)

@@ -68,6 +68,12 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
+def default_dtype(source: str, device: str | None = None) -> torch.dtype:
+    """fp16 on an accelerator; fp32 on the CPU, and for the model that ships with pag_fast."""
+    on_cpu = torch.device(device or _device()).type == "cpu"
+    return torch.float32 if on_cpu or source == "emoji" else torch.float16
+
+
 def load(
     source: str,
     dtype: torch.dtype | None = None,
@@ -86,7 +92,7 @@ def load(
         ValueError: nothing to load there, or no PAG pipeline for that model in diffusers.
     """
     device = device or _device()
-    dtype = dtype or (torch.float32 if device == "cpu" or source == "emoji" else torch.float16)
+    dtype = dtype or default_dtype(source, device)
     if source == "emoji":
         return emoji(dtype).to(device)
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
