@@ -1,0 +1,36 @@
+"""Workflows saved with sd-perturbed-attention's nodes load with these where it is not installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHARED = [
+    "unet_block",
+    "unet_block_id",
+    "sigma_start",
+    "sigma_end",
+    "rescale",
+    "rescale_mode",
+    "unet_block_list",
+]
+# theirs: (ours, their widgets in their order)
+REPLACED = {
+    "PerturbedAttention": ("PagFastPAGAdvanced", ["scale", "adaptive_scale", *SHARED]),
+    "SmoothedEnergyGuidanceAdvanced": ("PagFastSEG", ["scale", "blur_sigma", *SHARED]),
+}
+
+
+def replacements() -> list[Any]:
+    """One ``NodeReplace`` for each of their nodes: inputs keep their names."""
+    from comfy_api.latest import io
+
+    return [
+        io.NodeReplace(
+            new_node_id=ours,
+            old_node_id=theirs,
+            old_widget_ids=list(widgets),
+            input_mapping=[{"new_id": name, "old_id": name} for name in ("model", *widgets)],
+            output_mapping=[{"new_idx": 0, "old_idx": 0}],
+        )
+        for theirs, (ours, widgets) in REPLACED.items()
+    ]
