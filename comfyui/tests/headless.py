@@ -29,6 +29,14 @@ NAME = "pag_fast"  # of the pack's folder in custom_nodes
 Flow = dict[str, dict[str, Any]]  # a workflow in the format of /prompt
 START = 120  # seconds until it has to answer
 RUN = 120
+KSAMPLER: dict[str, Any] = {
+    "seed": 7,
+    "steps": 3,
+    "cfg": 6.0,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+    "denoise": 1.0,
+}
 
 
 @dataclasses.dataclass
@@ -209,20 +217,37 @@ def flow(name: str, *nodes: tuple[str, dict[str, Any]], controls: int = 0, **ksa
     """A tiny model, a chain of MODEL → MODEL nodes, KSampler and SaveImage.
 
     ``nodes`` are class names and inputs without ``model``; their ids are "n0", "n1" and so on.
-    ``ksampler`` replaces inputs of KSampler.
+    ``ksampler`` replaces inputs of KSampler. Other ids: "tiny", "sampler", "image", "save".
     """
     out: Flow = {"tiny": _node("TinyModel", name=name, controls=controls)}
-    model: list[Any] = ["tiny", 0]
-    for place, (kind, inputs) in enumerate(nodes):
-        out[f"n{place}"] = _node(kind, model=model, **inputs)
-        model = [f"n{place}", 0]
-    sampling = {"seed": 7, "steps": 3, "cfg": 6.0, "sampler_name": "euler", "scheduler": "normal"}
+    model = _chain(out, ["tiny", 0], nodes)
     conditioning = {"positive": ["tiny", 1], "negative": ["tiny", 2], "latent_image": ["tiny", 3]}
-    settings = {**sampling, "denoise": 1.0, **ksampler}
-    out["sampler"] = _node("KSampler", model=model, **conditioning, **settings)
+    out["sampler"] = _node("KSampler", model=model, **conditioning, **(KSAMPLER | ksampler))
     out["image"] = _node("LatentAsImage", samples=["sampler", 0])
     out["save"] = _node("SaveImage", images=["image", 0], filename_prefix=name)
     return out
+
+
+def emoji_flow(prompt: str, *nodes: tuple[str, dict[str, Any]], **ksampler: Any) -> Flow:
+    """Like ``flow`` for the model in the box: PagFastEmoji, two prompts, VAEDecode."""
+    out: Flow = {"emoji": _node("PagFastEmoji", batch_size=1)}
+    model = _chain(out, ["emoji", 0], nodes)
+    for name, text in (("positive", prompt), ("negative", "")):
+        out[name] = _node("CLIPTextEncode", clip=["emoji", 1], text=text)
+    conditioning = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    settings = KSAMPLER | {"cfg": 2.0, "steps": 20, "scheduler": "simple"} | ksampler
+    latent = ["emoji", 3]
+    out["sampler"] = _node("KSampler", model=model, latent_image=latent, **conditioning, **settings)
+    out["image"] = _node("VAEDecode", samples=["sampler", 0], vae=["emoji", 2])
+    out["save"] = _node("SaveImage", images=["image", 0], filename_prefix="emoji")
+    return out
+
+
+def _chain(out: Flow, model: list[Any], nodes: tuple[tuple[str, dict[str, Any]], ...]) -> list[Any]:
+    for place, (kind, inputs) in enumerate(nodes):
+        out[f"n{place}"] = _node(kind, model=model, **inputs)
+        model = [f"n{place}", 0]
+    return model
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:
