@@ -76,6 +76,7 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
 def patcher(config_class: Any, config: dict[str, Any], seed: int = 0) -> Any:
     """A ``ModelPatcher`` of random weights, as loading a checkpoint gives one."""
     settings = config_class(copy.deepcopy(config))
+    settings.unet_config.update(copy.deepcopy(config))  # its class has set the number of heads
     settings.set_inference_dtype(torch.float32, None)
     model = settings.get_model({}, "", device="cpu")
     _randomize(model, seed)
