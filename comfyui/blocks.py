@@ -36,9 +36,7 @@ def unet_blocks(net: Any) -> dict[tuple[str, int], int]:
         for number, block in enumerate(blocks):
             for layer in block:
                 if isinstance(layer, SpatialTransformer):
-                    attends = [
-                        one for one in layer.transformer_blocks if not one.disable_self_attn
-                    ]
+                    attends = [one for one in layer.transformer_blocks if not one.disable_self_attn]
                     if len(attends) == len(layer.transformer_blocks):
                         found[kind, number] = len(attends)
     return found

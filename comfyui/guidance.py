@@ -61,9 +61,7 @@ class Guidance:
         away = 1000.0 - float(_timestep(sampling, sigma))
         return max(0.0, self.scale * (1.0 - self.adaptive_scale**4 * away))
 
-    def combine(
-        self, args: dict[str, Any], perturbed: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def combine(self, args: dict[str, Any], perturbed: torch.Tensor, scale: float) -> torch.Tensor:
         """The guided prediction, from what ComfyUI hands to a post-CFG function."""
         cond, cfg = args["cond_denoised"], args["denoised"]
         guidance = (cond - perturbed) * scale

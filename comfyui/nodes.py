@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from .blocks import Block, dit_lists, parse_dit_blocks, parse_unet_blocks, single_unet_block
 from .defaults import default_blocks
+from .emoji import PagFastEmoji
 from .guidance import RESCALE_MODES, Guidance
 from .passes import DiTPass, UNetPass
 from .perturbations import BlurredQueries, Identity
@@ -330,9 +331,7 @@ class PagFastDiT(io.ComfyNode):
         guidance = Guidance(scale, 0.0, *_window(model, start_percent, end_percent), rescale)
         plan = DiTPlan(blocks)
         sharing = Sharing(plan, guidance.active, Report()) if share else None
-        patched = guide(
-            model, guidance, DiTPass(blocks, plan, perturbation == "skip", sharing)
-        )
+        patched = guide(model, guidance, DiTPass(blocks, plan, perturbation == "skip", sharing))
         if sharing is not None:
             sharing.attach(patched)
         return io.NodeOutput(patched)
@@ -349,4 +348,5 @@ def _window(model: Any, start: float, end: float) -> tuple[float, float]:
     )
 
 
-NODES: list[type[io.ComfyNode]] = [PagFastPAG, PagFastPAGAdvanced, PagFastSEG, PagFastDiT]
+GUIDANCE: list[type[io.ComfyNode]] = [PagFastPAG, PagFastPAGAdvanced, PagFastSEG, PagFastDiT]
+NODES = [*GUIDANCE, PagFastEmoji]

@@ -148,9 +148,7 @@ class DiTPass:
                 block = lists[kind][number]
                 enter = block.register_forward_pre_hook(lambda *_: override.enter(0, 0))
                 stack.callback(enter.remove)
-                leave = block.register_forward_hook(
-                    lambda *_: override.leave(), always_call=True
-                )
+                leave = block.register_forward_hook(lambda *_: override.leave(), always_call=True)
                 stack.callback(leave.remove)
             yield
 

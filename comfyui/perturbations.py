@@ -18,7 +18,12 @@ class Identity:
     """The attention map is the identity: returns v."""
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: Any, mask: Any = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        extra_options: Any,
+        mask: Any = None,
     ) -> torch.Tensor:
         """v [B, N, heads × dim_head], untouched."""
         return v
@@ -35,7 +40,12 @@ class BlurredQueries:
         self.sigma = sigma
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: Any, mask: Any = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        extra_options: Any,
+        mask: Any = None,
     ) -> torch.Tensor:
         """Attention [B, N, heads × dim_head] of the blurred queries."""
         from comfy.ldm.modules.attention import optimized_attention

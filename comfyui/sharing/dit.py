@@ -111,7 +111,7 @@ class DiTPlan:
             joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
             return {**args, **joined}
 
-        return with_patches(options, {**{key: leave_out for key in skipped}, last: hand_out})
+        return with_patches(options, {**dict.fromkeys(skipped, leave_out), last: hand_out})
 
 
 def leave_out(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 Tokens = slice | torch.Tensor  # where tokens stand in a sequence: a span, or their indices
 
 
@@ -207,5 +206,6 @@ def _themselves_and_text(
             own = own + across.transpose(-1, -2)
         else:
             own = own + across.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    weights = torch.cat([own, scores], dim=-1).float().softmax(-1).to(v.dtype)
+    precise = torch.promote_types(v.dtype, torch.float32)
+    weights = torch.cat([own, scores], dim=-1).softmax(-1, dtype=precise).to(v.dtype)
     return weights[..., :1] * v[:, :, images] + weights[..., 1:] @ v[:, :, texts]

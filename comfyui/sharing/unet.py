@@ -82,9 +82,7 @@ def layers_of(net: Any, blocks: frozenset[Block]) -> Layers:
     return Layers(places, order, frozenset(last), fork, _needed(net, order, last, fork))
 
 
-def _needed(
-    net: Any, order: dict[Place, int], last: set[Place], fork: Place
-) -> frozenset[Place]:
+def _needed(net: Any, order: dict[Place, int], last: set[Place], fork: Place) -> frozenset[Place]:
     kind, number, layer = fork
     downs = len(net.input_blocks)
     # block j of the way up concatenates the output of block downs - 1 - j of the way down

@@ -1,0 +1,170 @@
+"""The life of a step: nothing is kept for longer than it is needed, whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from patched import compare, holds, pag
+
+# isort: split
+import comfy.model_management
+
+from comfyui.sharing import step as steps
+from comfyui.sharing import unet
+
+
+@pytest.fixture
+def kept(monkeypatch: Any) -> list[weakref.ref]:
+    """Weak references to every tensor that was kept of a main pass."""
+    references: list[weakref.ref] = []
+    record = unet.UNetPlan.record
+
+    def watched(self: Any, net: Any, entries: Any, options: Any) -> Any:
+        to = record(self, net, entries, options)
+        (handler,) = (h for _, h in to["patches"][unet.PATCH][:1])
+
+        def handle(*args: Any) -> Any:
+            out = handler(*args)
+            for entry, _ in entries:
+                references.extend(
+                    weakref.ref(t) for t in entry.kept.values() if isinstance(t, torch.Tensor)
+                )
+            return out
+
+        to["patches"][unet.PATCH][0] = (torch.nn.Module, handle)
+        return to
+
+    monkeypatch.setattr(unet.UNetPlan, "record", watched)
+    return references
+
+
+def _alive(references: list[weakref.ref]) -> int:
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+def test_nothing_is_alive_after_a_sampling(kept: list[weakref.ref]) -> None:
+    model = tiny.build("sd15")
+    tiny.sample(model, pag(model.model), steps=2)
+    assert kept
+    assert _alive(kept) == 0
+
+
+@pytest.mark.parametrize("where", ["main", "perturbed", "callback", "cancelled"])
+def test_an_end_in_the_middle_leaves_nothing_and_the_next_run_is_equal(
+    where: str, kept: list[weakref.ref], monkeypatch: Any
+) -> None:
+    model = tiny.build("sd15")
+    patched = pag(model.model)
+    before = tiny.sample(model, patched, steps=2)
+    net, calls = model.model.model.diffusion_model, [0]
+    at = {"main": 3, "perturbed": 4}.get(where, 0)
+
+    def fail(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == at:
+            raise RuntimeError("in the middle")
+
+    def callback(*_: Any) -> None:
+        if where == "callback":
+            raise RuntimeError("in the middle")
+        if where == "cancelled":
+            raise comfy.model_management.InterruptProcessingException
+
+    handle = net.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises((RuntimeError, comfy.model_management.InterruptProcessingException)):
+            tiny.sample(model, patched, steps=2, callback=callback)
+    finally:
+        handle.remove()
+    assert _alive(kept) == 0
+    assert torch.equal(before, tiny.sample(model, patched, steps=2))
+
+
+def test_outside_the_window_nothing_is_computed_or_kept(kept: list[weakref.ref]) -> None:
+    model = tiny.build("sd15")
+    with tiny.flops() as plain:
+        without = tiny.sample(model, steps=2)
+    for widgets in ({"sigma_start": 0.001, "sigma_end": 0.0}, {"scale": 0.0}):
+        with tiny.flops() as count:
+            out = tiny.sample(model, pag(model.model, **widgets), steps=2)
+        assert torch.equal(out, without)
+        assert count.total == plain.total
+    assert not kept
+
+
+def test_a_window_guides_the_steps_in_it() -> None:
+    model = tiny.build("sd15")
+    compared = compare(model, lambda m, **k: pag(m, sigma_start=5.0, **k), steps=4)
+    holds(compared)
+    assert 1 < compared.ratios[1] < 1.3
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_wrapper_that_splits_the_batch_gets_the_right_picture(halves: bool, caplog: Any) -> None:
+    """What tiles a picture, or runs each row alone, calls the model several times for an entry."""
+    model = tiny.build("sd15")
+
+    def split(apply_model: Any, args: dict[str, Any]) -> torch.Tensor:
+        x, t, c = args["input"], args["timestep"], args["c"]
+        options = {"transformer_options": dict(c["transformer_options"])}
+        if halves:
+            parts = [
+                apply_model(x[..., half], t, **{**c, **options})
+                for half in (slice(0, 16), slice(16, 32))
+            ]
+            return torch.cat(parts, dim=-1)
+        out = []
+        for i in range(x.shape[0]):
+            row = {
+                k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.shape[0] == len(x) else v
+                for k, v in c.items()
+            }
+            out.append(apply_model(x[i : i + 1], t[i : i + 1], **row))
+        return torch.cat(out)
+
+    def around(patcher: Any) -> Any:
+        patcher = patcher.clone()
+        patcher.set_model_unet_function_wrapper(split)
+        return patcher
+
+    compared = compare(model, pag, around, steps=2)
+    holds(compared)
+    assert "computes its perturbed pass whole" in caplog.text
+
+
+def test_latents_written_to_in_between_are_seen(caplog: Any) -> None:
+    model = tiny.build("sd15")
+
+    def meddle(args: dict[str, Any]) -> Any:
+        args["input"].mul_(1.01)
+        return args["conds_out"]
+
+    def around(patcher: Any) -> Any:
+        patcher = patcher.clone()
+        patcher.set_model_sampler_pre_cfg_function(meddle)
+        return patcher
+
+    compared = compare(model, pag, around, steps=1)
+    holds(compared)
+    assert "other inputs than the main pass" in caplog.text
+
+
+def test_prompts_that_need_several_batches_share_too(monkeypatch: Any) -> None:
+    model = tiny.build("sd15")
+    monkeypatch.setattr(type(model.model), "get_free_memory", lambda *_: 1.0)
+    compared = compare(model, pag, steps=2)
+    holds(compared)
+    assert compared.ratios[1] <= 1.34
+
+
+def test_each_reason_is_said_once() -> None:
+    report = steps.Report()
+    for _ in range(3):
+        report.whole("UNetModel", "a reason")
+    assert report.said == {"a reason"}
