@@ -1,4 +1,4 @@
-"""The residuals of ControlNets: computed in the main pass, handed out again in the perturbed one."""
+"""Residuals of ControlNets: computed in the main pass, handed out again in the perturbed one."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def _patches(model_options: dict[str, Any]) -> list[Any]:
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y or (type(x) is str and x == y) for x, y in zip(a, b))
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(x is y or (type(x) is str and x == y) for x, y in pairs)
 
 
 def _rows(named: dict[str, Any], rows: slice, batch: int) -> dict[str, torch.Tensor]:
@@ -236,7 +237,7 @@ class Sharing:
             return run(options)
         wanted = self.run.wanted if self.run is not None else None
         new: list[tuple[Entry, slice]] = []
-        for i, (uuid, index) in enumerate(zip(uuids, options["cond_or_uncond"])):
+        for i, (uuid, index) in enumerate(zip(uuids, options["cond_or_uncond"], strict=True)):
             if (uuid not in wanted) if wanted else (index != 0 and not step.all_conds):
                 continue
             if uuid in step.entries:

@@ -210,9 +210,8 @@ def _without_queries(options: dict[str, Any], is_ours: Callable[[Any], bool]) ->
         block = extra.get("block")
         if block is not None:
             one = (*block, extra.get("block_index", 0))
-            if self_replaced := replaced.get(one, replaced.get(block)):
-                if is_ours(self_replaced):
-                    return q[:, :0], k[:, :0], v
+            if is_ours(replaced.get(one, replaced.get(block))):
+                return q[:, :0], k[:, :0], v
         return q, k, v
 
     patches = dict(options.get("patches", {}))
