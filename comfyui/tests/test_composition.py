@@ -23,7 +23,7 @@ from comfy_extras import (
     nodes_sag,
 )
 
-SIZE = (1, 4, 32, 32)
+SIZE = (1, 4, 16, 16)
 
 
 def _result(output: Any) -> Any:
@@ -72,12 +72,12 @@ def test_beside_another_node(node: str, after: bool) -> None:
 
 
 def _conds() -> dict[str, tiny.Cond]:
-    mask = torch.zeros(1, 32, 32)
-    mask[:, :, :16] = 1
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, :8] = 1
     masked = {"mask_strength": 1.0, "set_area_to_bounds": False}
     cond = tiny.cond
     return {
-        "areas": cond(1, area=(32, 16, 0, 0), strength=0.8) + cond(3),
+        "areas": cond(1, area=(16, 8, 0, 0), strength=0.8) + cond(3),
         "masks": cond(1, mask=mask, **masked) + cond(3, mask=1 - mask, **masked),
         "timesteps": cond(1, end_percent=0.5) + cond(3, start_percent=0.5),
         "longer": cond(1, tokens=154),
