@@ -52,7 +52,7 @@ def dit(model: Any, **widgets: Any) -> Any:
     return nodes.PagFastDiT.execute(model, **{**DIT, **widgets}).result[0]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Compared:
     """A sampling without PAG, with a whole perturbed pass, and with one that resumes."""
 
@@ -60,6 +60,9 @@ class Compared:
     whole: torch.Tensor
     shared: torch.Tensor
     ratios: tuple[float, float]  # FLOPs of the whole and of the resumed, × those without PAG
+
+    def __repr__(self) -> str:
+        return f"error {self.error:.2e}, effect {self.effect:.2e}, FLOPs {self.ratios}"
 
     @property
     def error(self) -> float:
