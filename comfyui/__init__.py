@@ -13,14 +13,15 @@ class PagFastExtension(ComfyExtension):
     """The nodes of this pack, and what they replace."""
 
     async def on_load(self) -> None:
-        """Register the replacements of another pack's nodes, where ComfyUI knows of them."""
-        if hasattr(io, "NodeReplace"):
-            from comfy_api.latest import ComfyAPI
+        """Register the replacements of another pack's nodes."""
+        from comfy_api.latest import ComfyAPI
+        from server import PromptServer
 
-            from .replacements import replacements
+        from .replacements import rename, replacements
 
-            for replacement in replacements():
-                await ComfyAPI().node_replacement.register(replacement)
+        for replacement in replacements():
+            await ComfyAPI().node_replacement.register(replacement)
+        PromptServer.instance.add_on_prompt_handler(rename)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes."""

@@ -21,7 +21,10 @@ REPLACED = {
 
 
 def replacements() -> list[Any]:
-    """One ``NodeReplace`` for each of their nodes: inputs keep their names."""
+    """One ``NodeReplace`` for each of their nodes: inputs keep their names.
+
+    The browser reads these when a workflow is opened.
+    """
     from comfy_api.latest import io
 
     return [
@@ -34,3 +37,20 @@ def replacements() -> list[Any]:
         )
         for theirs, (ours, widgets) in REPLACED.items()
     ]
+
+
+def rename(request: dict[str, Any]) -> dict[str, Any]:
+    """The body of a request to ``/prompt``, with our names for their nodes.
+
+    ComfyUI asks this before it replaces nodes itself, which fails with ``KeyError`` where a prompt
+    leaves an optional input out, or the title of a node. Inputs and output have the same names, so
+    that the name of the node is all there is to replace.
+    """
+    import nodes  # ComfyUI's
+
+    prompt = request.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        theirs = node.get("class_type") if isinstance(node, dict) else None
+        if theirs in REPLACED and theirs not in nodes.NODE_CLASS_MAPPINGS:
+            node["class_type"] = REPLACED[theirs][0]
+    return request
