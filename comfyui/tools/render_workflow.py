@@ -1,12 +1,14 @@
 """Draws the nodes of a workflow as ComfyUI shows them, from its JSON alone.
 
 In the environment of ``make test-comfy``, for all workflows of the pack:
-``python comfyui/tools/render_workflow.py [RESULT.png of pag_fast_emoji]``.
+``python comfyui/tools/render_workflow.py [OUTPUT]``. Nodes that save show what they have saved in
+OUTPUT, ComfyUI's output folder.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ COLORS = {
 Place = tuple[float, float]
 
 
-def draw(workflow: dict[str, Any]) -> Image.Image:
-    """A picture of all nodes, their values and links."""
+def draw(workflow: dict[str, Any], output: Path | None = None) -> Image.Image:
+    """A picture of all nodes, their values and links, and of what was saved in ``output``."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     left = min(node["pos"][0] for node in nodes.values()) - MARGIN
     top = min(node["pos"][1] for node in nodes.values()) - MARGIN - TITLE
@@ -38,21 +40,15 @@ def draw(workflow: dict[str, Any]) -> Image.Image:
     height = max(node["pos"][1] + _height(node) for node in nodes.values()) + MARGIN - top
     image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), BACK)
     pen = _Pen(image, left, top)
-    for _, origin, output, target, slot, kind in workflow["links"]:
-        pen.link(_output(nodes[origin], output), _input(nodes[target], slot), kind)
+    for _, origin, sent, target, slot, kind in workflow["links"]:
+        pen.link(_output(nodes[origin], sent), _input(nodes[target], slot), kind)
     for node in nodes.values():
         _node(pen, node)
+        if output and node["type"] == "SaveImage":
+            saved = sorted(output.glob(f"{node['widgets_values'][0]}_*.png"))
+            top = node["pos"][1] + SLOT + WIDGET + 12
+            pen.pictures(saved, (node["pos"][0] + 8, top), node["size"][0] - 16)
     return image.resize((round(width), round(height)), Image.Resampling.LANCZOS)
-
-
-def with_results(drawing: Image.Image, results: Image.Image) -> Image.Image:
-    """The drawing with results below it, enlarged by a whole number without smoothing."""
-    times = max(1, drawing.width // results.width)
-    large = results.resize((results.width * times, results.height * times), Image.Resampling.NEAREST)
-    out = Image.new("RGB", (drawing.width, drawing.height + large.height + MARGIN), BACK)
-    out.paste(drawing, (0, 0))
-    out.paste(large, ((drawing.width - large.width) // 2, drawing.height))
-    return out
 
 
 def _slots(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,7 +83,8 @@ class _Pen:
     """Draws in the workflow's units."""
 
     def __init__(self, image: Image.Image, left: float, top: float) -> None:
-        self.draw, self.left, self.top = ImageDraw.Draw(image), left, top
+        self.image, self.left, self.top = image, left, top
+        self.draw = ImageDraw.Draw(image)
         self.font = ImageFont.load_default(12 * SCALE)
 
     def _at(self, place: Place) -> Place:
@@ -125,6 +122,17 @@ class _Pen:
                 else:
                     line = longer
 
+    def pictures(self, paths: list[Path], place: Place, width: float) -> None:
+        """Square pictures in as many rows as columns."""
+        columns = math.ceil(len(paths) ** 0.5)
+        for number, path in enumerate(paths):
+            row, column = divmod(number, columns)
+            side = round(width / columns * SCALE)
+            x, y = self._at((place[0] + column * width / columns, place[1] + row * width / columns))
+            with Image.open(path) as picture:
+                large = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            self.image.paste(large, (round(x), round(y)))
+
     def link(self, start: Place, end: Place, kind: str) -> None:
         """A curve that leaves and arrives horizontally."""
         (x0, y0), (x3, y3) = start, end
@@ -155,9 +163,7 @@ def _node(pen: _Pen, node: dict[str, Any]) -> None:
     line = y + 6 + SLOT * max(len(_slots(node)), len(node["outputs"]))
     if node["type"] in ("CLIPTextEncode", "MarkdownNote"):
         pen.box((x + 8, line), (x + width - 8, bottom - 8), FIELD)
-        pen.lines(
-            (x + 16, line + 14), node["widgets_values"][0], width - 32, bottom - line - 20
-        )
+        pen.lines((x + 16, line + 14), node["widgets_values"][0], width - 32, bottom - line - 20)
         return
     for name, value in _values(node):
         pen.box((x + 8, line), (x + width - 8, line + WIDGET - 4), FIELD, 9)
@@ -170,11 +176,9 @@ def _node(pen: _Pen, node: dict[str, Any]) -> None:
 
 def main() -> None:
     """Write ``NAME.jpg`` beside every ``NAME.json``."""
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     for path in sorted(EXAMPLES.glob("*.json")):
-        picture = draw(json.loads(path.read_text(encoding="utf-8")))
-        if path.stem == "pag_fast_emoji" and len(sys.argv) > 1:
-            with Image.open(sys.argv[1]) as results:
-                picture = with_results(picture, results.convert("RGB"))
+        picture = draw(json.loads(path.read_text(encoding="utf-8")), output)
         picture.save(path.with_suffix(".jpg"), quality=88)
 
 
