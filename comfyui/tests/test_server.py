@@ -68,7 +68,7 @@ def _theirs(widgets: dict[str, Any]) -> dict[str, Any]:
 CHANGED: dict[str, Any] = {
     "unet_block": "output",
     "unet_block_id": 3,
-    "sigma_start": 12.0,
+    "sigma_start": 20.0,
     "sigma_end": 0.5,
     "rescale": 0.4,
     "rescale_mode": "partial",
@@ -83,7 +83,8 @@ REPLACED = [
 def test_the_pack_loads_and_its_inputs_are_those_that_are_documented(
     server: headless.Server,
 ) -> None:
-    assert "IMPORT FAILED" not in server.log()
+    failed = [line for line in server.log().splitlines() if "FAILED" in line and ".py" not in line]
+    assert not failed  # a node pack is named by its folder; core's own are files
     for node, defaults in NODES.items():
         info = server.object_info(node)
         inputs = workflows.inputs(info)
@@ -109,7 +110,7 @@ def test_core_and_pag_fast_draw_the_same_picture(server: headless.Server) -> Non
     stock = server.run(headless.flow("sdxl", PAG, steps=2)).image
     ours = server.run(headless.flow("sdxl", OURS, steps=2)).image
     again = server.run(headless.flow("sdxl", OURS, AS_IT_IS, steps=2)).image
-    assert stock.shape == (32, 32, 3)
+    assert stock.shape == (16, 16, 3)
     assert np.array_equal(stock, ours)
     assert np.array_equal(ours, again)
     assert np.abs(stock - without).max() > 10
