@@ -93,8 +93,8 @@ def compare(
     return Compared(*results, (counts[1] / counts[0], counts[2] / counts[0]))
 
 
-def holds(compared: Compared) -> None:
+def holds(compared: Compared, bound: float = 5e-6) -> None:
     """Sharing does not move the picture, PAG does, by far more."""
     assert compared.shared.isfinite().all()
-    assert compared.error <= 5e-6, compared
+    assert compared.error <= bound, compared
     assert compared.effect > 100 * max(compared.error, 1e-6), compared

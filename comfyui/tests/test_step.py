@@ -160,7 +160,7 @@ def test_prompts_that_need_several_batches_share_too(monkeypatch: Any) -> None:
     monkeypatch.setattr(type(model.model), "get_free_memory", lambda *_: 1.0)
     compared = compare(model, pag, steps=2)
     holds(compared)
-    assert compared.ratios[1] <= 1.34
+    assert compared.ratios[1] <= 1.345
 
 
 def test_each_reason_is_said_once() -> None:

@@ -86,7 +86,7 @@ def patcher(config_class: Any, config: dict[str, Any], seed: int = 0) -> Any:
 # name: class of the engine, configuration, shape of a latent, tokens
 _FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "sd15": ("SD15", configs.SD15, (1, 4, 16, 16), 77),
-    "sdxl": ("SDXL", configs.SDXL, (1, 4, 16, 16), 77),
+    "sdxl": ("SDXL", configs.SDXL, (1, 4, 32, 32), 77),
     "sd3": ("SD3", configs.SD3, (1, 16, 16, 16), 16),
     "flux": ("Flux", configs.FLUX, (1, 16, 32, 32), 32),
     "chroma": ("Chroma", configs.CHROMA, (1, 16, 32, 32), 32),
