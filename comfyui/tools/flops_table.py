@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +71,12 @@ ROWS = (
 )
 
 
-def table(rows: Iterable[Row] = ROWS) -> list[str]:
-    """The lines of the table below its heading."""
-    return [row.line() for row in rows]
-
-
 def main() -> None:
     """Print the lines; with ``--write`` put them into the README."""
-    lines = table()
-    print("\n".join(lines))
+    lines = []
+    for row in ROWS:
+        lines.append(row.line())
+        print(lines[-1], flush=True)
     if "--write" in sys.argv:
         text = README.read_text(encoding="utf-8").splitlines()
         start = next(n for n, line in enumerate(text) if line.startswith("|---|---|---|---|")) + 1
