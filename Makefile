@@ -51,7 +51,7 @@ $(COMFY_STAMP): constraints/dev.txt constraints/comfy.txt
 
 test-comfy: $(COMFY_STAMP) ## Test the ComfyUI nodes in the real ComfyUI, ENGINE=0.30.0 or an older one
 	ENGINE=$(ENGINE) $(COMFY)/bin/python comfyui/tests/engine.py
-	ENGINE=$(ENGINE) OMP_NUM_THREADS=1 $(COMFY)/bin/python -m pytest -q -n 2 --dist worksteal comfyui/tests
+	ENGINE=$(ENGINE) OMP_NUM_THREADS=1 $(COMFY)/bin/python -m pytest -q -n 2 --dist loadgroup comfyui/tests
 
 rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
 	$(PYTEST) -q -n 2 --dist load tests/rehearsal

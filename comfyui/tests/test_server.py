@@ -17,6 +17,9 @@ from PIL import Image
 # isort: split
 from comfyui.tools import render_workflow
 
+# one process of xdist runs all of these: one server starts
+pytestmark = pytest.mark.xdist_group("server")
+
 PAG = ("PerturbedAttentionGuidance", {"scale": 3.0})
 OURS = ("PagFastPAG", {"scale": 3.0})
 # what SDXL has anyway, but another prompt: an equal one comes out of the engine's cache
@@ -99,7 +102,7 @@ def test_the_pack_loads_and_its_inputs_are_those_that_are_documented(
         for name, default in defaults.items():
             options = inputs[name][1]
             assert (options["default"], type(options["default"])) == (default, type(default))
-            assert options["tooltip"].endswith("."), name
+            assert options["tooltip"].endswith("."), (node, name)
             if name in RANGES:
                 assert (options["min"], options["max"]) == RANGES[name]
     emoji = server.object_info("PagFastEmoji")

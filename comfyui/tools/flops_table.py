@@ -30,11 +30,12 @@ class Row:
     widgets: dict[str, Any] = dataclasses.field(default_factory=dict)
     cfg: float = 6.0
     controls: int = 0
+    shape: tuple[int, ...] | None = None  # of the latent, unless it is the tiny model's
 
     def counted(self) -> tuple[float, float]:
         """FLOPs of a sampling with a whole perturbed pass and with a resumed one, × no PAG."""
         model = tiny.build(self.model)
-        options: dict[str, Any] = {"steps": STEPS, "cfg": self.cfg}
+        options: dict[str, Any] = {"steps": STEPS, "cfg": self.cfg, "shape": self.shape}
         if self.controls:
             made = [tiny.controlnet(model, seed) for seed in range(self.controls)]
             options["positive"], options["negative"] = tiny.controlled(model, *made)
@@ -62,12 +63,12 @@ ROWS = (
     Row("SDXL with a ControlNet, middle block", "sdxl", 1.20, controls=1),
     Row("the same at CFG 1", "sdxl", 1.34, cfg=1.0, controls=1),
     Row("SDXL with two ControlNets, middle block", "sdxl", 1.16, controls=2),
-    Row("SD 1.5, middle block", "sd15", 1.34),
-    Row("Flux, single block 0", "flux", 1.30, {"single_blocks": "0"}),
-    Row("Chroma, single block 0", "chroma", 1.32, {"single_blocks": "0"}),
+    Row("SD 1.5, middle block", "sd15", 1.34, shape=(1, 4, 32, 32)),
+    Row("Flux, single block 0", "flux", 1.33, {"single_blocks": "0"}),
+    Row("Chroma, single block 0", "chroma", 1.33, {"single_blocks": "0"}),
     Row("SD3, block 13 of 24", "sd3", 1.25),
-    Row("Wan, block in the middle", "wan", 1.23, {"double_blocks": "4"}),
-    Row("Qwen-Image, block 40 of 60", "qwen_image", 1.17),
+    Row("Wan, block in the middle", "wan", 1.23, {"double_blocks": "4"}, shape=(1, 16, 2, 32, 32)),
+    Row("Qwen-Image, block 40 of 60", "qwen_image", 1.17, shape=(1, 16, 1, 48, 48)),
 )
 
 
