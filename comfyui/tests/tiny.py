@@ -42,7 +42,8 @@ class Tiny:
     def cond(self, seed: int, tokens: int | None = None, **entries: Any) -> Cond:
         """A conditioning of one entry, as CLIPTextEncode makes it; ``entries`` join its options."""
         if self.name == "ltx":  # its text encoder's nodes always set one
-            entries.setdefault("attention_mask", torch.ones(1, tokens or self.tokens))
+            mask = torch.ones(1, tokens or self.tokens, dtype=torch.long)
+            entries.setdefault("attention_mask", mask)
         return cond(seed, tokens or self.tokens, **entries)
 
     @property
