@@ -41,6 +41,9 @@ class Tiny:
 
     def cond(self, seed: int, tokens: int | None = None, **entries: Any) -> Cond:
         """A conditioning of one entry, as CLIPTextEncode makes it; ``entries`` join its options."""
+        if self.name == "ltx":  # its text encoder's nodes always set one
+            mask = torch.ones(1, tokens or self.tokens, dtype=torch.long)
+            entries.setdefault("attention_mask", mask)
         return cond(seed, tokens or self.tokens, **entries)
 
     @property
@@ -92,6 +95,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
     "chroma": ("Chroma", configs.CHROMA, (1, 16, 32, 32), 32),
     "hunyuan_video": ("HunyuanVideo", configs.HUNYUAN_VIDEO, (1, 16, 2, 16, 16), 16),
     "wan": ("WAN21_T2V", configs.WAN, (1, 16, 2, 16, 16), 16),
+    "ltx": ("LTXV", configs.LTX, (1, 128, 2, 8, 8), 16),
     "qwen_image": ("QwenImage", configs.QWEN_IMAGE, (1, 16, 1, 32, 32), 32),
     "lumina2": ("Lumina2", configs.LUMINA2, (1, 16, 16, 16), 32),
     "z_image": ("ZImage", configs.Z_IMAGE, (1, 16, 16, 16), 32),

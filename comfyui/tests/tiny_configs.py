@@ -135,6 +135,15 @@ WAN: dict[str, Any] = {
     "cross_attn_norm": True,
     "eps": 1e-6,
 }
+LTX: dict[str, Any] = {
+    "image_model": "ltxv",
+    "in_channels": 128,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "caption_channels": CONTEXT,
+    "num_layers": 8,
+}
 QWEN_IMAGE: dict[str, Any] = {
     "image_model": "qwen_image",
     "in_channels": 64,
