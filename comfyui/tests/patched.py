@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import loaded
 import tiny
 import torch
 
@@ -91,6 +92,22 @@ def compare(
             results.append(sample(model, patched, **options))
         counts.append(count)
     return Compared(*results, (counts[1] / counts[0], counts[2] / counts[0]))
+
+
+# engines before it ask the patch for layers of classes that they do not know only
+UNETS_SHARE = loaded.at_least("0.20.1")
+
+
+def costs(compared: Compared, most: float, saved: float = 0.0) -> None:
+    """A UNet's FLOPs × those without PAG are at most ``most``, and ``saved`` below a whole pass.
+
+    Engines that cannot share compute whole, which is as much as core's node.
+    """
+    whole, shared = compared.ratios
+    if UNETS_SHARE:
+        assert shared <= min(most, whole - saved), compared
+    else:
+        assert shared <= 1.001 * whole, compared
 
 
 def holds(compared: Compared, bound: float = 5e-6) -> None:
