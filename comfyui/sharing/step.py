@@ -37,12 +37,15 @@ class Entry:
         kept: what the denoiser's plan kept of it, by place. Tensors have this entry's rows only.
         control: the residuals of its ControlNets, as the model received them.
         spoiled: why it cannot be resumed, if it cannot.
+        in_parts: whether the main pass called the model for it more than once, so that what was
+            kept, and its residuals, are of one part alone.
     """
 
     inputs: dict[str, torch.Tensor]
     kept: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     control: control.Residuals | None = None
     spoiled: str | None = None
+    in_parts: bool = False
 
 
 @dataclasses.dataclass
@@ -242,6 +245,7 @@ class Sharing:
                 continue
             if uuid in step.entries:
                 step.entries[uuid].spoiled = "the main pass computes it in several parts"
+                step.entries[uuid].in_parts = True
                 continue
             where = slice(i * rows, (i + 1) * rows)
             inputs = _rows(named, where, x.shape[0])
@@ -252,7 +256,7 @@ class Sharing:
             new.append((entry, where))
         out = run(self.plan.record(net, new, options) if new else options)
         for entry, _ in new:
-            if not self.plan.complete(net, entry):
+            if entry.spoiled is None and not self.plan.complete(net, entry):
                 # a cache in between may have left the forward out
                 entry.spoiled = "its main pass was not seen in its blocks"
         return out

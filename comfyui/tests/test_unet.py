@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from patched import UNETS_SHARE, compare, costs, holds, pag, seg
+from patched import compare, costs, holds, pag, seg
 
 # isort: split
 from comfyui import nodes
@@ -62,7 +62,7 @@ def test_controlnets_run_as_often_as_without_pag() -> None:
     positive, negative = tiny.controlled(model, control)
     with tiny.counted(control.control_model) as rows:
         tiny.sample(model, pag(model.model), positive, negative, steps=2)
-    assert rows == ([2, 2] if UNETS_SHARE else [2, 1] * 2)
+    assert rows == [2, 2]
 
 
 def test_a_picture_of_a_batch_is_the_picture_alone() -> None:
