@@ -1,9 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+COMFY := .venv-comfy
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST_STAMP := $(OLDEST)/.installed
+COMFY_STAMP := $(COMFY)/.installed
 # what an installation copies; everything else is read from the checkout
 PACKAGE := setup.py pyproject.toml pag_fast/version.py
 # errors only
@@ -12,8 +14,8 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed rehearse sweep page check format demo ledger bench compare \
-	counts aot tune gpu-suite emoji accuracy clean
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page check format demo ledger \
+	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +38,20 @@ $(OLDEST_STAMP): $(PACKAGE) constraints/oldest.txt
 
 test-oldest: $(OLDEST_STAMP) ## Run the tests against the oldest supported diffusers and transformers
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal
+
+# what ComfyUI imports that development has as well, in those versions
+COMFY_SHARED := torch numpy pillow transformers tokenizers sentencepiece safetensors diffusers \
+	psutil pyyaml requests tqdm pydantic filelock pytest pytest-xdist
+
+$(COMFY_STAMP): constraints/dev.txt constraints/comfy.txt
+	$(PYTHON) -m venv $(COMFY)
+	$(COMFY)/bin/python -m pip install $(PIP_FLAGS) -c constraints/dev.txt $(COMFY_SHARED)
+	$(COMFY)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints/comfy.txt
+	@touch $@
+
+test-comfy: $(COMFY_STAMP) ## Test the ComfyUI nodes in the real ComfyUI, ENGINE=0.30.0 or an older one
+	ENGINE=$(ENGINE) $(COMFY)/bin/python comfyui/tests/engine.py
+	ENGINE=$(ENGINE) OMP_NUM_THREADS=1 $(COMFY)/bin/python -m pytest -q -n 2 --dist loadgroup comfyui/tests
 
 rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
 	$(PYTEST) -q -n 2 --dist load tests/rehearsal
@@ -90,5 +106,5 @@ accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
 	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(COMFY) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

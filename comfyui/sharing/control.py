@@ -1,0 +1,93 @@
+"""Residuals of ControlNets: computed in the main pass, handed out again in the perturbed one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .step import Entry
+
+Residuals = dict[str, list[torch.Tensor | None]]
+
+
+def rows_of(residuals: Any, rows: slice, batch: int) -> Residuals | None:
+    """``rows`` of every residual; those that stand for all rows stay whole.
+
+    The lists are copied because UNets pop what they use.
+    """
+    if residuals is None:
+        return None
+    return {
+        name: [
+            tensor if tensor is None or tensor.shape[0] != batch else tensor[rows]
+            for tensor in tensors
+        ]
+        for name, tensors in residuals.items()
+    }
+
+
+class Recorded:
+    """Stands in for a ControlNet: it returns what the main pass received from it.
+
+    Args:
+        real: the ControlNet, asked where an entry turns out not to be recorded.
+        entries: the entries of this step, by ``uuid``.
+        rows: pictures in the batch.
+    """
+
+    def __init__(self, real: Any, entries: dict[Hashable, Entry], rows: int) -> None:
+        self.real, self.entries, self.rows = real, entries, rows
+
+    def get_control(
+        self, x: torch.Tensor, t: Any, cond: Any, batched: int, options: dict[str, Any]
+    ) -> Residuals | None:
+        """The residuals of the entries in ``options["uuids"]``, in their order."""
+        kept = [self.entries.get(uuid) for uuid in options["uuids"]]
+        known = [
+            entry.control
+            for entry in kept
+            if entry is not None and entry.control is not None and not entry.in_parts
+        ]
+        alike = all(_structure(one) == _structure(known[0]) for one in known)
+        if len(known) < len(kept) or not alike or x.shape[0] != self.rows * len(kept):
+            return self.real.get_control(x, t, cond, batched, options)
+        first = known[0]
+        return {name: [_joined(known, name, i) for i in range(len(first[name]))] for name in first}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+def _structure(residuals: Residuals) -> dict[str, list[bool]]:
+    return {name: [tensor is None for tensor in tensors] for name, tensors in residuals.items()}
+
+
+def _joined(known: list[Residuals], name: str, i: int) -> torch.Tensor | None:
+    parts = [residuals[name][i] for residuals in known]
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    # one that stands for all rows is the same tensor in every entry
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0]
+    return torch.cat(tensors)
+
+
+def stand_ins(cond: list[dict[str, Any]], entries: dict[Hashable, Entry], rows: int) -> list[Any]:
+    """``cond`` with a stand-in for each ControlNet whose residuals this step has recorded.
+
+    Entries of one ControlNet get one stand-in, so that they may go into one batch as before.
+    """
+    made: dict[int, Recorded] = {}
+    out: list[Any] = []
+    for one in cond:
+        real, entry = one.get("control"), entries.get(one["uuid"])
+        known = entry is not None and entry.control is not None and not entry.in_parts
+        if real is not None and known:
+            stand_in = made.setdefault(id(real), Recorded(real, entries, rows))
+            one = {**one, "control": stand_in}
+        out.append(one)
+    return out

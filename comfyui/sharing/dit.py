@@ -1,0 +1,132 @@
+"""Where the perturbed pass leaves the main pass in a transformer, and how it resumes there.
+
+Most transformers of ComfyUI ask ``patches_replace["dit"]`` before each of their blocks. In the
+main pass a patch on the last block in front of the fork keeps what that block returns; in the
+perturbed pass the blocks up to there return what they were given, and that one returns what was
+kept. The transformer's own forward runs unchanged around them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..blocks import Block, dit_lists
+from .step import Entry
+
+Patch = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+Key = tuple[str, int]
+
+# transformers in which a perturbed pass that resumes was compared with a whole one (tests)
+COMPARED = frozenset(
+    {"Flux", "Chroma", "OpenAISignatureMMDITWrapper", "WanModel", "QwenImageTransformer2DModel",
+     "HunyuanVideo", "LTXVModel"}
+)  # fmt: skip
+
+# classes of transformers that were seen to ask no patches for their blocks
+HOOKLESS: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def key_of(block: Block) -> Key:
+    """The key under which ComfyUI looks for a patch of ``block``."""
+    return f"{block[0]}_block", block[1]
+
+
+class DiTPlan:
+    """What a transformer keeps of its main pass, and hands out in the perturbed one.
+
+    Args:
+        blocks: the perturbed blocks.
+    """
+
+    def __init__(self, blocks: frozenset[Block]) -> None:
+        self.blocks = blocks
+        self._order: weakref.WeakKeyDictionary[Any, list[Key]] = weakref.WeakKeyDictionary()
+        # what was seen to differ when it resumed
+        self.refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self.trusted: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def supports(self, net: torch.nn.Module) -> str | None:
+        """Nothing is shared in front of the first block, or where sharing was seen to fail."""
+        if type(net) in HOOKLESS:
+            return "its blocks ask no patches"
+        if net in self.refused:
+            return self.refused[net]
+        if not self.shared(net):
+            return "its first block is perturbed, so that nothing lies in front of it"
+        return None
+
+    def doubted(self, net: torch.nn.Module) -> bool:
+        """Whether a resumed pass has to be compared with a whole one before it is trusted."""
+        return type(net).__name__ not in COMPARED and net not in self.trusted
+
+    def shared(self, net: torch.nn.Module) -> list[Key]:
+        """The blocks in front of the first perturbed one, in running order."""
+        if net not in self._order:
+            lists = dit_lists(net)
+            self._order[net] = [
+                (f"{kind}_block", i) for kind, blocks in lists.items() for i in range(len(blocks))
+            ]
+        order = self._order[net]
+        return order[: min(order.index(key_of(block)) for block in self.blocks)]
+
+    # -- the main pass ----------------------------------------------------------------------
+
+    def record(
+        self, net: torch.nn.Module, entries: list[tuple[Entry, slice]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``options`` with a patch that keeps the entries' rows of the last shared block."""
+        last = self.shared(net)[-1]
+
+        def keep(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            out = before(args, extra) if before else extra["original_block"](args)
+            for entry, rows in entries:
+                # blocks behind this one write into their input
+                entry.kept[last] = {
+                    name: tensor[rows].clone()
+                    for name, tensor in out.items()
+                    if isinstance(tensor, torch.Tensor)
+                }
+            return out
+
+        return with_patches(options, {last: keep})
+
+    def complete(self, net: torch.nn.Module, entry: Entry) -> bool:
+        """Whether the last shared block was run, and asked our patch."""
+        return self.shared(net)[-1] in entry.kept
+
+    # -- the perturbed pass -----------------------------------------------------------------
+
+    def resume(
+        self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``options`` with patches that hand out what was kept up to the last shared block."""
+        *skipped, last = self.shared(net)
+
+        def hand_out(args: dict[str, Any], extra: dict[str, Any], before: Any) -> Any:
+            kept = [entry.kept.pop(last) for entry in entries]
+            joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
+            return {**args, **joined}
+
+        return with_patches(options, {**dict.fromkeys(skipped, leave_out), last: hand_out})
+
+
+def leave_out(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> dict[str, Any]:
+    """A block that returns what it was given."""
+    return args
+
+
+def with_patches(options: dict[str, Any], patches: dict[Key, Any]) -> dict[str, Any]:
+    """``options`` with patches in front of blocks; each gets the patch that was there before."""
+    replaced = dict(options.get("patches_replace", {}))
+    dit = replaced["dit"] = dict(replaced.get("dit", {}))
+    for key, patch in patches.items():
+        dit[key] = _chained(patch, dit.get(key))
+    return {**options, "patches_replace": replaced}
+
+
+def _chained(patch: Any, before: Patch | None) -> Patch:
+    return lambda args, extra: patch(args, extra, before)
