@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_generate import add_command as add_generate
 from .settings.checks import number, whole_number
-from .tools.generate.command import add_command as add_generate
 from .version import __version__
 
 

@@ -27,6 +27,7 @@ ORDER = (
     ("analysis",),
     ("",),  # the package itself, which shows what users touch
     ("tools",),
+    ("cli_generate",),
     ("cli",),
 )
 """Each may import those in front of it, and nothing beside or behind it."""

@@ -21,7 +21,6 @@ from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
-from ..sharing.tokens import in_runs
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
@@ -65,7 +64,9 @@ class InjectedSession(Session):
         self._cond_first = patch.host.cond_is_first
         self._scales = loop.scales
         family = family_of(uncompiled(getattr(pipe, denoiser)))
-        self._sequence, self._runs = family.sequence, family.tokens
+        self._sequence = family.sequence
+        # only such a model may take its rows as a list
+        self._lists = family.runs_stock
         self._arguments: dict[str, Any] | None = None
         self._stock: StockPasses | None = None
         self._extended: Copies = {}
@@ -250,20 +251,11 @@ class InjectedSession(Session):
                 )
             if not drops:
                 call, layout = extended, everything
+        if self.installed.runs is not None:
+            self.installed.mark_tokens(call, layout)
         self._prepare(call, layout, frames, found, same=same, step=self.loop.step)
         self.ran = layout, scales
         return call
-
-    def _prepare(self, call: Call, layout: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
-        if self._runs is not None:
-            runs = self._runs(self.installed.denoiser, call)
-            if len(runs) > 1:  # cond's
-                unit, at = len(runs) // len(layout), layout.index(COND)
-                runs = runs[at * unit : (at + 1) * unit]
-            state, tokens = self.installed.state, in_runs(runs, latents_of(call).device)
-            state.tokens = dict.fromkeys(self.installed.attentions, tokens)
-            state.num_contexts, state.num_image = tuple(run[0] for run in runs), runs[0][1]
-        super()._prepare(call, layout, *args, **kwargs)
 
     def _scheduled(self, call: Call) -> Any:
         """The scheduler's own timestep: some pipelines hand a function of it to the model."""
@@ -280,22 +272,15 @@ class InjectedSession(Session):
 
     def _combined(self, out: Any) -> Any:
         """The denoiser's output without perturbed rows: their difference is in the others."""
-        if isinstance(out[0], torch.Tensor):
-            return self._guided(out)
-        # a model that takes a list of rows returns one
-        found = self._guided(with_prediction(out, prediction_of(out)))
-        return with_prediction(found, list(found[0].unbind(0)))
-
-    def _guided(self, out: Any) -> Any:
+        if self._lists and not isinstance(out[0], torch.Tensor):
+            # a model that takes a list of rows returns one
+            found = self._combined(with_prediction(out, prediction_of(out)))
+            return with_prediction(found, list(found[0].unbind(0)))
         prediction = out[0]
         if self._is_last_pass():
             self.forget()
         if self._pass != COND:
-            if self._pending is None or self._pending[0] != self._seen[0]:
-                return out
-            if self._pass not in self._pending[2]:
-                return out
-            return self._result(out, [prediction + self._pending[1]])
+            return self._with_pending(out)
         self._pending = None
         uncond, cond, perturbed, scale = self.predictions(prediction)
         others: tuple[torch.Tensor, ...] = () if uncond is None else (uncond,)
@@ -330,6 +315,14 @@ class InjectedSession(Session):
             # skip-layer guidance subtracts a pass from cond, and what is added here with it
             self._pending = self._seen[0], guided - cond, (SKIP,)
         return self._result(out, [*others, guided])
+
+    def _with_pending(self, out: Any) -> Any:
+        """Another pass than cond's, with what cond's has found for it in this step."""
+        if self._pending is None or self._pending[0] != self._seen[0]:
+            return out
+        if self._pass not in self._pending[2]:
+            return out
+        return self._result(out, [out[0] + self._pending[1]])
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""

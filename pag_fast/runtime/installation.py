@@ -13,15 +13,23 @@ from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.description import ModelDescription
 from ..models.layer_names import self_attentions, transformer_blocks
-from ..models.registry import family_of, fusable_processors, has_compiled, stock_pag_processors
+from ..models.registry import (
+    COND,
+    family_of,
+    fusable_processors,
+    has_compiled,
+    stock_pag_processors,
+)
 from ..perturbations import AttentionPerturbation, BlockPerturbation
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..processors.stock import in_place_of
+from ..sharing.arguments import latents_of
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
+from ..sharing.tokens import in_runs
 from .instance_patch import Entry, InstancePatch, came_back
 from .perturbed_branches import PerturbedBranch, layers_of, perturbed_branches
 
@@ -52,6 +60,7 @@ class Installation:
         family = family_of(denoiser)
         self.denoiser = denoiser
         self._runs_stock = family.runs_stock
+        self.runs = family.tokens
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces
@@ -214,6 +223,17 @@ class Installation:
             name: self.processors[name].same_input(module)
             for name, module in self.attentions.items()
         }
+
+    def mark_tokens(self, call: dict[str, Any], layout: tuple[str, ...]) -> None:
+        """Write down where the image's tokens are, of a model whose description says so."""
+        assert self.runs is not None
+        runs = self.runs(self.denoiser, call)
+        if len(runs) > 1:  # cond's
+            unit, at = len(runs) // len(layout), layout.index(COND)
+            runs = runs[at * unit : (at + 1) * unit]
+        tokens = in_runs(runs, latents_of(call).device)
+        self.state.tokens = dict.fromkeys(self.attentions, tokens)
+        self.state.num_contexts, self.state.num_image = tuple(run[0] for run in runs), runs[0][1]
 
     def prepare(self, latents: torch.Tensor, step: int) -> None:
         """Before a forward: what perturbations have to know, without waiting for the device."""

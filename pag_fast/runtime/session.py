@@ -321,6 +321,8 @@ class Session(Guided):
                 without = change_rows(other, latents.shape[0], frames, full, rows)
             other = dict(without)
             layout = layout[:rows]
+        if self.installed.runs is not None:
+            self.installed.mark_tokens(other, layout)
         self._prepare(other, layout, frames, found, same=False, step=self.forwards - 1)
         self._run(forward, other, found)
         self.patch.steps = counted

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ...settings.checks import number, whole_number
+from .settings.checks import number, whole_number
 
 
 def add_command(commands: Any) -> None:
@@ -42,8 +42,8 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw what the options say; 1 if rows failed."""
-    from .run import Job, generate
-    from .shards import local_index, shard_of
+    from .tools.generate.run import Job, generate
+    from .tools.generate.shards import local_index, shard_of
 
     call: dict[str, Any] = {
         "pag_scale": number("--pag-scale", arguments.pag_scale, least=0.0),
