@@ -159,7 +159,7 @@ def models_of(spec: Spec, pipe: Any) -> list[Any]:
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
     """Numbers that depend on the seed alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def _prompts(spec: Spec, prefix: str, batch: int) -> dict[str, Any]:
@@ -265,7 +265,8 @@ class Nothing(diffusers.ModelMixin):
 
 
 def photo(seed: int = 1, size: int = 64) -> Any:
-    numbers = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(seed))
+    source = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(256, (size, size, 3), generator=source, device="cpu")
     return PIL.Image.fromarray(numbers.to(torch.uint8).numpy())
 
 
@@ -278,5 +279,5 @@ def film(frames: int = 5, size: int = 64) -> list[Any]:
 
 
 def picture(size: int = 64, batch: int = 1) -> torch.Tensor:
-    made = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return made
+    source = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, size, size, generator=source, device="cpu")
