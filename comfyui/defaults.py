@@ -12,9 +12,9 @@ PUBLISHED: dict[str, tuple[str, int, int, str]] = {
     "WanModel": ("double", 40, 8, "STG, arXiv 2411.18664"),
     "LTXVModel": ("double", 28, 19, "STG, arXiv 2411.18664"),
     "HunyuanVideo": ("double", 20, 2, "STG, arXiv 2411.18664"),
-    "HunYuanDiT": ("double", 40, 14, "diffusers #8240"),
-    "Flux": ("single", 38, 0, "untested: half way, where shared blocks make PAG cheap"),
-    "Chroma": ("single", 38, 0, "untested: as Flux"),
+    "HunYuanDiT": ("double", 40, 14, "diffusers #8936"),
+    "Flux": ("single", 38, 0, "ComfyUI-Fluxtapoz, PAGAttention"),
+    "Chroma": ("single", 38, 0, "untested: that of Flux, which it was made of"),
     "QwenImageTransformer2DModel": ("double", 60, 40, "untested: two thirds of the way"),
 }
 

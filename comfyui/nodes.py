@@ -8,14 +8,20 @@ from typing import Any
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 
-from .blocks import Block, dit_lists, parse_dit_blocks, parse_unet_blocks, single_unet_block
+from .blocks import (
+    Block,
+    dit_lists,
+    parse_dit_blocks,
+    parse_unet_blocks,
+    replaced_keys,
+    single_unet_block,
+)
 from .defaults import default_blocks
 from .emoji import PagFastEmoji
 from .guidance import RESCALE_MODES, Guidance
 from .passes import DiTPass, UNetPass
 from .perturbations import BlurredQueries, Identity
 from .sharing.dit import DiTPlan
-from .sharing.report import Report
 from .sharing.step import Sharing, denoiser
 from .sharing.unet import UNetPlan
 
@@ -23,13 +29,16 @@ CATEGORY = "model/patch/unet"
 ALIASES = ["PAG", "perturbed attention", "guidance", "pag_fast", "fast PAG"]
 
 
-def guide(patcher: Any, guidance: Guidance, perturbed: Callable[[Any], Any]) -> Any:
+def guide(
+    patcher: Any, guidance: Guidance, perturbed: Callable[[Any], Any], sharing: Sharing | None
+) -> io.NodeOutput:
     """A clone of ``patcher`` whose predictions are guided; the model itself is not touched.
 
     Args:
         patcher: a ``ModelPatcher``.
         guidance: when, and how strongly.
         perturbed: the perturbed prediction, from what ComfyUI hands to a post-CFG function.
+        sharing: what lets it resume from the main pass; None: it is computed whole.
     """
     patcher = patcher.clone()
 
@@ -44,20 +53,17 @@ def guide(patcher: Any, guidance: Guidance, perturbed: Callable[[Any], Any]) -> 
     patcher.set_model_sampler_post_cfg_function(
         post_cfg, disable_cfg1_optimization=guidance.rescale_mode == "snf"
     )
-    return patcher
+    if sharing is not None:
+        sharing.attach(patcher)
+    return io.NodeOutput(patcher)
 
 
 def _guide_unet(
     patcher: Any, guidance: Guidance, blocks: frozenset[Block], attention: Any, share: bool
 ) -> io.NodeOutput:
-    sharing = None
-    if share:
-        plan = UNetPlan(blocks, lambda patch: isinstance(patch, Identity))
-        sharing = Sharing(plan, guidance.active, Report())
-    patched = guide(patcher, guidance, UNetPass(blocks, attention, sharing))
-    if sharing is not None:
-        sharing.attach(patched)
-    return io.NodeOutput(patched)
+    sharing = Sharing(UNetPlan(blocks), guidance.active) if share else None
+    keys = replaced_keys(denoiser(patcher.model), blocks)
+    return guide(patcher, guidance, UNetPass(keys, attention, sharing), sharing)
 
 
 def _unet_of(patcher: Any, node: str) -> Any:
@@ -145,8 +151,24 @@ def _unet_inputs(*behind_scale: Any) -> list[Any]:
     ]
 
 
-def _blocks(net: Any, part: str, number: int, names: str) -> frozenset[Block]:
-    return parse_unet_blocks(net, names) if names.strip() else single_unet_block(net, part, number)
+def _guide_by_widgets(
+    node: str,
+    attention: Any,
+    model: Any,
+    *,
+    unet_block: str,
+    unet_block_id: int,
+    unet_block_list: str = "",
+    share: bool = True,
+    **guidance: Any,
+) -> io.NodeOutput:
+    """Patch a clone of ``model`` as :func:`_unet_inputs` say; the others are of ``Guidance``."""
+    net = _unet_of(model, node)
+    if unet_block_list.strip():
+        blocks = parse_unet_blocks(net, unet_block_list)
+    else:
+        blocks = single_unet_block(net, unet_block, unet_block_id)
+    return _guide_unet(model, Guidance(**guidance), blocks, attention, share)
 
 
 class PagFastPAG(io.ComfyNode):
@@ -201,25 +223,9 @@ class PagFastPAGAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        scale: float,
-        adaptive_scale: float,
-        unet_block: str,
-        unet_block_id: int,
-        sigma_start: float,
-        sigma_end: float,
-        rescale: float,
-        rescale_mode: str,
-        unet_block_list: str = "",
-        share: bool = True,
-    ) -> io.NodeOutput:
+    def execute(cls, model: Any, **widgets: Any) -> io.NodeOutput:
         """Patch a clone of ``model``."""
-        net = _unet_of(model, "PAG Fast (Advanced)")
-        blocks = _blocks(net, unet_block, unet_block_id, unet_block_list)
-        guidance = Guidance(scale, adaptive_scale, sigma_start, sigma_end, rescale, rescale_mode)
-        return _guide_unet(model, guidance, blocks, Identity(), share)
+        return _guide_by_widgets("PAG Fast (Advanced)", Identity(), model, **widgets)
 
 
 class PagFastSEG(io.ComfyNode):
@@ -248,25 +254,9 @@ class PagFastSEG(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        scale: float,
-        blur_sigma: float,
-        unet_block: str,
-        unet_block_id: int,
-        sigma_start: float,
-        sigma_end: float,
-        rescale: float,
-        rescale_mode: str,
-        unet_block_list: str = "",
-        share: bool = True,
-    ) -> io.NodeOutput:
+    def execute(cls, model: Any, blur_sigma: float, **widgets: Any) -> io.NodeOutput:
         """Patch a clone of ``model``."""
-        net = _unet_of(model, "SEG Fast")
-        blocks = _blocks(net, unet_block, unet_block_id, unet_block_list)
-        guidance = Guidance(scale, 0.0, sigma_start, sigma_end, rescale, rescale_mode)
-        return _guide_unet(model, guidance, blocks, BlurredQueries(blur_sigma), share)
+        return _guide_by_widgets("SEG Fast", BlurredQueries(blur_sigma), model, **widgets)
 
 
 class PagFastDiT(io.ComfyNode):
@@ -334,11 +324,9 @@ class PagFastDiT(io.ComfyNode):
         blocks = parse_dit_blocks(net, double_blocks, single_blocks) or default_blocks(net)
         guidance = Guidance(scale, 0.0, *_window(model, start_percent, end_percent), rescale)
         plan = DiTPlan(blocks)
-        sharing = Sharing(plan, guidance.active, Report()) if share else None
-        patched = guide(model, guidance, DiTPass(blocks, plan, perturbation == "skip", sharing))
-        if sharing is not None:
-            sharing.attach(patched)
-        return io.NodeOutput(patched)
+        sharing = Sharing(plan, guidance.active) if share else None
+        perturbed = DiTPass(blocks, plan, perturbation == "skip", sharing)
+        return guide(model, guidance, perturbed, sharing)
 
 
 def _window(model: Any, start: float, end: float) -> tuple[float, float]:

@@ -6,45 +6,45 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy.model_patcher import set_model_options_patch_replace
 
-from .blocks import Block, dit_lists, replaced_keys
+from .blocks import Block, dit_lists
 from .sharing.dit import COMPARED, HOOKLESS, DiTPlan, Patch, key_of, leave_out, with_patches
-from .sharing.joint import Overrides, Perturbed, Probe, Seen
-from .sharing.step import Sharing, denoiser
+from .sharing.joint import Overrides, Perturbed, Probe, Seen, Tokens
+from .sharing.step import Sharing, denoiser, predicted
 
 Arguments = dict[str, Any]  # what ComfyUI hands to a post-CFG function
 
 
 def _whole(args: Arguments, options: dict[str, Any]) -> torch.Tensor:
-    cond, x, sigma = args["cond"], args["input"], args["sigma"]
-    return comfy.samplers.calc_cond_batch(args["model"], [cond], x, sigma, options)[0]
+    return predicted(args, args["cond"], options)
+
+
+def _resumed(sharing: Sharing | None, args: Arguments, options: dict[str, Any]) -> torch.Tensor:
+    return _whole(args, options) if sharing is None else sharing.perturbed(args, options)
 
 
 class UNetPass:
     """The perturbed pass of a UNet.
 
     Args:
-        blocks: the perturbed blocks.
+        keys: of the perturbed blocks (:func:`.blocks.replaced_keys`).
         attention: replaces ``attn1`` in them.
         sharing: resumes the pass; None: it is computed whole, as by ComfyUI's own node.
     """
 
     def __init__(
-        self, blocks: frozenset[Block], attention: Callable[..., Any], sharing: Sharing | None
+        self, keys: list[tuple[Any, ...]], attention: Callable[..., Any], sharing: Sharing | None
     ) -> None:
-        self.blocks, self.attention, self.sharing = blocks, attention, sharing
+        self.keys, self.attention, self.sharing = keys, attention, sharing
 
     def __call__(self, args: Arguments) -> torch.Tensor:
         """The perturbed prediction [B, C, ...] of ``args["cond"]``."""
         options = args["model_options"].copy()
-        for key in replaced_keys(denoiser(args["model"]), self.blocks):
+        for key in self.keys:
             options = set_model_options_patch_replace(options, self.attention, "attn1", *key)
-        if self.sharing is None:
-            return _whole(args, options)
-        return self.sharing.perturbed(args, options)
+        return _resumed(self.sharing, args, options)
 
 
 class DiTPass:
@@ -61,7 +61,7 @@ class DiTPass:
         self, blocks: frozenset[Block], plan: DiTPlan, skip: bool, sharing: Sharing | None
     ) -> None:
         self.blocks, self.plan, self.skip, self.sharing = blocks, plan, skip, sharing
-        self._seen: tuple[Any, torch.Tensor] | None = None
+        self._seen: tuple[Any, tuple[Tokens, Tokens]] | None = None
 
     def __call__(self, args: Arguments) -> torch.Tensor:
         """The perturbed prediction [B, C, ...] of ``args["cond"]``.
@@ -86,19 +86,16 @@ class DiTPass:
         """Through patches of the blocks; None where the transformer asks none."""
         if self.skip:
             asked: list[int] = []
-            out = self._run(args, self._with_blocks(args, _skipping(asked)))
+            out = _resumed(self.sharing, args, self._with_blocks(args, _skipping(asked)))
             return self._compared(out, args, net, _skipping([])) if asked else None
-        override = Perturbed(_override(args), self._known_image(args, net))
-        out = self._run(args, self._with_blocks(args, _around(override), override))
+        known = type(net).__name__ in COMPARED
+        override = Perturbed(_override(args), None if known else self._tokens(args, net))
+        options = self._with_blocks(args, _around(override), override)
+        out = _resumed(self.sharing, args, options)
         if override.entered == 0:
             return None
         _check(override, net)
         return self._compared(out, args, net, _around(override), override)
-
-    def _run(self, args: Arguments, options: Any) -> torch.Tensor:
-        if self.sharing is None:
-            return _whole(args, options)
-        return self.sharing.perturbed(args, options)
 
     def _compared(
         self,
@@ -122,21 +119,18 @@ class DiTPass:
     def _with_blocks(
         self, args: Arguments, patch: Any, override: Overrides | None = None
     ) -> dict[str, Any]:
-        options = args["model_options"].copy()
+        options = args["model_options"] if override is None else _with_override(args, override)
         to = options.get("transformer_options", {})
         to = with_patches(to, {key_of(block): patch for block in self.blocks})
-        if override is not None:
-            to["optimized_attention_override"] = override
-        options["transformer_options"] = to
-        return options
+        return {**options, "transformer_options": to}
 
     # -- transformers whose blocks ask no patches ---------------------------------------------
 
     def _hooked(self, args: Arguments, net: torch.nn.Module) -> torch.Tensor:
         """Through hooks on the perturbed blocks, which are gone when the pass has ended."""
-        override = Perturbed(_override(args), self._image(args, net))
+        override = Perturbed(_override(args), self._tokens(args, net))
         with self._hooks(net, override):
-            out = _whole(args, self._with_blocks(args, _untouched, override))
+            out = _whole(args, _with_override(args, override))
         _check(override, net)
         return out
 
@@ -152,11 +146,8 @@ class DiTPass:
                 stack.callback(leave.remove)
             yield
 
-    def _known_image(self, args: Arguments, net: torch.nn.Module) -> torch.Tensor | None:
-        return self._image(args, net) if type(net).__name__ not in COMPARED else None
-
-    def _image(self, args: Arguments, net: torch.nn.Module) -> torch.Tensor:
-        """Indices of the image tokens, seen once a sampling in a forward whose latents are NaN."""
+    def _tokens(self, args: Arguments, net: torch.nn.Module) -> tuple[Tokens, Tokens]:
+        """Tokens of the image and others, seen once a sampling in a forward of NaN latents."""
         of = (args["input"].shape, args["cond"][0]["uuid"])
         if self._seen is not None and self._seen[0] == of:
             return self._seen[1]
@@ -165,10 +156,10 @@ class DiTPass:
         nan = {**args, "cond": cond, "input": torch.full_like(args["input"], float("nan"))}
         with self._hooks(net, probe):
             try:
-                _whole(nan, self._with_blocks(args, _untouched, probe))
+                _whole(nan, _with_override(args, probe))
             except Seen as seen:
-                self._seen = of, seen.image
-                return seen.image
+                self._seen = of, seen.tokens
+                return seen.tokens
         raise ValueError(_nothing_perturbed(net))
 
 
@@ -176,8 +167,10 @@ def _override(args: Arguments) -> Any:
     return args["model_options"].get("transformer_options", {}).get("optimized_attention_override")
 
 
-def _untouched(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
-    return before(args, extra) if before else extra["original_block"](args)
+def _with_override(args: Arguments, override: Overrides) -> dict[str, Any]:
+    options = args["model_options"]
+    to = {**options.get("transformer_options", {}), "optimized_attention_override": override}
+    return {**options, "transformer_options": to}
 
 
 def _skipping(asked: list[int]) -> Any:
@@ -194,7 +187,7 @@ def _around(override: Overrides) -> Any:
     def patch(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
         override.enter(*_tokens(args))
         try:
-            return _untouched(args, extra, before)
+            return before(args, extra) if before else extra["original_block"](args)
         finally:
             override.leave()
 

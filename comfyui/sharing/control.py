@@ -46,11 +46,7 @@ class Recorded:
     ) -> Residuals | None:
         """The residuals of the entries in ``options["uuids"]``, in their order."""
         kept = [self.entries.get(uuid) for uuid in options["uuids"]]
-        known = [
-            entry.control
-            for entry in kept
-            if entry is not None and entry.control is not None and not entry.in_parts
-        ]
+        known = [entry.control for entry in kept if entry is not None and entry.control is not None]
         alike = all(_structure(one) == _structure(known[0]) for one in known)
         if len(known) < len(kept) or not alike or x.shape[0] != self.rows * len(kept):
             return self.real.get_control(x, t, cond, batched, options)
@@ -85,8 +81,7 @@ def stand_ins(cond: list[dict[str, Any]], entries: dict[Hashable, Entry], rows: 
     out: list[Any] = []
     for one in cond:
         real, entry = one.get("control"), entries.get(one["uuid"])
-        known = entry is not None and entry.control is not None and not entry.in_parts
-        if real is not None and known:
+        if real is not None and entry is not None and entry.control is not None:
             stand_in = made.setdefault(id(real), Recorded(real, entries, rows))
             one = {**one, "control": stand_in}
         out.append(one)

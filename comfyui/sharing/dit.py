@@ -66,9 +66,10 @@ class DiTPlan:
     def shared(self, net: torch.nn.Module) -> list[Key]:
         """The blocks in front of the first perturbed one, in running order."""
         if net not in self._order:
-            lists = dit_lists(net)
             self._order[net] = [
-                (f"{kind}_block", i) for kind, blocks in lists.items() for i in range(len(blocks))
+                key_of((kind, number, None))
+                for kind, blocks in dit_lists(net).items()
+                for number in range(len(blocks))
             ]
         order = self._order[net]
         return order[: min(order.index(key_of(block)) for block in self.blocks)]

@@ -42,16 +42,14 @@ class Overrides:
 
     def __call__(self, func: Any, q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any):
         """Attention [B, N, heads × dim] or, with ``skip_output_reshape``, [B, heads, N, dim]."""
-        split = kwargs.get("skip_reshape", False)
-        axis = 2 if split else 1
-        if self.inside is None or q.shape[axis] != k.shape[axis]:
+        if self.inside is None or _crosses(q, k, kwargs):
             return self.outside(func, q, k, v, heads, *args, **kwargs)
         inside, self.inside = self.inside, None
         self.replaced += 1
         mask = args[0] if args else kwargs.get("mask")
-        q, k, v = (by_heads(x, heads, split) for x in (q, k, v))
-        out = self.attend(q, k, v, mask, inside, kwargs.get("scale"))
-        return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+        q, k, v = (_by_heads(x, heads, kwargs) for x in (q, k, v))
+        k, v = _for_each_head_of(q, k), _for_each_head_of(q, v)
+        return _returned(self.attend(q, k, v, mask, inside, kwargs.get("scale")), kwargs)
 
     def outside(self, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention that is not perturbed: the other node's override, or ComfyUI's."""
@@ -70,27 +68,21 @@ class Perturbed(Overrides):
     """Perturbed attention in the blocks of one pass.
 
     Args:
-        image: indices of the image tokens, where they were seen; None: they stand behind the
-            text.
+        seen: indices of the image tokens and of the others, where they were seen; None: the image
+            stands behind the text.
     """
 
-    def __init__(self, before: Any, image: torch.Tensor | None = None) -> None:
+    def __init__(self, before: Any, seen: tuple[Tokens, Tokens] | None = None) -> None:
         super().__init__(before)
-        self.image = image
+        self.seen = seen
 
     def attend(
         self, q: Any, k: Any, v: Any, mask: Any, inside: tuple[int, int], scale: float | None
     ) -> torch.Tensor:
         """See :class:`Overrides`."""
-        if k.shape[1] != q.shape[1]:
-            # grouped queries: each head of k and v serves several of q
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        tokens = q.shape[2]
-        if self.image is not None:
-            others = torch.ones(tokens, dtype=torch.bool, device=q.device)
-            others[self.image] = False
-            return perturbed(q, k, v, mask, self.image, others.nonzero().squeeze(1), scale)
-        image, text = inside
+        if self.seen is not None:
+            return perturbed(q, k, v, mask, *self.seen, scale)
+        tokens, (image, text) = q.shape[2], inside
         if tokens == image:
             return v
         if tokens != image + text:
@@ -102,11 +94,18 @@ class Perturbed(Overrides):
 
 
 class Seen(Exception):
-    """Ends a forward at its first perturbed attention: the image tokens have been seen."""
+    """Ends a forward at its first perturbed attention: the image tokens have been seen.
+
+    Args:
+        image: whether each token is one of the image [N].
+
+    Attributes:
+        tokens: indices of the image tokens, and of the others.
+    """
 
     def __init__(self, image: torch.Tensor) -> None:
         super().__init__("the image tokens have been seen")
-        self.image = image
+        self.tokens = image.nonzero().squeeze(1), (~image).nonzero().squeeze(1)
 
 
 class Probe(Overrides):
@@ -117,29 +116,43 @@ class Probe(Overrides):
 
     def outside(self, func: Any, q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any):
         """v where tokens attend to themselves, attention where they attend to the text."""
-        split = kwargs.get("skip_reshape", False)
-        axis = 2 if split else 1
-        if q.shape[axis] != k.shape[axis]:
+        if _crosses(q, k, kwargs):
             return func(q, k, v, heads, *args, **kwargs)
-        q, v = by_heads(q, heads, split), by_heads(v, heads, split)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return v if kwargs.get("skip_output_reshape") else v.transpose(1, 2).flatten(2)
+        q, v = _by_heads(q, heads, kwargs), _by_heads(v, heads, kwargs)
+        return _returned(_for_each_head_of(q, v), kwargs)
 
     def attend(
         self, q: Any, k: Any, v: Any, mask: Any, inside: tuple[int, int], scale: float | None
     ) -> torch.Tensor:
         """Raise what was seen."""
-        raise Seen(v.isnan().any(3).any(1).any(0).nonzero().squeeze(1))
+        raise Seen(v.isnan().any(3).any(1).any(0))
 
 
-def by_heads(x: torch.Tensor, heads: int, split: bool) -> torch.Tensor:
+def _crosses(q: torch.Tensor, k: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether q and k, as ComfyUI's attention functions take them, are of other tokens."""
+    axis = 2 if kwargs.get("skip_reshape", False) else 1
+    return q.shape[axis] != k.shape[axis]
+
+
+def _by_heads(x: torch.Tensor, heads: int, kwargs: dict[str, Any]) -> torch.Tensor:
     """[B, heads, N, dim] of what ComfyUI's attention functions take.
 
     Stable Diffusion 3 hands over v as [B, N, heads, dim], the others [B, N, heads × dim].
     """
-    if split:
+    if kwargs.get("skip_reshape", False):
         return x
     return (x if x.ndim == 4 else x.unflatten(2, (heads, -1))).transpose(1, 2)
+
+
+def _for_each_head_of(q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """k or v with as many heads as q: with grouped queries, each of them serves several of q."""
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _returned(out: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What ComfyUI's attention functions return of [B, heads, N, dim]."""
+    return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
 
 def perturbed(
@@ -162,16 +175,13 @@ def perturbed(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None if mask is None else _bias(mask, q)
-    by_row = bias is not None and bias.shape[2] > 1
     out = v.clone()
     out[:, :, images] = _themselves_and_text(
-        q[:, :, images], k, v, images, texts,
-        bias[:, :, images] if by_row and bias is not None else bias, scale,
-    )  # fmt: skip
+        q[:, :, images], k, v, images, texts, _rows(bias, images), scale
+    )
     out[:, :, texts] = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, texts], k, v, bias[:, :, texts] if by_row and bias is not None else bias,
-        scale=scale,
-    )  # fmt: skip
+        q[:, :, texts], k, v, _rows(bias, texts), scale=scale
+    )
     return out
 
 
@@ -182,6 +192,11 @@ def _bias(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     return mask.to(q.dtype)
+
+
+def _rows(bias: torch.Tensor | None, tokens: Tokens) -> torch.Tensor | None:
+    """The rows of ``tokens``, where there is one for each token."""
+    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, tokens]
 
 
 def _themselves_and_text(

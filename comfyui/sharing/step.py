@@ -35,17 +35,14 @@ class Entry:
     Args:
         inputs: its rows of what the model was called with, by name.
         kept: what the denoiser's plan kept of it, by place. Tensors have this entry's rows only.
-        control: the residuals of its ControlNets, as the model received them.
+        control: the residuals of its ControlNets, as the model received them, if they are whole.
         spoiled: why it cannot be resumed, if it cannot.
-        in_parts: whether the main pass called the model for it more than once, so that what was
-            kept, and its residuals, are of one part alone.
     """
 
     inputs: dict[str, torch.Tensor]
     kept: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     control: control.Residuals | None = None
     spoiled: str | None = None
-    in_parts: bool = False
 
 
 @dataclasses.dataclass
@@ -87,6 +84,12 @@ class Plan(Protocol):
         self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
     ) -> dict[str, Any]:
         """``options`` with patches that hand out what was kept up to the fork."""
+
+
+def predicted(args: dict[str, Any], cond: Any, options: dict[str, Any]) -> torch.Tensor:
+    """The prediction [B, C, ...] of ``cond`` at the point of a post-CFG function's ``args``."""
+    model, x, sigma = args["model"], args["input"], args["sigma"]
+    return comfy.samplers.calc_cond_batch(model, [cond], x, sigma, options)[0]
 
 
 def denoiser(model: Any) -> torch.nn.Module:
@@ -134,11 +137,13 @@ class Sharing:
     Args:
         plan: what to keep and to hand out, for one kind of denoiser.
         active: whether guidance acts at a noise level (sigma [B]); elsewhere nothing is kept.
+
+    Attributes:
         report: says why something is computed whole.
     """
 
-    def __init__(self, plan: Plan, active: Callable[[torch.Tensor], bool], report: Report) -> None:
-        self.plan, self.active, self.report = plan, active, report
+    def __init__(self, plan: Plan, active: Callable[[torch.Tensor], bool]) -> None:
+        self.plan, self.active, self.report = plan, active, Report()
         self.run: Run | None = None
         self.step: Step | None = None
 
@@ -245,7 +250,7 @@ class Sharing:
                 continue
             if uuid in step.entries:
                 step.entries[uuid].spoiled = "the main pass computes it in several parts"
-                step.entries[uuid].in_parts = True
+                step.entries[uuid].control = None  # it may be that of one part alone
                 continue
             where = slice(i * rows, (i + 1) * rows)
             inputs = _rows(named, where, x.shape[0])
@@ -273,11 +278,11 @@ class Sharing:
             args: what ComfyUI hands to a post-CFG function.
             options: ``args["model_options"]`` with the perturbation in its patches.
         """
-        x, sigma, cond = args["input"], args["sigma"], args["cond"]
+        cond = args["cond"]
         with self._resuming(args) as step:
             if step is not None:
                 cond = control.stand_ins(cond, step.entries, step.x.shape[0])
-            return comfy.samplers.calc_cond_batch(args["model"], [cond], x, sigma, options)[0]
+            return predicted(args, cond, options)
 
     @contextmanager
     def _resuming(self, args: dict[str, Any]) -> Iterator[Step | None]:

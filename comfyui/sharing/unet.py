@@ -23,6 +23,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules import openaimodel
 
 from ..blocks import Block
+from ..perturbations import Identity
 from .step import Entry
 
 PATCH = "forward_timestep_embed_patch"
@@ -101,12 +102,10 @@ class UNetPlan:
 
     Args:
         blocks: the perturbed blocks.
-        is_ours: whether a replacement of ``attn1`` is this pack's identity, so that the
-            projections of q and k need not be computed.
     """
 
-    def __init__(self, blocks: frozenset[Block], is_ours: Callable[[Any], bool]) -> None:
-        self.blocks, self.is_ours = blocks, is_ours
+    def __init__(self, blocks: frozenset[Block]) -> None:
+        self.blocks = blocks
         self._layers: weakref.WeakKeyDictionary[Any, Layers] = weakref.WeakKeyDictionary()
 
     def supports(self, net: torch.nn.Module) -> str | None:
@@ -174,7 +173,7 @@ class UNetPlan:
                 return x.new_zeros((len(entries) * shape[0], *shape[1:]))
             return x
 
-        return _without_queries(_with_handler(options, hand_out), self.is_ours)
+        return _without_queries(_with_handler(options, hand_out))
 
 
 def _with_handler(options: dict[str, Any], handler: Layer) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def _run(layer: torch.nn.Module, x: torch.Tensor, emb: Any, context: Any, to: An
         to["patches"] = ours
 
 
-def _without_queries(options: dict[str, Any], is_ours: Callable[[Any], bool]) -> dict[str, Any]:
+def _without_queries(options: dict[str, Any]) -> dict[str, Any]:
     """``options`` with a patch that empties q and k where our identity drops them.
 
     ComfyUI projects q, k and v, then calls the replacement. A patch in front of the projections
@@ -210,7 +209,7 @@ def _without_queries(options: dict[str, Any], is_ours: Callable[[Any], bool]) ->
         block = extra.get("block")
         if block is not None:
             one = (*block, extra.get("block_index", 0))
-            if is_ours(replaced.get(one, replaced.get(block))):
+            if isinstance(replaced.get(one, replaced.get(block)), Identity):
                 return q[:, :0], k[:, :0], v
         return q, k, v
 

@@ -6,6 +6,7 @@ In the environment of ``make test-comfy``: ``python comfyui/tools/flops_table.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,7 @@ class Row:
             made = [tiny.controlnet(model, seed) for seed in range(self.controls)]
             options["positive"], options["negative"] = tiny.controlled(model, *made)
         node = patched.pag if self.model in tiny.UNETS else patched.dit
-        totals = []
-        for share in (None, False, True):
-            guided = model.model
-            if share is not None:
-                guided = node(guided, share=share, **self.widgets)
-            with tiny.flops() as count:
-                tiny.sample(model, guided, **options)
-            totals.append(count)
-        return totals[1] / totals[0], totals[2] / totals[0]
+        return patched.compare(model, functools.partial(node, **self.widgets), **options).ratios
 
     def line(self) -> str:
         """The line of the table."""
