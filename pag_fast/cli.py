@@ -274,9 +274,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     require_matplotlib()
     call = _pipeline_call(arguments)
     pipe = models.load(arguments.pipeline)
-    # of a folder only its name: a path says nothing on another machine
-    source = Path(arguments.pipeline)
-    name = source.resolve().name if source.is_dir() else arguments.pipeline
+    name = models.name_of(arguments.pipeline)
     rows = bench_pipeline(pipe, name=name, compiled=arguments.compile, **call)
     here = machine(pipe.device.type)
     write(Results(here, rows), arguments.out / "bench.json")

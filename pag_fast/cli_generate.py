@@ -42,6 +42,7 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw what the options say; 1 if rows failed."""
+    from .tools import load as models
     from .tools.generate.run import Job, generate
     from .tools.generate.shards import local_index, shard_of
 
@@ -68,15 +69,5 @@ def run(arguments: argparse.Namespace) -> int:
         batch=whole_number("--batch", arguments.batch, least=1),
         dtype=arguments.dtype,
     )
-    failed = generate(job, shard_of(arguments.shard), _device(local_index()))
+    failed = generate(job, shard_of(arguments.shard), models.numbered_device(local_index()))
     return 1 if failed else 0
-
-
-def _device(index: int | None) -> str | None:
-    """This process's accelerator, where there are several and the launcher has numbered it."""
-    import torch
-
-    if index is None or not torch.accelerator.is_available():
-        return None
-    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-    return None if kind is None else f"{kind.type}:{index % count}"

@@ -7,13 +7,14 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import loaded  # noqa: F401  (the engine)
 import tiny_configs as configs
 import torch
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pag_fast.analysis.counter import FlopCounter
 
 # isort: split
 import comfy.cldm.cldm
@@ -185,32 +186,13 @@ def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-_REGISTRY = {
-    **flop_counter.flop_registry,
-    # PyTorch's FlopCounterMode does not know its attention on the CPU
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-}
+class Flops(FlopCounter):
+    """FLOPs of everything that runs, with PyTorch's attention on the CPU, which it leaves out."""
 
-
-class Flops(TorchDispatchMode):
-    """Counts as FlopCounterMode does, in a quarter of its time: it asks no module for its name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = _REGISTRY.get(func._overloadpacket)
-        if formula is None:
-            with self:  # an op that is made of others, where autograd has not taken it apart
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
+    formulas: ClassVar[dict[Any, Any]] = {
+        **FlopCounter.formulas,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+    }
 
     def __truediv__(self, other: Flops) -> float:
         return self.total / other.total

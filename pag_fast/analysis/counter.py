@@ -78,6 +78,7 @@ class FlopCounter(TorchDispatchMode):
         modules: FLOPs by name of module, its children included, in order of their first FLOPs.
     """
 
+    formulas: ClassVar[dict[Any, Any]] = flop_registry  # of the FLOPs of an op
     _basic: ClassVar[set[Any]] = set()  # ops that consist of no others
 
     def __init__(self, tracker: ModuleTracker | None = None) -> None:
@@ -90,7 +91,7 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is None and func not in self._basic:
             with self:
                 out = func.decompose(*args, **kwargs)

@@ -28,7 +28,6 @@ from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants
 from ..sharing.rows import BranchState
 from ..sharing.threads import HERE
-from ..sharing.tokens import in_runs
 from ..sharing.unet_plan import plan_controlnet
 from .counter import FlopCounter
 from .lower_bound import Traced, lower_bound, row_flops, trace
@@ -176,9 +175,7 @@ def patched_flops(
         elif described.tokens is not None:
             # rows of one size, whose prompts are of one length
             runs = described.tokens(model, call)[:1]
-            tokens = in_runs(runs, latents_of(call).device)
-            state.tokens = dict.fromkeys(self_attentions(model), tokens)
-            state.num_contexts, state.num_image = (runs[0][0],), runs[0][1]
+            state.mark_runs(self_attentions(model), runs, latents_of(call).device)
         sequence = described.sequence
         if sequence is not None:
             state.num_contexts, state.num_image = sequence(model, call)

@@ -7,22 +7,17 @@ from typing import Any
 
 from ..processors.stock import PerturbedStockAttention
 from ..sharing.dit_plan import plan_dit
-from ..sharing.layout import IMAGE, TEXT, TEXT_THEN_IMAGE, Layout, Residuals, Stream, by_intervals
-from ..sharing.tokens import Run
+from ..sharing.layout import IMAGE, TEXT, TEXT_THEN_IMAGE, Layout, Stream
 from .description import Checkpoint, ModelDescription
-from .tensors import Latent, NewTensors, packed
+from .flux import RESIDUALS
+from .tensors import Latent, NewTensors, packed, text_in_front
 
 _LAYOUT = Layout(
     ("transformer_blocks", "single_transformer_blocks"),
     ("attn",),
     # it makes what every block is modulated by, of a sequence of its own
     before=("distilled_guidance_layer",),
-    residuals=(
-        Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),
-        Residuals(
-            "controlnet_single_block_samples", "single_transformer_blocks", spread=by_intervals
-        ),
-    ),
+    residuals=RESIDUALS,
 )
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
 
@@ -40,10 +35,6 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
-def _tokens(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
-    return ((call["encoder_hidden_states"].shape[1], call["hidden_states"].shape[1], 0),)
-
-
 _FUSABLE = frozenset({"FluxAttnProcessor"})
 
 DESCRIPTION = ModelDescription(
@@ -58,6 +49,6 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     replaces=_FUSABLE,
     fusable_processors=_FUSABLE,
-    tokens=_tokens,
+    tokens=text_in_front,
     checkpoints=(Checkpoint("ChromaPipeline", "Chroma1-HD"),),
 )

@@ -13,15 +13,14 @@ from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_intervals
 from .description import Checkpoint, ControlNetDescription, ModelDescription
 from .tensors import Latent, NewTensors, packed
 
+RESIDUALS = (
+    Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),
+    Residuals("controlnet_single_block_samples", "single_transformer_blocks", spread=by_intervals),
+)
+"""What a ControlNet of FLUX.1 adds between blocks."""
+
 _LAYOUT = Layout(
-    ("transformer_blocks", "single_transformer_blocks"),
-    ("attn",),
-    residuals=(
-        Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),
-        Residuals(
-            "controlnet_single_block_samples", "single_transformer_blocks", spread=by_intervals
-        ),
-    ),
+    ("transformer_blocks", "single_transformer_blocks"), ("attn",), residuals=RESIDUALS
 )
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
 

@@ -12,7 +12,7 @@ from ..sharing.dit_plan import plan_dit
 from ..sharing.layout import IMAGE, TEXT, TEXT_THEN_IMAGE, Layout, Stream
 from ..sharing.tokens import Run
 from .description import Checkpoint, ModelDescription
-from .tensors import Latent, NewTensors, packed
+from .tensors import Latent, NewTensors, packed, text_in_front
 
 _LAYOUT = Layout(("transformer_blocks", "single_transformer_blocks"), ("attn",))
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
@@ -40,7 +40,7 @@ def _tokens(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
             "Flux2KleinPipeline, which attends to them anew in every step."
         )
     # pictures that are edited are behind those that are denoised, and perturbed as they are
-    return ((call["encoder_hidden_states"].shape[1], call["hidden_states"].shape[1], 0),)
+    return text_in_front(model, call)
 
 
 DESCRIPTION = ModelDescription(

@@ -10,9 +10,8 @@ import torch
 from ..processors.stock import PerturbedStockAttention
 from ..sharing.dit_plan import plan_dit
 from ..sharing.layout import IMAGE, TEXT, Layout, Stream
-from ..sharing.tokens import Run
 from .description import Checkpoint, ModelDescription
-from .tensors import Latent, NewTensors, packed
+from .tensors import Latent, NewTensors, packed, text_in_front
 
 _LAYOUT = Layout(("transformer_blocks",), ("attn",), before=("text_fusion",))
 _TEXT_TOKENS = 512  # as long as the pipeline pads prompts
@@ -31,10 +30,6 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
-def _tokens(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
-    return ((call["encoder_hidden_states"].shape[1], call["hidden_states"].shape[1], 0),)
-
-
 _FUSABLE = frozenset({"Krea2AttnProcessor"})
 
 DESCRIPTION = ModelDescription(
@@ -46,6 +41,6 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     replaces=_FUSABLE,
     fusable_processors=_FUSABLE,
-    tokens=_tokens,
+    tokens=text_in_front,
     checkpoints=(Checkpoint("Krea2Pipeline", "Krea 2"),),
 )

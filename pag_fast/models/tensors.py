@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..sharing.tokens import Run
+
 CLIP_TOKENS, T5_TOKENS = 77, 256
 """As long as the pipelines pad prompts."""
 
@@ -77,6 +79,11 @@ class _Told(torch.Tensor):
 def patches(model: Any, latent: Latent) -> int:
     """Tokens of a picture that the model cuts into patches."""
     return (latent[1] // model.config.patch_size) * (latent[2] // model.config.patch_size)
+
+
+def text_in_front(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
+    """Where the image's tokens are, of a model that puts all of its text in front of them."""
+    return ((call["encoder_hidden_states"].shape[1], call["hidden_states"].shape[1], 0),)
 
 
 def packed(latent: Latent) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from .description import PipelineDescription
+from .description import UNTESTED, PipelineDescription
 
-_UNTESTED = "untested: two thirds of the way through, where shared blocks make PAG cheap"
-_FLUX2 = partial(PipelineDescription, kind="injected", source=_UNTESTED)
+_FLUX2 = partial(PipelineDescription, kind="injected", source=UNTESTED)
 _KLEIN = partial(_FLUX2, layers=(r"^single_transformer_blocks\.12\.",))
 _VARIANT = partial(_KLEIN, base="Flux2KleinPipeline")
 

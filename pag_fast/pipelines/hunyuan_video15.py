@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .description import Arguments, PipelineDescription
+from .description import UNTESTED, Arguments, PipelineDescription
 
 
 def _cfg(pipe: Any, arguments: Arguments) -> bool:
@@ -20,7 +20,7 @@ PIPELINES = (
         "HunyuanVideo15Pipeline",
         "injected",
         (r"^transformer_blocks\.36\.",),
-        "untested: two thirds of the way through, where shared blocks make PAG cheap",
+        UNTESTED,
         # a guider of the user's choice decides how often the denoiser runs, and guides by that
         passes="observed",
         cfg=_cfg,

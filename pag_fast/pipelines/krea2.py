@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .description import Arguments, PipelineDescription
+from .description import UNTESTED, Arguments, PipelineDescription
 
 
 def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
@@ -17,7 +17,7 @@ PIPELINES = (
         "Krea2Pipeline",
         "injected",
         (r"^transformer_blocks\.18\.",),
-        "untested: two thirds of the way through, where shared blocks make PAG cheap",
+        UNTESTED,
         passes="apart",
         scale=_scale,
     ),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from .description import PipelineDescription, true_cfg, true_scale
+from .description import UNTESTED, PipelineDescription, true_cfg, true_scale
 
 _QWEN = partial(
     PipelineDescription,
     kind="injected",
     layers=("blocks.40",),
-    source="untested: two thirds of the way through, where shared blocks make PAG cheap",
+    source=UNTESTED,
     passes="apart",
     # what CFG returns gets the norm of cond
     guidance="normalised",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .description import Arguments, PipelineDescription
+from .description import UNTESTED, Arguments, PipelineDescription
 
 
 def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
@@ -21,7 +21,7 @@ _Z_IMAGE = partial(
     PipelineDescription,
     kind="injected",
     layers=(r"^layers\.20\.",),
-    source="untested: two thirds of the way through, where shared blocks make PAG cheap",
+    source=UNTESTED,
     rows=("cond", "uncond"),
     guidance="normalised",
     normalised_by="cfg_normalization",

@@ -29,7 +29,6 @@ from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.rows import SPLIT, BranchState
-from ..sharing.tokens import in_runs
 from .instance_patch import Entry, InstancePatch, came_back
 from .perturbed_branches import PerturbedBranch, layers_of, perturbed_branches
 
@@ -231,9 +230,7 @@ class Installation:
         if len(runs) > 1:  # cond's
             unit, at = len(runs) // len(layout), layout.index(COND)
             runs = runs[at * unit : (at + 1) * unit]
-        tokens = in_runs(runs, latents_of(call).device)
-        self.state.tokens = dict.fromkeys(self.attentions, tokens)
-        self.state.num_contexts, self.state.num_image = tuple(run[0] for run in runs), runs[0][1]
+        self.state.mark_runs(self.attentions, runs, latents_of(call).device)
 
     def prepare(self, latents: torch.Tensor, step: int) -> None:
         """Before a forward: what perturbations have to know, without waiting for the device."""

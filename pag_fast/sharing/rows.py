@@ -14,14 +14,14 @@ of the last slab and going down drops slabs from the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from .threads import Thread
-from .tokens import Tokens
+from .tokens import Run, Tokens, in_runs
 
 MERGED, SHARED, SPLIT = 0, 1, 2
 LEVEL_NAMES = ("merged", "shared", "split")
@@ -76,6 +76,11 @@ class BranchState:
         self.checked = 0
         self.added: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, Tokens] = {}
+
+    def mark_runs(self, names: Iterable[str], runs: tuple[Run, ...], device: torch.device) -> None:
+        """Write down where the image's tokens are in what the attentions ``names`` attend to."""
+        self.tokens = dict.fromkeys(names, in_runs(runs, device))
+        self.num_contexts, self.num_image = tuple(run[0] for run in runs), runs[0][1]
 
     def clock_on(self, like: torch.Tensor) -> torch.Tensor:
         """The clock; at its first step where nobody has set it."""

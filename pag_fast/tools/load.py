@@ -74,6 +74,23 @@ def default_dtype(source: str, device: str | None = None) -> torch.dtype:
     return torch.float32 if on_cpu or source == "emoji" else torch.float16
 
 
+def name_of(source: str) -> str:
+    """What to call a source of :func:`load` in a record: of a folder only its name.
+
+    A path says nothing on another machine.
+    """
+    folder = Path(source)
+    return folder.resolve().name if folder.is_dir() else source
+
+
+def numbered_device(index: int | None) -> str | None:
+    """The accelerator of that number, where there are any; None: :func:`load` chooses."""
+    kind = _device()
+    if index is None or kind == "cpu":
+        return None
+    return f"{kind}:{index % torch.accelerator.device_count()}"
+
+
 def load(
     source: str,
     dtype: torch.dtype | None = None,

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ...analysis.verify import versions
-from ..load import default_dtype
+from ..load import default_dtype, name_of
 from .folder import Folder
 from .rows import Row, batches, read_rows
 from .shards import Shard
@@ -45,10 +45,8 @@ class Job:
 
     def settings(self, device: str | None) -> dict[str, Any]:
         """What a picture on ``device`` depends on beside its row."""
-        source = Path(self.pipeline)
         return {
-            # of a folder only its name: a path says nothing on another machine
-            "pipeline": source.resolve().name if source.is_dir() else self.pipeline,
+            "pipeline": name_of(self.pipeline),
             "layers": None if self.layers is None else list(self.layers),
             "call": self.call,
             "dtype": self.dtype or str(default_dtype(self.pipeline, device)).removeprefix("torch."),
