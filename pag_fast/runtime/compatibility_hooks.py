@@ -97,6 +97,25 @@ def known_parallelism(model: nn.Module) -> dict[Found, Found]:
     return found
 
 
+def cut_arguments(module: nn.Module) -> frozenset[str]:
+    """Arguments that hooks of context parallelism cut when they enter a module."""
+    plans = [hook.metadata for hook in _hooks(module) if _cuts(hook)]
+    return frozenset(name for plan in plans if isinstance(plan, dict) for name in plan)
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers do more when a module runs than to cut or join its tokens."""
+    return not all(map(_cuts, _hooks(module)))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return list(getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values())
+
+
+def _cuts(hook: Any) -> bool:
+    return any(name.startswith("ContextParallel") for name in mro_names(type(hook)))
+
+
 def diffusers_hook(hook: Any, *, passes_apart: bool) -> Found:
     """What a hook of a diffusers registry asks for."""
     cls = type(hook)
@@ -107,7 +126,7 @@ def diffusers_hook(hook: Any, *, passes_apart: bool) -> Found:
         return _OFFLOADING[name], WEIGHTS, _MOVED
     for name in names & _CACHES.keys():
         return _cache(_CACHES[name], hook, passes_apart)
-    if any(name.startswith("ContextParallel") for name in names):
+    if _cuts(hook):
         return context_parallel()
     if names & _SKIPS:
         return _skip(hook)
