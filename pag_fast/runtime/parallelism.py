@@ -29,7 +29,7 @@ def share(
 
     Raises:
         ValueError: context parallelism that the model does not know of, padded prompts in a ring,
-            or heads that are not cut alike.
+            or heads that ranks cannot share equally, or that are not cut alike.
     """
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     if config is None and any(item.what == CONTEXT_PARALLEL for item in found.items):
@@ -52,6 +52,12 @@ def share(
     texts, image = family.cut(model, call)
     state.ranks = ranks = TokenRanks(config, image, texts[0])
     state.head_rank = ranks.rank
+    for name, attention in attentions.items():
+        if attention.heads % ranks.world:
+            raise ValueError(
+                f"{name} has {attention.heads} heads, which {ranks.world} ranks cannot share "
+                "equally: cut sequences for a number of ranks that divides them."
+            )
     if family.sequence is not None:
         state.num_contexts, state.num_image = (ranks.own_text,), ranks.own_image
 

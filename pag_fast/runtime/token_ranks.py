@@ -50,22 +50,16 @@ class TokenRanks:
         Tokens are in the order of one process, the image's first.
 
         Raises:
-            ValueError: a sequence of another length than the arguments of the model say, heads that
-                cannot be shared out, or a mask that tells queries or heads apart.
+            ValueError: a sequence of another length than the arguments of the model say, or a mask
+                that tells queries or heads apart.
         """
-        tokens, heads = rows.value.shape[1:3]
+        tokens = rows.value.shape[1]
         own = self.own_text if rows.num_context else 0
         if (tokens, rows.num_context) != (self.own_image + own, own):
             raise ValueError(
                 f"{rows.layer.name} is given {tokens} tokens, of which {rows.num_context} are "
                 f"text, where {self.own_image} of the image and {own} of the text were expected: "
                 "pag_fast knows diffusers' own way to cut sequences, and no other cp_plan."
-            )
-        if heads % self.world:
-            raise ValueError(
-                f"{rows.layer.name} has {heads} heads, which {self.world} ranks cannot share "
-                "equally: use a context parallelism over a number of ranks that divides them, or "
-                "other layers."
             )
         text = bool(rows.num_context)
         q, k, v = (self._to_heads(x, text) for x in (rows.query, rows.key, rows.value))

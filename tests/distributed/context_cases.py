@@ -146,3 +146,42 @@ def exact(name: str) -> dict[str, list[float]]:
                 key = f"{way}, {case}, {'CFG' if cfg else 'no CFG'}"
                 found[key] = [relative(out, expected), relative(expected, stock)]
     return found
+
+
+def refused() -> dict[str, str]:
+    """What is said where two processes would not make the picture of one."""
+    prepare()
+    found = {}
+
+    def refuse(case: str, name: str, cut: Any, way: str = "ulysses", **model: Any) -> None:
+        pipe = tiny_hosts.build(name, **model)
+        cut(pipe)
+        call = arguments(name, pipe, way, True, pag_scale=2.0)
+        try:
+            how = "skip" if case == "ring" else "identity"  # a skipped block sees no mask
+            pag_fast.patch(pipe, layers=tiny_hosts.HOSTS[name].layers["middle"], perturbation=how)
+            tiny_hosts.latents(pipe, call)
+        except ValueError as error:
+            found[case] = str(error)
+
+    def by_hand(pipe: Any) -> None:
+        other = tiny_hosts.build("FluxPipeline")
+        parallel(other, "ulysses")
+        config = other.transformer._parallel_config.context_parallel_config
+        hooks.apply_context_parallel(pipe.transformer, config, pipe.transformer._cp_plan)
+
+    def text_whole(pipe: Any) -> None:
+        plan = dict(pipe.transformer._cp_plan)
+        plan[""] = {k: v for k, v in plan[""].items() if k in ("hidden_states", "img_ids")}
+        config = ContextParallelConfig(ulysses_degree=2)
+        pipe.transformer.enable_parallelism(config=config, cp_plan=plan)
+
+    def ulysses(pipe: Any) -> None:
+        parallel(pipe, "ulysses")
+
+    refuse("model", "LTXPipeline", ulysses)
+    refuse("heads", "WanPipeline", ulysses, num_attention_heads=3)
+    refuse("ring", "QwenImagePipeline", lambda pipe: parallel(pipe, "ring"))
+    refuse("plan", "FluxPipeline", text_whole)
+    refuse("by hand", "FluxPipeline", by_hand)
+    return found

@@ -9,16 +9,14 @@ import torch
 from context_cases import WAYS, prepare
 from diffusers import ContextParallelConfig
 from diffusers.hooks import LayerSkipConfig
-from numerics import relative
 
 from pag_fast.guiders import PerturbedAttentionGuidance, SkipLayerGuidance
-
-STACK = {"wan": "blocks"}
 
 
 def guiders(name: str) -> dict[str, Any]:
     """Attention perturbed in the middle and from the first layer on; blocks and parts skipped."""
-    stack = STACK.get(name, "transformer_blocks")
+    stack = "blocks" if name == "wan" else "transformer_blocks"
+    every = "attn1" if name == "wan" else "attn"
     pag, skip = modular.ALWAYS, modular.SLG_ALWAYS
 
     def skipping(**parts: Any) -> SkipLayerGuidance:
@@ -26,9 +24,7 @@ def guiders(name: str) -> dict[str, Any]:
 
     return {
         "attention": PerturbedAttentionGuidance(**pag),
-        "all attention": PerturbedAttentionGuidance(perturbed_guidance_layers=["attn"], **pag)
-        if name != "wan"
-        else PerturbedAttentionGuidance(perturbed_guidance_layers=["attn1"], **pag),
+        "all attention": PerturbedAttentionGuidance(perturbed_guidance_layers=[every], **pag),
         "blocks": skipping(),
         "one block": SkipLayerGuidance(skip_layer_guidance_layers=1, **skip),
         "parts": skipping(skip_attention=True, skip_ff=False),
@@ -36,34 +32,36 @@ def guiders(name: str) -> dict[str, Any]:
     }
 
 
-def _even(case: modular.Case) -> modular.Case:
-    """Six tokens of text, which two ranks can share."""
-    for name, (cond, uncond) in case.pairs.items():
-        if name.startswith("encoder"):
-            last = [x[:, -1:] for x in (cond, uncond)]
-            case.pairs[name] = tuple(torch.cat(pair, 1) for pair in zip((cond, uncond), last))  # type: ignore[assignment]
+def _case(name: str, way: str = "ulysses") -> modular.Case:
+    """With five tokens of text, or with six, which two ranks can share equally."""
+    case = modular.new_case(name)
+    if "uneven" in way:
+        return case
+    for key, pair in case.pairs.items():
+        if key.startswith("encoder"):
+            cond, uncond = (torch.cat([x, x[:, -1:]], dim=1) for x in pair)
+            case.pairs[key] = cond, uncond
     if "txt_ids" in case.fixed:
         case.fixed["txt_ids"] = torch.zeros(6, 3)
     return case
 
 
 def exact(name: str) -> dict[str, Any]:
-    """``[difference between one process and two, difference that the guider makes, what it says]``."""
+    """Of every case the difference between one process and two, the guider's own, and warnings."""
     prepare()
     found = {}
-    for label, guider in guiders(name).items():
-        case = _even(modular.new_case(name))
-        alone = modular.denoise(case, guider)
-        off = guiders(name)[label]
-        off.skip_layer_guidance_scale = 0.0
-        plain = modular.denoise(case, off)
-        ways = WAYS if label == "attention" and name != "qwen" else ("ulysses", "uneven ulysses")
+    for label in guiders(name):
+        # a ring takes no masks
+        ways = tuple(WAYS) if label == "attention" and name != "qwen" else tuple(WAYS)[::2]
         for way in ways:
-            case = _even(modular.new_case(name))
+            guider, off = guiders(name)[label], guiders(name)[label]
+            off.skip_layer_guidance_scale = 0.0
+            alone = modular.denoise(_case(name, way), guider)
+            plain = modular.denoise(_case(name, way), off)
+            case, guider = _case(name, way), guiders(name)[label]
             case.model.enable_parallelism(config=ContextParallelConfig(**WAYS[way]))
-            again = guiders(name)[label]
-            result = modular.denoise(case, again)
-            pairs = [(result, alone), (alone, plain)]
-            found[f"{label}, {way}"] = [max(modular.differences(*pair)) for pair in pairs]
-            found[f"{label}, {way}"].append(sorted(again._warned))
+            result = modular.denoise(case, guider)
+            pairs = (result, alone), (alone, plain)
+            numbers = [max(modular.differences(*pair)) for pair in pairs]
+            found[f"{label}, {way}"] = [*numbers, sorted(guider._warned)]
     return found
