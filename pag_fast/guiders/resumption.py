@@ -61,6 +61,7 @@ class Resumption:
         self.changes = changes
         self.modules = modules
         self._prepare = prepare
+        self._found: Findings | None = None
         # why the perturbed forward last ran as a whole, or ""
         self.reason = ""
         self.begin()
@@ -107,13 +108,13 @@ class Resumption:
             apart: why no forward may be taken over from another one, if there is a reason.
             found: what others have put on the model.
         """
-        self.state.thread = HERE.me
+        self.state.thread, self._found = HERE.me, found
         try:
             if branch == PERTURBED:
-                return self._perturbed(model, run, args, kwargs, apart, found)
+                return self._perturbed(model, run, args, kwargs, apart)
             return self._recorded(branch, run, args, kwargs, traced, resumed and not apart)
         finally:
-            self.state.thread = None
+            self.state.thread = self._found = None
 
     def _recorded(
         self,
@@ -151,7 +152,6 @@ class Resumption:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         apart: str,
-        found: Findings | None,
     ) -> Any:
         values = self._values
         self.reason = self._why_not(args, kwargs, apart)
@@ -164,9 +164,9 @@ class Resumption:
                 changes += self.replays
             if self._prepare is not None:
                 self._prepare(model, args, kwargs)
-            if found is not None and found.parallel:
+            if self._found is not None and self._found.parallel:
                 call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
-                share(self.state, model, self_attentions(model), call, found)
+                share(self.state, model, self_attentions(model), call, self._found)
             # no row attends: the batch holds perturbed rows alone
             self.state.slabs = (0, 0, 1)
             return run(changes, args, kwargs)

@@ -67,11 +67,6 @@ class Rows:
     is_whole: bool = False
 
     @property
-    def first_head(self) -> int:
-        """Which of the layer's heads is the first here, where ranks share them."""
-        return self.layer.state.head_rank * self.value.shape[2]
-
-    @property
     def source(self) -> slice:
         """The rows that the perturbed ones are made of."""
         if self.num_forked:

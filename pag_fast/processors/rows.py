@@ -195,7 +195,8 @@ class PerturbedProcessor:
             heads = rows.value.shape[2]
             assert rows.constant is not None
             if rows.constant.shape[0] != heads:  # ranks share them
-                rows.constant = rows.constant[rows.first_head : rows.first_head + heads]
+                first = rows.layer.state.head_rank * heads
+                rows.constant = rows.constant[first : first + heads]
         return perturbation.attend(rows)
 
     def _several(self, rows: Rows) -> torch.Tensor:
