@@ -9,6 +9,7 @@ _SHARING, _SCHEDULES = "pag_fast/sharing/", "pag_fast/settings/schedules.py"
 _KERNELS = "kernels/torch-ext/pag_fast_kernels/"
 _GUIDANCE = tests_of("guidance")
 _NAIVE = tests_of("perturbations")
+_CONTEXT = ("tests/distributed/test_context.py", "-k", "picture and Flux")
 
 NUMBERS = [
     Fault(
@@ -227,5 +228,26 @@ NUMBERS = [
         "number = lane % heads",
         "number = lane",
         tests_of("kernel_noisy_attention", "rows_have"),
+    ),
+    Fault(
+        "every rank has the strengths of the first heads",
+        f"{_PROCESSORS}rows.py",
+        "rows.constant[first : first + heads]",
+        "rows.constant[:heads]",
+        _CONTEXT,
+    ),
+    Fault(
+        "every rank has the noise of the first heads",
+        f"{_PERTURBED}noise.py",
+        "first_head = state.head_rank * rows.value.shape[2]",
+        "first_head = 0",
+        _CONTEXT,
+    ),
+    Fault(
+        "image and text of all ranks by turns",
+        "pag_fast/runtime/token_ranks.py",
+        "return torch.cat([*parts[::2], *parts[1::2]], dim)",
+        "return x",
+        _CONTEXT,
     ),
 ]

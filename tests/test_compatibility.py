@@ -688,7 +688,7 @@ def test_parallelism(tmp_path: Path) -> None:
     apart = "WEIGHTS_APART|NOTHING_KEPT"
     assert found == {
         "fsdp": {"FSDP": apart, "weights held in parts": apart},
-        "context": {"context parallelism": "REFUSE"},
-        "tensor": {"tensor parallelism": "REFUSE"},
-        "distributed": {"tensor parallelism": "REFUSE"},
+        "context": {"context parallelism": "FINE"},
+        "tensor": {"tensor parallelism": apart},
+        "distributed": {"tensor parallelism": apart},
     }, run.stderr[-2000:]

@@ -87,9 +87,20 @@ def test_op_equals_its_reference(chunk, kind, monkeypatch):
     assert relative(out, expected) < 1e-10
 
 
+def test_some_of_the_heads():
+    """Ranks that share a layer's heads have the noise of one that has all of them."""
+    q, k, v = (torch.randn(2, n, 4, 8, dtype=torch.float64) for n in (11, 7, 7))
+    whole = ops.noisy_attention(q, k, v, clock=_clock(3))
+    first = ops.noisy_attention(q[:, :, :2], k[:, :, :2], v[:, :, :2], clock=_clock(3))
+    rest = [x[:, :, 2:] for x in (q, k, v)]
+    second = ops.noisy_attention(*rest, clock=_clock(3), first_head=2)
+    assert relative(torch.cat([first, second], dim=2), whole) < 1e-12
+    assert relative(ops.noisy_attention(*rest, clock=_clock(3)), whole[:, :, 2:]) > 1e-2
+
+
 def test_opcheck_flops_and_graph():
     q, k, v = (torch.randn(2, n, 3, 8) for n in (11, 7, 7))
-    arguments = (q, k, v, _clock(), 1, 5, 0.5, None, None, "torch")
+    arguments = (q, k, v, _clock(), 1, 5, 0.5, None, None, 1, "torch")
     torch.library.opcheck(torch.ops.pag_fast.noisy_attention.default, arguments)
     with FlopCounterMode(display=False) as counter:
         ops.noisy_attention(q, k, v, clock=_clock())

@@ -18,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ..models.inputs import Inputs
 from ..models.layer_names import resolve
 from ..models.registry import find
+from ..sharing.plan import class_name
 from .counter import FlopCounter
 
 
@@ -114,7 +115,7 @@ class Bound:
         self.prompts = 2 if cfg else 1
         self.joint = _joint_tokens(model, inputs(1))
         self.cross = {name for name, module in model.named_modules() if _is_cross(name, module)}
-        kind, config = type(model).__name__, model.config
+        kind, config = class_name(model), model.config
         self.one_sequence = _ONE_SEQUENCE.get(kind, ())
         self.text_first = kind in _TEXT_BY_CROSS_ATTENTION or (
             "down_block_types" in config and config.get("addition_embed_type") is None
@@ -217,7 +218,7 @@ def _joint_tokens(model: Any, call: dict[str, Any]) -> tuple[int, int] | None:
     if found is not None and found.tokens is not None:
         before, image, behind = found.tokens(model, call)[0]
         return image, before + behind
-    kind = type(model).__name__
+    kind = class_name(model)
     if kind not in _ONE_SEQUENCE and kind not in _TWO_STREAMS:
         return None
     sample, text = call["hidden_states"], call["encoder_hidden_states"].shape[1]

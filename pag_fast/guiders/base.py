@@ -276,6 +276,7 @@ class ResumedGuidance(_Base):
                 traced=traced,
                 resumed=self._is_slg_enabled(),
                 apart=found.why(whole[0]) if whole else "",
+                found=found,
             )
         except BaseException:
             resumption.forget()

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..models.registry import family_of
 from ..processors.rows import PerturbedProcessor
+from ..runtime.compatibility_hooks import cut_arguments
 from ..runtime.installation import check_processors, processor_class
 from ..runtime.instance_patch import Entry
 from ..runtime.perturbed_branches import layers_of
@@ -60,6 +61,10 @@ class Skipped(Intercepted):
                 found.append(args[self._names.index(name)])
             else:
                 found.append(None)
+        if self.state.ranks is not None:  # the module's own hook would cut them
+            cut, ranks = cut_arguments(self.module), self.state.ranks
+            pairs = zip(self.returns, found, strict=True)
+            found = [ranks.part(x) if x is not None and name in cut else x for name, x in pairs]
         return found[0] if len(found) == 1 else tuple(found)
 
 

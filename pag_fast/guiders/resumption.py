@@ -8,9 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..models.layer_names import self_attentions
+from ..runtime.compatibility_hooks import has_other_hooks
+from ..runtime.findings import Findings
 from ..runtime.instance_patch import Entry
+from ..runtime.parallelism import share
 from ..runtime.recording import Record, Replay
-from ..sharing.plan import has_diffusers_hooks
+from ..sharing.plan import argument_names
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
 from ..sharing.threads import HERE
@@ -57,6 +61,7 @@ class Resumption:
         self.changes = changes
         self.modules = modules
         self._prepare = prepare
+        self._found: Findings | None = None
         # why the perturbed forward last ran as a whole, or ""
         self.reason = ""
         self.begin()
@@ -91,6 +96,7 @@ class Resumption:
         traced: bool,
         resumed: bool,
         apart: str = "",
+        found: Findings | None = None,
     ) -> Any:
         """The forward of one branch.
 
@@ -100,14 +106,15 @@ class Resumption:
                 with the same changes, so that they share a graph.
             resumed: a perturbed forward follows cond's in this step.
             apart: why no forward may be taken over from another one, if there is a reason.
+            found: what others have put on the model.
         """
-        self.state.thread = HERE.me
+        self.state.thread, self._found = HERE.me, found
         try:
             if branch == PERTURBED:
                 return self._perturbed(model, run, args, kwargs, apart)
             return self._recorded(branch, run, args, kwargs, traced, resumed and not apart)
         finally:
-            self.state.thread = None
+            self.state.thread = self._found = None
 
     def _recorded(
         self,
@@ -157,11 +164,15 @@ class Resumption:
                 changes += self.replays
             if self._prepare is not None:
                 self._prepare(model, args, kwargs)
+            if self._found is not None and self._found.parallel:
+                call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
+                share(self.state, model, self_attentions(model), call, self._found)
             # no row attends: the batch holds perturbed rows alone
             self.state.slabs = (0, 0, 1)
             return run(changes, args, kwargs)
         finally:
             self.state.slabs = None
+            self.state.ranks, self.state.head_rank = None, 0
             self.forget()
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any], apart: str) -> str:
@@ -181,7 +192,7 @@ class Resumption:
         if self._usable is None:
             roots = [record.module for record in self.records]
             inner = [module for root in roots for module in root.modules()]
-            hooked = any(map(has_diffusers_hooks, inner))
+            hooked = any(map(has_other_hooks, inner))
             self._usable = not hooked and not any(module.training for module in inner)
         return self._usable
 

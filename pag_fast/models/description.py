@@ -80,6 +80,10 @@ class ModelDescription:
             keys and values of one tensor, and take projections that are views of one product; the
             ``stock_processors`` do, too.
         sequence: where blocks get text and image as one sequence, how long each is.
+        cut: how many tokens of text and image diffusers' context parallelism cuts into a part for
+            each rank, if that is exact; without it context parallelism is refused.
+        shares_heads: diffusers' tensor parallelism gives each rank some of the heads of a layer,
+            and what its processor does there is right for these alone.
         tokens: of a model whose layers' own processors run around our product
             (:class:`~pag_fast.processors.stock.PerturbedStockAttention`), where the image's tokens
             are in the sequences that its layers attend to.
@@ -108,6 +112,8 @@ class ModelDescription:
     replaces: frozenset[str] = frozenset()
     fusable_processors: frozenset[str] = frozenset()
     sequence: Sequence | None = None
+    cut: Sequence | None = None
+    shares_heads: bool = False
     tokens: Runs | None = None
     rows_second: tuple[str, ...] = ()
     countable: Callable[[Any], None] | None = None

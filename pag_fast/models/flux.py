@@ -68,6 +68,8 @@ DESCRIPTION = ModelDescription(
     replaces=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}),
     fusable_processors=_FUSABLE,
     sequence=_sequence,
+    cut=_sequence,
+    shares_heads=True,
     checkpoints=(Checkpoint("FluxPipeline", "FLUX.1-dev", {"guidance_embeds": True}),),
 )
 CONTROLNET = ControlNetDescription(

@@ -39,6 +39,11 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     return kwargs
 
 
+def _cut(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    text = call["encoder_hidden_states"].shape[1]
+    return (text,), call["hidden_states"].shape[1]
+
+
 def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
     config, kwargs = model.config, _inputs(model, new, rows, latent)
     channels = config.in_channels + config.extra_condition_channels
@@ -55,6 +60,8 @@ DESCRIPTION = ModelDescription(
     blocks={"QwenImageTransformerBlock": TEXT_THEN_IMAGE},
     layout=_LAYOUT,
     replaces=_FUSABLE,
+    cut=_cut,
+    shares_heads=True,
     fusable_processors=_FUSABLE,
     # the size that its README names for squares
     checkpoints=(Checkpoint("QwenImagePipeline", "Qwen-Image", height=1328, width=1328),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,11 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     }
 
 
+def _cut(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    sizes = zip(call["hidden_states"].shape[2:], model.config.patch_size, strict=True)
+    return (0,), math.prod(size // patch for size, patch in sizes)
+
+
 DESCRIPTION = ModelDescription(
     "WanTransformer3DModel",
     PerturbedVideoAttention,
@@ -37,6 +43,7 @@ DESCRIPTION = ModelDescription(
     blocks={"WanTransformerBlock": IMAGE_ALONE},
     layout=_LAYOUT,
     text=frozenset({"encoder_hidden_states"}),
+    cut=_cut,
     replaces=frozenset({"WanAttnProcessor", "WanAttnProcessor2_0"}),
     fusable_processors=frozenset({"WanAttnProcessor"}),
     checkpoints=(

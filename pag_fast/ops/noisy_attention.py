@@ -23,11 +23,13 @@ def noisy_attention(
     sigma: float = 1.0,
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    first_head: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """``softmax(scale·q·kᵀ + σ·ε)·v`` for every row; shapes, and what ε is:
     :func:`pag_fast.ops.reference.noisy_attention`.
 
+    ``first_head`` says which of the layer's heads the first is.
     ``clock`` is a tensor so that another step is neither another graph nor a wait for the device.
 
     Raises:
@@ -55,7 +57,7 @@ def noisy_attention(
         backend = "torch"
     op = torch.ops.pag_fast.noisy_attention.default
     run = _noisy_attention if is_unwatched(v) else op
-    return run(q, k, v, clock, layer, seed, sigma, attn_mask, scale, backend)
+    return run(q, k, v, clock, layer, seed, sigma, attn_mask, scale, first_head, backend)
 
 
 def _noisy_attention(
@@ -68,6 +70,7 @@ def _noisy_attention(
     sigma: float,
     attn_mask: torch.Tensor | None,
     scale: float | None,
+    first_head: int,
     backend: str,
 ) -> torch.Tensor:
     out = q.new_empty(q.shape)
@@ -76,7 +79,8 @@ def _noisy_attention(
         from pag_fast_kernels import noisy_attention as kernel
 
         q = q if q.stride(-1) == 1 else q.contiguous()
-        return kernel(q, k, v, out, clock=clock, layer=layer, seed=seed, sigma=sigma, scale=scale)
+        numbers = {"layer": layer, "seed": seed, "first_head": first_head}
+        return kernel(q, k, v, out, clock=clock, **numbers, sigma=sigma, scale=scale)
     rows, queries, heads, _ = q.shape
     step = max(1, _MAX_SCORES // max(1, rows * heads * k.shape[1]))
     for start in range(0, queries, step):
@@ -95,13 +99,14 @@ def _noisy_attention(
             attn_mask=mask,
             scale=scale,
             first_query=start,
+            first_head=first_head,
         )
     return out
 
 
 define(
     "noisy_attention(Tensor q, Tensor k, Tensor v, Tensor clock, int layer, int seed, float sigma, "
-    "Tensor? attn_mask, float? scale, str backend) -> Tensor",
+    "Tensor? attn_mask, float? scale, int first_head, str backend) -> Tensor",
     _noisy_attention,
     lambda q, *_: q.new_empty(q.shape),
 )

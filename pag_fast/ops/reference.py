@@ -130,6 +130,7 @@ def noisy_attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
     first_query: int = 0,
+    first_head: int = 0,
 ) -> torch.Tensor:
     """Softmax attention with normal noise on its scores: ``softmax(scale·QKᵀ + σ·ε)·V``.
 
@@ -141,6 +142,7 @@ def noisy_attention(
         seed: from 0 to 2⁶³ − 1.
         attn_mask: additive or boolean, broadcastable to ``[rows, H, M, N]``.
         first_query: where in the layer the first of the M queries is.
+        first_head: which of the layer's heads the first of the H is.
 
     Returns:
         ``[rows, M, H, D]``. ε are the fp32 numbers of :func:`score_noise`, the same in every row.
@@ -148,7 +150,7 @@ def noisy_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key).to(wide) * scale
-    noise = score_noise(scores.shape, clock, layer, seed, first_query)
+    noise = score_noise(scores.shape, clock, layer, seed, first_query, first_head)
     scores = scores + sigma * noise.to(wide)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -159,7 +161,12 @@ def noisy_attention(
 
 
 def score_noise(
-    shape: Sequence[int], clock: torch.Tensor, layer: int, seed: int, first_query: int = 0
+    shape: Sequence[int],
+    clock: torch.Tensor,
+    layer: int,
+    seed: int,
+    first_query: int = 0,
+    first_head: int = 0,
 ) -> torch.Tensor:
     """Standard normal fp32 numbers ``[rows, H, M, N]``, a function of head, query and key.
 
@@ -172,7 +179,7 @@ def score_noise(
     device = clock.device
     block = torch.arange((keys + 3) // 4, device=device)
     query = torch.arange(first_query, first_query + queries, device=device)
-    head = torch.arange(heads, device=device)
+    head = torch.arange(first_head, first_head + heads, device=device)
     time = (clock.reshape(()) * 4096 + layer) & 0xFFFFFFFF
     counter = torch.broadcast_tensors(block, query[:, None], head[:, None, None], time)
     u = [_uniform(x) for x in philox(counter, seed)]

@@ -49,6 +49,7 @@ class Rows:
         attn_mask: broadcastable to ``[rows of query, H, N, N]``.
         constant: what :meth:`AttentionPerturbation.constant` returned, on the layer's device.
         mean_query: ``[perturbed rows, 1, H, D]``, instead of queries of the perturbed rows.
+        is_whole: tokens were spread over ranks, and heads are now.
     """
 
     query: torch.Tensor
@@ -63,6 +64,7 @@ class Rows:
     layer: Layer = field(default_factory=Layer)
     constant: torch.Tensor | None = None
     mean_query: torch.Tensor | None = None
+    is_whole: bool = False
 
     @property
     def source(self) -> slice:

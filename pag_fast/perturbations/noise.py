@@ -53,6 +53,8 @@ class NoisyScores(AttentionPerturbation):
 
     def attend(self, rows: Rows) -> torch.Tensor:
         state = rows.layer.state
+        # ranks that share heads have the numbers of one process
+        first_head = state.head_rank * rows.value.shape[2]
 
         def image(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
             return ops.noisy_attention(
@@ -65,6 +67,7 @@ class NoisyScores(AttentionPerturbation):
                 sigma=self.sigma,
                 attn_mask=mask,
                 scale=rows.scale,
+                first_head=first_head,
                 backend=rows.backend,
             )
 

@@ -84,7 +84,9 @@ class PerturbedJointAttention(PerturbedSelfAttention):
         self, attn: Any, projection: str, norm: str, x: torch.Tensor, rotary: Any
     ) -> torch.Tensor:
         """Queries, keys or values ``[rows, N, H, D]`` of one kind of token."""
-        x = heads_last(getattr(attn, projection)(x), attn.heads)
+        x = getattr(attn, projection)(x)
+        # a rank may have some of the heads
+        x = heads_last(x, x.shape[-1] * attn.heads // attn.inner_dim)
         if projection in ("to_v", "add_v_proj"):
             return x
         layer = getattr(attn, norm, None)

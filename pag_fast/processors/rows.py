@@ -162,11 +162,29 @@ class PerturbedProcessor:
 
     def _attention(self, rows: Rows) -> torch.Tensor:
         value, num_attend, num_forked = rows.value, rows.num_attend, rows.num_forked
+        state = self.state
+        if state is not None and state.ranks is not None and not rows.is_whole:
+            return self._over_ranks(state.ranks, rows)
         if num_attend == value.shape[0] and not num_forked:
             return _IDENTITY.attend(rows)
         if len(self.branches) == 1:
             return self._perturbed(0, rows)
         return self._forked(rows) if num_forked else self._several(rows)
+
+    def _over_ranks(self, ranks: Any, rows: Rows) -> torch.Tensor:
+        """Tokens lie on several ranks: all of them for some of the heads, and back."""
+        text, a = bool(rows.num_context), rows.num_attend
+        perturbed = rows.num_forked or a < rows.value.shape[0]
+        if text or self._scored or not perturbed:
+            return ranks.to_tokens(self._attention(ranks.to_heads(rows)), text=text)
+        # a value that takes the place of the output is where it is needed
+        own = rows.value[rows.source]
+        parts = [own] * (len(self.branches) if rows.num_forked else 1)
+        if a:
+            attending = _rows(rows, 0, a)
+            attending.num_forked = 0
+            parts.insert(0, ranks.to_tokens(self._attention(ranks.to_heads(attending)), text=False))
+        return torch.cat(parts)
 
     def _perturbed(self, index: int, rows: Rows) -> torch.Tensor:
         perturbation = self.branches[index]
@@ -174,6 +192,11 @@ class PerturbedProcessor:
         if self.constants[index] is not None:
             self.place(rows.value.device)
             rows.constant = self.constants[index]
+            heads = rows.value.shape[2]
+            assert rows.constant is not None
+            if rows.constant.shape[0] != heads:  # ranks share them
+                first = rows.layer.state.head_rank * heads
+                rows.constant = rows.constant[first : first + heads]
         return perturbation.attend(rows)
 
     def _several(self, rows: Rows) -> torch.Tensor:

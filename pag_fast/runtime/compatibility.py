@@ -28,6 +28,7 @@ from .compatibility_hooks import (
     accelerate_hooks,
     context_parallel,
     diffusers_hook,
+    known_parallelism,
     tensor_parallel,
     torch_hooks,
     unknown,
@@ -117,13 +118,17 @@ def attached(
 ) -> tuple[Finding, ...]:
     """The part of :func:`look` that does not change unless somebody changes the model."""
     places: dict[Found, list[str]] = {}
+    known: dict[Found, Found] = {}
     for name, module in modules:
+        if not name:
+            known = known_parallelism(module)
         for found in _of_module(name, module, passes_apart, own):
             names = places.setdefault(found, [])
             if name not in names[-1:]:
                 names.append(name)
     if _IN_PARTS in places and not any(what == "FSDP" for what, _, _ in places):
         places[tensor_parallel()] = places.pop(_IN_PARTS)
+    places = {known.get(found, found): names for found, names in places.items()}
     return tuple(
         Finding(what, _where(names), answer, sentence)
         for (what, answer, sentence), names in places.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.registry import find
 from .compatibility_answers import CACHE, UNKNOWN, WEIGHTS, Answer
 from .compatibility_origins import TRUSTED, is_row_wise, mro_names, origin, package
 
@@ -24,14 +25,18 @@ _APART = (
     "numbers of rows: use a cache that tells passes apart, such as FirstBlockCache or "
     "TaylorSeerCache, or call disable_cache()."
 )
-_TP = (
-    "Tensor parallelism gives each rank some of the heads, and pag_fast's attention expects all "
-    "of them: run this pipeline without it, or with fully_shard."
+_NO_TP = (
+    "Tensor parallelism gives each rank some of the heads, and of this model it is not known that "
+    "perturbed attention is right with these alone: run this pipeline without it, or with "
+    "fully_shard."
 )
-_CP = (
-    "Context parallelism gives each rank a part of every sequence, and perturbed attention needs "
-    "all of it: run this pipeline without enable_parallelism(), a picture or a prompt per rank."
+_NO_CP = (
+    "Context parallelism gives each rank a part of every sequence, and of this model it is not "
+    "known how to have all of it in a perturbed attention: run this pipeline without "
+    "enable_parallelism(), a picture or a prompt per rank."
 )
+_TP = "a rank perturbs its own heads; weights are held in parts, so none is fused or kept."
+_CP = "a perturbed layer has all tokens for its rank's part of the heads, and exchanges them."
 _OFFLOADING = {
     "LayerwiseCastingHook": "layerwise casting",
     "PeftInputAutocastDisableHook": "layerwise casting",
@@ -66,14 +71,49 @@ def unknown(what: str) -> Found:
     return what, UNKNOWN, sentence
 
 
+CONTEXT_PARALLEL, TENSOR_PARALLEL = "context parallelism", "tensor parallelism"
+PARALLEL = frozenset({CONTEXT_PARALLEL, TENSOR_PARALLEL})
+"""What has each forward say which tokens, or which heads, are here."""
+
+
 def context_parallel() -> Found:
     """The answer to sequences that are split over ranks."""
-    return "context parallelism", Answer.REFUSE, _CP
+    return CONTEXT_PARALLEL, Answer.REFUSE, _NO_CP
 
 
 def tensor_parallel() -> Found:
     """The answer to projections that are split over ranks."""
-    return "tensor parallelism", Answer.REFUSE, _TP
+    return TENSOR_PARALLEL, Answer.REFUSE, _NO_TP
+
+
+def known_parallelism(model: nn.Module) -> dict[Found, Found]:
+    """The answers to these, where perturbed layers of a model are known to be exact."""
+    described = find(model)
+    found = {}
+    if described is not None and described.cut is not None:
+        found[context_parallel()] = CONTEXT_PARALLEL, Answer.FINE, _CP
+    if described is not None and described.shares_heads:
+        found[tensor_parallel()] = TENSOR_PARALLEL, WEIGHTS, _TP
+    return found
+
+
+def cut_arguments(module: nn.Module) -> frozenset[str]:
+    """Arguments that hooks of context parallelism cut when they enter a module."""
+    plans = [hook.metadata for hook in _hooks(module) if _cuts(hook)]
+    return frozenset(name for plan in plans if isinstance(plan, dict) for name in plan)
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers do more when a module runs than to cut or join its tokens."""
+    return not all(map(_cuts, _hooks(module)))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return list(getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values())
+
+
+def _cuts(hook: Any) -> bool:
+    return any(name.startswith("ContextParallel") for name in mro_names(type(hook)))
 
 
 def diffusers_hook(hook: Any, *, passes_apart: bool) -> Found:
@@ -86,7 +126,7 @@ def diffusers_hook(hook: Any, *, passes_apart: bool) -> Found:
         return _OFFLOADING[name], WEIGHTS, _MOVED
     for name in names & _CACHES.keys():
         return _cache(_CACHES[name], hook, passes_apart)
-    if any(name.startswith("ContextParallel") for name in names):
+    if _cuts(hook):
         return context_parallel()
     if names & _SKIPS:
         return _skip(hook)

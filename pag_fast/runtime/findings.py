@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .compatibility import STOCK_PAG, Answer, Finding, combined, refuse
+from .compatibility_hooks import PARALLEL
 
 
 class Findings:
@@ -16,6 +17,7 @@ class Findings:
         unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck, refuses: what they ask
             for, each by itself: a forward reads these, where asking a flag would be a call.
         stock_pag: a PAG pipeline of diffusers has put its processors there.
+        parallel: ranks share its tokens or heads.
     """
 
     def __init__(self, items: Iterable[Finding] = ()) -> None:
@@ -29,6 +31,7 @@ class Findings:
         self.recheck = Answer.RECHECK in answer
         self.refuses = Answer.REFUSE in answer
         self.stock_pag = any(item.what == STOCK_PAG for item in self.items)
+        self.parallel = any(item.what in PARALLEL for item in self.items)
 
     @staticmethod
     def together(several: Iterable[Findings]) -> Findings:

@@ -249,6 +249,7 @@ class Installation:
         self.state.thread = None
         self.state.slabs = None
         self.state.added = {}
+        self.state.ranks, self.state.head_rank = None, 0
         try:
             if self.fusion is not None:
                 self.fusion.forget()

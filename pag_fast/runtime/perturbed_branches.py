@@ -9,6 +9,7 @@ from ..config import PatchConfig
 from ..models.layer_names import resolve, self_attentions
 from ..models.registry import family_of
 from ..perturbations import AttentionPerturbation, Layer, Perturbation
+from ..sharing.plan import class_name
 from ..sharing.rows import BranchState
 
 
@@ -47,7 +48,7 @@ def perturbed_branches(
         else:
             names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
             for name in names:
-                kind = type(denoiser.get_submodule(name)).__name__
+                kind = class_name(denoiser.get_submodule(name))
                 if kind not in family_of(denoiser).skippable_blocks:
                     raise ValueError(
                         f"{type(perturbation).__name__} perturbs transformer blocks, and {name} "

@@ -25,6 +25,7 @@ from .graphs import Graphs
 from .guided import Guided
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
+from .parallelism import share
 from .row_decision import RowDecision, align_residuals
 from .stock_passes import OnTop, StockPasses
 from .undoing import undo_after_error, undo_all
@@ -165,6 +166,8 @@ class Session(Guided):
         fused = not found.weights_apart
         perturbs = installed.state.slabs is not None
         installed.state.entered = 0
+        if found.parallel:
+            share(installed.state, installed.denoiser, installed.attentions, call, found)
 
         behind = self._behind(call, found) if perturbs else []
 

@@ -120,11 +120,14 @@ class PerturbedBlock:
             return None
         parts = list(hidden.split(unit))
         clock = self.state.clock_on(hidden)
+        ranks = self._ranks_of(hidden)
         for branch, perturbation in self.orders:
             at = branch - self.branches
             tokens = self.state.num_image if self.holds_text else hidden.shape[1]
+            if ranks is not None:
+                tokens = ranks.image
             order = perturbation.permutation(tokens, self.index, clock)
-            parts[at] = self._in_order(parts[at], order)
+            parts[at] = self._in_order(parts[at], order, ranks)
         hidden = torch.cat(parts)
         if args:
             return (hidden, *args[1:]), kwargs
@@ -163,21 +166,32 @@ class PerturbedBlock:
         start = x.shape[0] - (self.branches - branch) * unit
         return x[start : start + unit]
 
-    def _in_order(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    def _ranks_of(self, hidden: torch.Tensor) -> Any:
+        """Who has the other tokens of a block's input; ``None`` where all are here."""
+        ranks = self.state.ranks
+        if ranks is None or ranks.whole(hidden.shape[1], text=self.holds_text):
+            return None  # a hook of the block itself may cut what it is given
+        return ranks
+
+    def _in_order(self, x: torch.Tensor, order: torch.Tensor, ranks: Any) -> torch.Tensor:
         """``x`` with its image tokens in another order; text and padding stay where they are."""
         if not self.holds_text:
-            return x.index_select(1, order)
+            return x.index_select(1, order) if ranks is None else ranks.in_order(x, order)
         rows, lengths = [], self.state.num_contexts
+        here = order.shape[0] if ranks is None else ranks.own_image
         for index, row in enumerate(x.split(1)):
             start = lengths[index % len(lengths)]
-            text, image, padding = row.tensor_split((start, start + order.shape[0]), dim=1)
-            rows.append(torch.cat([text, image.index_select(1, order), padding], dim=1))
+            text, image, padding = row.tensor_split((start, start + here), dim=1)
+            image = image.index_select(1, order) if ranks is None else ranks.in_order(image, order)
+            rows.append(torch.cat([text, image, padding], dim=1))
         return torch.cat(rows)
 
     def _put_back(
         self, x: torch.Tensor, kept: list[torch.Tensor], runs: int, full: int
     ) -> torch.Tensor:
         unit = x.shape[0] // runs
+        if self.state.ranks is not None and kept[0].shape[1] != x.shape[1]:
+            kept = [self.state.ranks.part(one) for one in kept]  # the block's own hook has cut it
         parts = [x[: (full - self.branches) * unit]]
         waiting = iter(kept)
         for branch in range(self.branches):

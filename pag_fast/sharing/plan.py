@@ -164,6 +164,12 @@ def has_diffusers_hooks(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, or of the one that ``fully_shard`` has made a subclass of."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
+
+
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, which some models pass by position."""
     return _argument_names(type(module))  # type: ignore[arg-type]
@@ -192,7 +198,7 @@ def text_projection_sites(model: Any) -> list[Site]:
         for name, module in model.named_children()
         if name in _TEXT_PROJECTIONS
         # with an IP-Adapter this slot holds its image projection, which takes other arguments
-        and type(module).__name__ != "MultiIPAdapterImageProjection"
+        and class_name(module) != "MultiIPAdapterImageProjection"
     ]
 
 

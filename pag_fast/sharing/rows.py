@@ -60,6 +60,9 @@ class BranchState:
         added: what a T2I-Adapter adds behind down blocks that do not take it themselves, by name.
         checked: whose turn it is to compute again what is kept from step to step.
         tokens: of the attentions of a model that was traced, which are the image's, by name.
+        ranks: how tokens lie on several ranks (:mod:`pag_fast.runtime.token_ranks`); ``None``: all
+            are here. ``num_contexts`` and ``num_image`` count those that are here.
+        head_rank: where the heads of a perturbed layer are on several ranks, which share is here.
     """
 
     def __init__(self) -> None:
@@ -76,6 +79,8 @@ class BranchState:
         self.checked = 0
         self.added: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, Tokens] = {}
+        self.ranks: Any = None
+        self.head_rank = 0
 
     def mark_runs(self, names: Iterable[str], runs: tuple[Run, ...], device: torch.device) -> None:
         """Write down where the image's tokens are in what the attentions ``names`` attend to."""

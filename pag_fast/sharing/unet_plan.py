@@ -18,6 +18,7 @@ from .plan import (
     Site,
     SkipSite,
     block_sites,
+    class_name,
     text_key_sites,
     text_projection_sites,
     unshared,
@@ -67,8 +68,8 @@ def _walk(model: Any) -> tuple[list[_Unit], str]:
     ]
     units: list[_Unit] = []
     for name, block, own in blocks:
-        if type(block).__name__ not in _KNOWN[own[0]]:
-            return [], f"{name} has the unknown structure {type(block).__name__}"
+        if class_name(block) not in _KNOWN[own[0]]:
+            return [], f"{name} has the unknown structure {class_name(block)}"
         units += _groups(block, name, own)
     return units, ""
 
@@ -106,8 +107,8 @@ def _text_first(units: list[_Unit], model: Any) -> bool:
 
 def _is_equivariant(unit: _Unit) -> bool:
     """Whether a transformer treats an image token alike wherever it is."""
-    return type(unit.module).__name__ == "Transformer2DModel" and all(
-        type(block).__name__ == "BasicTransformerBlock"
+    return class_name(unit.module) == "Transformer2DModel" and all(
+        class_name(block) == "BasicTransformerBlock"
         and block.pos_embed is None
         and block.norm_type == "layer_norm"
         and not hasattr(block, "fuser")  # GLIGEN's boxes

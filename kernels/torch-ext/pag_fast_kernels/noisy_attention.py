@@ -101,7 +101,7 @@ def _step(
 _INTEGERS = (
     *("stride_qb", "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kh"),
     *("stride_vb", "stride_vn", "stride_vh", "stride_ob", "stride_on", "stride_oh"),
-    *("heads", "num_queries", "num_keys", "layer", "seed_low", "seed_high"),
+    *("heads", "num_queries", "num_keys", "layer", "seed_low", "seed_high", "first_head"),
 )
 
 
@@ -132,6 +132,7 @@ def _noisy_attention_fwd_kernel(
     layer,
     seed_low,  # halves of the seed, as signed 32-bit numbers
     seed_high,
+    first_head,  # which of the layer's heads is number 0 here
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
@@ -150,6 +151,7 @@ def _noisy_attention_fwd_kernel(
     # the noise counts heads, never rows: a picture does not depend on its neighbours
     number = lane % heads
     head = number.to(tl.int64)
+    number += first_head
     row = (lane // heads).to(tl.int64)
     low = seed_low.to(tl.int64) & 0xFFFFFFFF
     seed = (seed_high.to(tl.int64) << 32) | low
@@ -221,6 +223,7 @@ def noisy_attention(
     seed: int = 0,
     sigma: float = 1.0,
     scale: float,
+    first_head: int = 0,
     config: Config | None = None,
 ) -> torch.Tensor:
     """Fill ``out`` [rows, M, H, D] from q [rows, M, H, D] and k, v [rows, N, H, D]; return it.
@@ -233,6 +236,7 @@ def noisy_attention(
         seed: from 0 to 2⁶³ − 1.
         sigma: standard deviation of the noise, in units of scores.
         scale: score scale, usually D ** -0.5.
+        first_head: which of the layer's heads the first of the H is.
     """
     rows, queries, heads, head_dim = q.shape
     keys = k.shape[1]
@@ -247,7 +251,7 @@ def noisy_attention(
         unit = stride_unit(v, strides, starts_aligned)
         # halves of the seed always as 32 bits: another seed must not be another kernel
         seeds = low - (low >> 31 << 32), high
-        integers = *(x // unit for x in strides), heads, queries, keys, layer, *seeds
+        integers = *(x // unit for x in strides), heads, queries, keys, layer, *seeds, first_head
         constants = {
             "UNIT": unit,
             "HEAD_DIM": head_dim,
@@ -263,6 +267,6 @@ def noisy_attention(
     pointers = q, k, v, out, clock
     key = None
     if starts_aligned and aligned(clock):
-        key = v.device.index, v.dtype, q.shape, keys, strides, layer, seed, config
+        key = v.device.index, v.dtype, q.shape, keys, strides, layer, seed, first_head, config
     _launch(key, pointers, (scale * LOG2E.value, sigma * LOG2E.value), prepare)
     return out

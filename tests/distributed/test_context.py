@@ -1,0 +1,48 @@
+"""Context parallelism: two processes make the picture of one, or say why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import context_cases
+import diffusers
+import guider_cases
+import pytest
+from processes import on_ranks
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(diffusers, "ContextParallelConfig"), reason="diffusers is older"
+)
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "WanPipeline"])
+def test_two_processes_make_the_picture_of_one(name: str, tmp_path: Path) -> None:
+    """Every perturbation, Ulysses and ring, sequences of all lengths, with CFG and without."""
+    for found in on_ranks(tmp_path, context_cases.exact, name):
+        assert len(found) == 8 + 7 * 3
+        assert max(error for error, _ in found.values()) < 1e-5, found
+        assert min(effect for _, effect in found.values()) > 1e-2
+
+
+def test_what_is_not_exact_is_refused(tmp_path: Path) -> None:
+    """On every rank, and in a sentence: another model, uneven heads, masks in a ring, a plan."""
+    for found in on_ranks(tmp_path, context_cases.refused):
+        said = {
+            "model": "not known how to have all of it",
+            "heads": "has 3 heads, which 2 ranks cannot share equally",
+            "ring": "use ulysses_degree, or prompts without padding",
+            "plan": "diffusers' own way to cut sequences, and no other cp_plan",
+            "by hand": "on a model that was not told of it",
+        }
+        assert found.keys() == said.keys()
+        assert all(words in found[case] for case, words in said.items()), found
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "wan"])
+def test_guiders(name: str, tmp_path: Path) -> None:
+    """Perturbed attention and skipped layers, resumed as in one process."""
+    for found in on_ranks(tmp_path, guider_cases.exact, name):
+        assert len(found) == (12 if name == "qwen" else 14)
+        assert max(error for error, _, _ in found.values()) < 1e-5, found
+        assert min(effect for _, effect, _ in found.values()) > 1e-2
+        assert not any(warnings for _, _, warnings in found.values()), "not resumed"
