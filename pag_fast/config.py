@@ -61,6 +61,9 @@ class PatchConfig(Settings):
             (``cache_conditioning``) are not noticed there.
         reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
             and another picture than without.
+        mesh: one named dimension, of 2 or 3 ranks, of a torch ``DeviceMesh``: every rank runs some
+            of the branches, and all have the same picture (docs/ranks.md). Looked at by
+            :func:`pag_fast.patch`, as it belongs to a process.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
@@ -80,6 +83,7 @@ class PatchConfig(Settings):
     compile: bool | CompileConfig = False
     graphs: bool = False
     reuse: Reuse | None = None
+    mesh: Any = None
     exact_layers: bool = False
     strict: bool = False
 
@@ -158,6 +162,7 @@ class PatchConfig(Settings):
             rescale_mode=None,
             rescale=None,
             reuse=None,
+            mesh=None,
             graphs=False,
             strict=False,
         )

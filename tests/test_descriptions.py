@@ -264,6 +264,7 @@ _SET = {
     "compile": True,
     "graphs": True,
     "reuse": pag_fast.Reuse(every=2),
+    "mesh": object(),  # looked at by patch, where there is a process group
     "exact_layers": True,
     "strict": True,
 }
