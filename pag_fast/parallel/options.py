@@ -30,11 +30,6 @@ def check_ranks(
             f"mesh needs to know whose rows are whose before they run, and {name} or its denoiser "
             "is one that nobody has described: patch without mesh."
         )
-    if description.passes == "apart":
-        raise ValueError(
-            f"{name} runs uncond and cond in calls of their own, one after the other, which mesh "
-            "does not place on ranks: patch without mesh."
-        )
     if description.passes == "alone" and mesh.size() > 2:
         raise ValueError(
             f"{name} has no uncond, so there are cond and perturbed for {mesh.size()} ranks: use a "

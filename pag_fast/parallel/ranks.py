@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..models.registry import PERTURBED
+from ..models.registry import PERTURBED, UNCOND
 from ..sharing.arguments import batched, latents_of
 from ..sharing.rows import BranchState
 from .exchange import Exchange, checksum
@@ -54,12 +54,15 @@ class Ranks:
         *,
         same: bool,
         settings: Sequence[Any],
+        ahead: dict[str, Any] | None = None,
     ) -> tuple[str, ...]:
         """Leave this rank's rows alone in ``call``, and its slabs in ``state``.
 
         Args:
             same: the conditioning is that of the forward before.
             settings: numbers and words that have to be equal on all ranks: steps, layers.
+            ahead: arguments of a forward of uncond by itself, which runs now on the first rank:
+                :meth:`gathered` then returns its prediction, too, in front of the others.
 
         Returns:
             The branches that the model is going to run on.
@@ -67,7 +70,8 @@ class Ranks:
         Raises:
             ValueError: on all ranks, ones that do not draw the same picture.
         """
-        found = spans(layout, self.size)
+        everything = layout if ahead is None else (UNCOND, *layout)
+        found = spans(everything, self.size)
         self._counts = tuple(stop - start for start, stop in found)
         self._unit = unit
         self._write_note(call, layout, frames, same=same)
@@ -76,9 +80,15 @@ class Ranks:
         start, stop = found[self.rank]
         if start == stop:  # every rank runs its model in every step; nobody looks at these rows
             start, stop = 0, 1
-        mine = tuple(layout[start:stop])
+        mine = tuple(everything[start:stop])
         rows, full = latents_of(call).shape[0], len(layout)
-        call.update(cut(call, rows, frames, full, (start, stop)))
+        if ahead is None:
+            call.update(cut(call, rows, frames, full, (start, stop)))
+        elif start:
+            call.update(cut(call, rows, frames, full, (start - 1, stop - 1)))
+        else:  # uncond is alone
+            call.clear()
+            call.update(ahead)
         state.slabs = slabs_of(state.slabs, mine)
         return mine
 

@@ -88,8 +88,7 @@ class InjectedSession(Session):
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
         self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
-        resumes = self.patch.config.share_branches and self.ranks is None
-        if self.host.stock_guidance is not None and resumes:
+        if self.host.stock_guidance is not None and self.patch.config.share_branches:
             denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
             self._stock = StockPasses(
                 self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs

@@ -17,7 +17,6 @@ from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
 from .behind_hooks import BehindHooks
-from .compatibility_answers import Answer
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
@@ -27,7 +26,6 @@ from .graphs import Graphs
 from .guided import Guided
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
-from .predictions import prediction_of, with_prediction
 from .row_decision import RowDecision, align_residuals
 from .stock_passes import OnTop, StockPasses
 from .undoing import undo_after_error, undo_all
@@ -43,9 +41,11 @@ class Session(Guided):
         freed: the pipeline has offloaded its models at the end of the call.
         pag: the pipeline denoises with PAG: forwards of its denoiser are ours.
         running_forward: a forward of ours is running.
+        ranks: the processes that share the rows, if there are several.
     """
 
     _kept: ConditioningCache
+    ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
     _above: tuple[InstancePatch, StockPasses] | None = None
 
@@ -59,7 +59,6 @@ class Session(Guided):
         self.running_forward = False
         self.controlnets = ControlNets(self)
         self._graphs: Graphs | None = None
-        self.ranks = None if patch.config.mesh is None else Ranks(patch.config.mesh)
         self._pass = ""
         self._locals: dict[str, Any] = {}
         self._looked_ahead: set[Any] = set()
@@ -102,8 +101,6 @@ class Session(Guided):
         ours = [self._kept.forget, self.installed.forget] if self.pag else []
         undo_all(self.controlnets.end, *ours)
         self._graphs = None
-        if whole and self.ranks is not None:
-            self.ranks.finish()
         if whole:
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
         if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
@@ -142,11 +139,7 @@ class Session(Guided):
         self.running_forward = True
         try:
             call = self.enter_denoiser(forward, found)
-            out = self._run(forward, call, found)
-            if self.ranks is not None:
-                whole = self.ranks.gathered(prediction_of(out))
-                out = with_prediction(out, whole)
-            out = self._combined(out)
+            out = self._combined(self._run(forward, call, found))
         except BaseException as error:
             undo_after_error(self._left)
             if isinstance(error, Exception) and not found.stock_pag and self.installed.taken():
@@ -283,33 +276,23 @@ class Session(Guided):
             state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
         if self.ranks is not None:
-            layout = self._own_rows(call, layout, frames, found, same=same)
+            layout, same = self._own_rows(call, layout, frames, found, same=same)
         self.advance(self._kept, call, found, same)
         align_residuals(call, len(layout), self.unit, frames, state, self.installed.plan)
         self.installed.prepare(latents_of(call), step)
 
     def _own_rows(
         self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
-    ) -> tuple[str, ...]:
-        """Leave this rank's rows alone in the arguments; returns its branches.
+    ) -> tuple[tuple[str, ...], bool]:
+        """On ranks: leave this one's rows alone in the arguments.
+
+        Returns:
+            Its branches, and whether their conditioning is that of their forward before.
 
         Raises:
             ValueError: something on the model has to see all rows, or ranks that do not agree.
         """
-        assert self.ranks is not None
-        for answer in (Answer.UNSHARED, Answer.KEEP_ROWS, Answer.RECHECK):
-            if answer in found.answer:
-                raise ValueError(
-                    f"{found.why(answer)}: on ranks (mesh=...) it would see some of the rows. Take "
-                    "it off, or patch without mesh."
-                )
-        steps = getattr(self.pipe, "_num_timesteps", None)
-        self.ranks.branches = len(self.installed.branches)
-        settings = steps, self.installed.plan.order
-        state = self.installed.state
-        return self.ranks.enter(
-            call, layout, frames, self.unit, state, same=same, settings=settings
-        )
+        raise NotImplementedError
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""
