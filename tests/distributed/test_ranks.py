@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import processes
 import pytest
 import tiny
 import tiny_hosts
 import torch
+from PIL import Image
 
 import pag_fast
+from examples.ranks.draw import main as draw_example
 from pag_fast import Branch, Reuse, Schedule
 from pag_fast.analysis.counter import FlopCounter
 from pag_fast.analysis.ranks import rank_costs
 from pag_fast.runtime.compatibility_origins import row_wise
+from pag_fast.tools.load import emoji
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,6 @@ OTHERS = [
     Case("HunyuanVideoPipeline", {"steps": 3}),
     Case("Lumina2Pipeline", {"steps": 3}),
 ]
-EAGER = pag_fast.CompileConfig(backend="eager")
 TWO = (Branch("mid"), Branch("up_blocks.1", "noise", scale=1.0))
 OPTIONS = [
     Case(SDXL, options={"layers": "mid", "perturbation": "noise"}),
@@ -68,7 +73,6 @@ OPTIONS = [
     Case(SDXL, {"steps": 4}, {"schedule": Schedule(start=1, stop=3)}),
     Case(SDXL, {"steps": 4}, {"reuse": Reuse(every=2)}),
     Case(SDXL, options={"share_branches": False}),
-    Case(SD3, {}, {"compile": EAGER, "layers": "blocks.1"}, {"num_layers": 2}),
     Case(FLUX, {"steps": 4}, {"schedule": Schedule(stop=2)}),
 ]
 
@@ -126,6 +130,13 @@ def test_pictures_of_other_pipelines(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_options(size: int) -> None:
     compare(size, OPTIONS if size == 3 else [*OPTIONS[:5], Case("Flux2Pipeline")])
+
+
+def test_compiled() -> None:
+    shallow, layers = {"num_layers": 2}, {"layers": "blocks.1"}
+    whole = draw(None, Case(SD3, {}, layers, shallow))
+    eager = {**layers, "compile": pag_fast.CompileConfig(backend="eager")}
+    check("compiled", whole, processes.run(2, draw, Case(SD3, {}, eager, shallow)))
 
 
 # ---- what runs where ----
@@ -372,3 +383,25 @@ def test_two_groups_draw_a_picture_each() -> None:
     found = processes.run(4, draw_two, shape={"data": 2, "branch": 2})
     for seed in (0, 1):
         check(f"seed {seed}", draw(None, Case(SD3, {"seed": seed})), found[2 * seed :][:2])
+
+
+# ---- the example ----
+
+
+def run_example(mesh: Any, out: str) -> None:
+    os.environ |= {"RANK": str(mesh.get_rank()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    draw_example(["red apple", "--steps", "2", "--seed", "3", "--out", out])
+
+
+def test_the_example_draws_what_one_process_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pag_fast, "explain", lambda _: "")
+    processes.run(2, run_example, str(tmp_path / "apple.png"))
+    pipe = pag_fast.patch(emoji())
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(3)
+    wanted = pipe("red apple", num_inference_steps=2, generator=seed).images[0]
+    found = Image.open(tmp_path / "apple.png")
+    difference = np.asarray(found).astype(int) - np.asarray(wanted).astype(int)
+    assert found.size == wanted.size and np.abs(difference).max() <= 1
