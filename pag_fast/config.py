@@ -11,6 +11,7 @@ from .perturbations import Branch, Perturbation, by_name
 from .settings.checks import Settings, number, switch
 from .settings.compile_config import CompileConfig
 from .settings.layers import Layers, as_list
+from .settings.mesh import check_is_mesh
 from .settings.reuse import Reuse
 from .settings.schedules import Schedule
 
@@ -122,6 +123,8 @@ class PatchConfig(Settings):
             )
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
             raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
+        if self.mesh is not None:
+            check_is_mesh(self.mesh)
 
     def _check_branches(self, branches: Sequence[Branch]) -> None:
         if self.layers is not None or self.perturbation != "identity":

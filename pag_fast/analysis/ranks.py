@@ -54,12 +54,15 @@ def rank_costs(
     config = config or PatchConfig()
     found = []
     perturbed = len(perturbed_branches(model, layers, config))
-    known: dict[tuple[str, ...], int] = {}
+    known: dict[Any, int] = {}
     for part in placed(size, ("uncond",), perturbed, cfg=cfg):
-        if part.branches and part.branches not in known:
-            flops = patched_flops(model, layers, inputs, cfg=cfg, config=config, mine=part.branches)
-            known[part.branches] = flops + sum(_net_flops(net, its) for net, its in nets)
-        found.append(RankCost(cfg, part.rank, part.branches, known.get(part.branches, 0)))
+        mine = part.branches
+        # without perturbed rows uncond and cond cost the same
+        key = mine if PERTURBED in mine else len(mine)
+        if mine and key not in known:
+            flops = patched_flops(model, layers, inputs, cfg=cfg, config=config, mine=mine)
+            known[key] = flops + sum(_net_flops(net, its) for net, its in nets)
+        found.append(RankCost(cfg, part.rank, mine, known.get(key, 0)))
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+import torch.distributed as dist
 
 SIZES = (2, 3)
 
@@ -15,12 +16,6 @@ def check_mesh(mesh: Any) -> None:
         ValueError: not one named dimension of a ``DeviceMesh`` of 2 or 3 ranks, of which this
             process is one.
     """
-    wanted = 'mesh must be one dimension of a torch DeviceMesh, such as mesh["branch"]'
-    module = sys.modules.get("torch.distributed.device_mesh")  # whoever has a mesh has this
-    if module is None or not isinstance(mesh, module.DeviceMesh):
-        raise ValueError(f"{wanted}; got {mesh!r}.")
-    import torch.distributed as dist
-
     if not dist.is_initialized():
         raise ValueError(
             "mesh needs the process group that it was made in, and torch.distributed is not "
@@ -30,7 +25,11 @@ def check_mesh(mesh: Any) -> None:
     names = mesh.mesh_dim_names
     if mesh.ndim != 1 or not names:
         found = f"{mesh.ndim} dimensions" if mesh.ndim != 1 else "one without a name"
-        raise ValueError(f"{wanted}; got {found}{f' {names}' if names else ''}.")
+        named = f" {names}" if names else ""
+        raise ValueError(
+            'mesh must be one dimension of a DeviceMesh, such as mesh["branch"]; got '
+            f"{found}{named}."
+        )
     if mesh.size() not in SIZES:
         raise ValueError(
             f"Branches are placed on 2 or 3 ranks, and the dimension {names[0]!r} has "
