@@ -41,7 +41,7 @@ SDXL, SD3, FLUX = "StableDiffusionXLPAGPipeline", "StableDiffusion3PAGPipeline",
 PAG = [
     Case(SDXL),
     Case("StableDiffusionXLControlNetPAGPipeline", {"batch": 2}),
-    Case("StableDiffusionControlNetPAGInpaintPipeline"),
+    Case("StableDiffusionControlNetPAGPipeline", {"guess_mode": True}),
     Case("KolorsPAGPipeline", {"cfg": False}),
     Case("AnimateDiffPAGPipeline"),
     Case(SD3, {"batch": 2}),
