@@ -11,6 +11,7 @@ from .perturbations import Branch, Perturbation, by_name
 from .settings.checks import Settings, number, switch
 from .settings.compile_config import CompileConfig
 from .settings.layers import Layers, as_list
+from .settings.mesh import check_is_mesh
 from .settings.reuse import Reuse
 from .settings.schedules import Schedule
 
@@ -61,6 +62,9 @@ class PatchConfig(Settings):
             (``cache_conditioning``) are not noticed there.
         reuse: take ``cond − perturbed`` over from earlier steps (:class:`pag_fast.Reuse`): faster,
             and another picture than without.
+        mesh: one named dimension, of 2 or 3 ranks, of a torch ``DeviceMesh``: every rank runs some
+            of the branches, and all have the same picture (docs/ranks.md). Looked at by
+            :func:`pag_fast.patch`, as it belongs to a process.
         exact_layers: a name such as ``"blocks.1"`` does not match ``blocks.10`` to ``blocks.19``.
         strict: raise where the default would fall back to the unshared path with a warning.
     """
@@ -80,6 +84,7 @@ class PatchConfig(Settings):
     compile: bool | CompileConfig = False
     graphs: bool = False
     reuse: Reuse | None = None
+    mesh: Any = None
     exact_layers: bool = False
     strict: bool = False
 
@@ -118,6 +123,8 @@ class PatchConfig(Settings):
             )
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
             raise ValueError(f"reuse must be a pag_fast.Reuse or None; got {self.reuse!r}.")
+        if self.mesh is not None:
+            check_is_mesh(self.mesh)
 
     def _check_branches(self, branches: Sequence[Branch]) -> None:
         if self.layers is not None or self.perturbation != "identity":
@@ -158,6 +165,7 @@ class PatchConfig(Settings):
             rescale_mode=None,
             rescale=None,
             reuse=None,
+            mesh=None,
             graphs=False,
             strict=False,
         )

@@ -17,6 +17,7 @@ from .config import PatchConfig
 from .mixins import mixins
 from .models.layer_names import no_default
 from .models.registry import family_of, uncompiled
+from .parallel.options import check_ranks
 from .pipelines.description import check_options
 from .pipelines.registry import (
     HOSTS,
@@ -67,6 +68,8 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     perturbs = config.layers is not None or config.branches is not None
     described = described_with(pipe, perturbs=perturbs)
     check_options(described, config)
+    denoisers = [getattr(pipe, name) for name in denoiser_names(pipe)]
+    check_ranks(described, denoisers, config)
     check_entry()
     if is_sag(pipe):
         return _put_on(pipe, SagPatch(pipe, config))

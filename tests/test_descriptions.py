@@ -11,6 +11,7 @@ import tiny
 import tiny_hosts
 import torch
 from tiny_hosts import controlnets
+from torch.distributed.device_mesh import DeviceMesh
 
 import pag_fast
 from pag_fast import PatchConfig
@@ -248,6 +249,22 @@ def test_a_stranger_is_told_of_what_has_its_denoiser():
 
 # ---- options ----
 
+
+class Mesh(DeviceMesh):
+    """A mesh without a process group, which patch would refuse."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return "Mesh()"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
 _SET = {
     "layers": ["mid"],
     "perturbation": "blur",
@@ -264,6 +281,7 @@ _SET = {
     "compile": True,
     "graphs": True,
     "reuse": pag_fast.Reuse(every=2),
+    "mesh": Mesh(),
     "exact_layers": True,
     "strict": True,
 }

@@ -20,6 +20,7 @@ ORDER = (
     ("fusion",),
     ("models",),
     ("pipelines",),
+    ("parallel",),
     ("runtime",),
     ("sag", "guiders"),
     ("mixins",),

@@ -29,6 +29,7 @@ from ..sharing.unet_plan import plan_controlnet
 from .explanation import PIPELINES_SCALE, Explanation, ModelCall, Predicted
 from .flops import controlnet_cost, step_costs
 from .published import meta_twin
+from .ranks import RankCost, placed, rank_costs
 from .stock import explain_stock, in_words
 
 
@@ -102,6 +103,7 @@ def explain(
         notes=tuple(notes),
         perturbations=tuple(map(_describe, installed.branches)),
         frames=size.frames,
+        ranks=tuple(_ranks(*args[:6], len(installed.branches), flops=bool(predicted))),
         source=described.source if _is_choice_of(described, layers) else "",
     )
 
@@ -269,3 +271,30 @@ def _predict(
         notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {why})")
         return ()
     return tuple(predicted)
+
+
+def _ranks(
+    model: Any,
+    nets: Sequence[Any],
+    layers: Any,
+    config: PatchConfig,
+    size: Size,
+    described: PipelineDescription,
+    branches: int,
+    *,
+    flops: bool,
+) -> Iterator[RankCost]:
+    """What every rank runs, where there are several."""
+    if config.mesh is None:
+        return
+    world = config.mesh.size()
+    twins = [meta_twin(part) for part in (model, *nets)] if flops else []
+    made = [(twin, size.inputs(twin)) for twin in twins]
+    for cfg in (True, False) if described.others else (False,):
+        if not flops:
+            yield from placed(world, described.others, branches, cfg=cfg)
+            continue
+        twin, inputs = made[0]
+        yield from rank_costs(
+            twin, layers, inputs, size=world, cfg=cfg, config=config, nets=made[1:]
+        )

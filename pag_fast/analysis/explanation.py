@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models.inputs import Size
 from .flops import Cost
+from .ranks import RankCost, slowest
 
 PIPELINES_SCALE = "the call's pag_scale and pag_adaptive_scale"
 
@@ -55,6 +56,7 @@ class Explanation:
         launches: what is left out of every step without changing its result, by model.
         source: where a choice of layers that nobody made comes from: a paper, an issue, or none.
         findings: what others have put on the models, and what comes of it.
+        ranks: what each rank runs in a step, where there are several.
     """
 
     pipeline: str
@@ -78,6 +80,7 @@ class Explanation:
     frames: int = 1
     source: str = ""
     findings: tuple[str, ...] = ()
+    ranks: tuple[RankCost, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain lists, dicts and numbers, ready for JSON."""
@@ -107,8 +110,32 @@ class Explanation:
                 [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
                 "CFG",
             )
+        lines += self._rank_lines()
         lines += self._runtime_lines()
         return "\n".join(lines)
+
+    def _rank_lines(self) -> list[str]:
+        """The branches of each rank, and how much sooner a step of the slowest ends."""
+        if not self.ranks:
+            return []
+        rows = [
+            (
+                str(cost.rank),
+                "on" if cost.cfg else "off",
+                " ".join(cost.branches) or "none",
+                "–" if cost.flops is None else f"{cost.flops / 1e12:.3f}",
+            )
+            for cost in self.ranks
+        ]
+        lines = ["", "branches on ranks", *table(("rank", "CFG", "branches", "TFLOPs"), rows)]
+        for whole in self.flops:
+            least = slowest([cost for cost in self.ranks if cost.cfg == whole.cfg])
+            guidance = "on" if whole.cfg else "off"
+            lines.append(
+                f"CFG {guidance}: {least / 1e12:.3f} TFLOPs on the slowest rank, one process over "
+                f"it {whole.patched / least:.2f}×"
+            )
+        return lines
 
     def _runtime_lines(self) -> list[str]:
         """What is kept or left out, what has run so far, and what others have put on the model."""

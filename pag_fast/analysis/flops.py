@@ -20,6 +20,7 @@ from ..fusion import Fusion
 from ..models.inputs import Inputs
 from ..models.layer_names import self_attentions
 from ..models.registry import family_of, fusable_processors
+from ..parallel.placement import slabs_of
 from ..perturbations import Identity
 from ..runtime.installation import Installation, forward_entries
 from ..runtime.instance_patch import InstancePatch, as_put_on
@@ -98,12 +99,19 @@ def stock_step(model: Any, layers: Any, *, cfg: bool) -> Iterator[int]:
 
 @contextmanager
 def patched_step(
-    model: Any, layers: Any, *, cfg: bool, config: PatchConfig, eager: bool = False
+    model: Any,
+    layers: Any,
+    *,
+    cfg: bool,
+    config: PatchConfig,
+    eager: bool = False,
+    mine: Sequence[str] | None = None,
 ) -> Iterator[tuple[BranchState, int]]:
     """``model`` as while a patched pipeline runs; yields its state and the rows of a step.
 
-    With ``eager``, what depends on the conditioning alone is kept from one forward to the next, and
-    launches are left out; ``state.step`` has to be another number in each.
+    ``mine`` are the branches of one rank, where there are several. With ``eager``, what depends on
+    the conditioning alone is kept from one forward to the next, and launches are left out;
+    ``state.step`` has to be another number in each.
     """
     installation = Installation(model, layers, config, eager=eager)
     plan = installation.plan
@@ -111,7 +119,9 @@ def patched_step(
     full = prompts + len(installation.branches)
     shared = full if plan.reason else prompts
     merged = 1 if plan.merged and shared == 2 else shared
-    installation.state.slabs = (merged, shared, full)
+    installation.state.slabs, rows = (merged, shared, full), full
+    if mine is not None:
+        installation.state.slabs, rows = slabs_of((merged, shared, full), mine), len(mine)
 
     def prepare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         installation.prepare(args[0] if args else latents_of(kwargs), 0)
@@ -121,7 +131,7 @@ def patched_step(
         with torch.no_grad():  # as pipelines run: weights that need gradients are apart
             patch = installation.patch(fused=True)
         with as_in_a_forward(patch, installation.state):
-            yield installation.state, full
+            yield installation.state, rows
     finally:
         handle.remove()
 
@@ -164,10 +174,19 @@ def stock_flops(model: Any, layers: Any, inputs: Inputs, *, cfg: bool) -> int:
 
 
 def patched_flops(
-    model: Any, layers: Any, inputs: Inputs, *, cfg: bool, config: PatchConfig
+    model: Any,
+    layers: Any,
+    inputs: Inputs,
+    *,
+    cfg: bool,
+    config: PatchConfig,
+    mine: Sequence[str] | None = None,
 ) -> int:
-    """FLOPs of a step as a patched pipeline runs it, the first of a call."""
-    with patched_step(model, layers, cfg=cfg, config=config) as (state, rows):
+    """FLOPs of a step as a patched pipeline runs it, the first of a call.
+
+    ``mine`` are the branches of one rank, where there are several.
+    """
+    with patched_step(model, layers, cfg=cfg, config=config, mine=mine) as (state, rows):
         call = inputs(rows)
         described = family_of(model)
         if described.traced is not None and described.traced.example is not None:

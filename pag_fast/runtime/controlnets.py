@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
+from ..parallel.placement import cut
 from ..sharing.arguments import batched, change_rows, latents_of
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariants
 from ..sharing.plan import BranchPlan
@@ -172,6 +173,18 @@ class ControlNets:
             full -= 1
         if full == 2:
             state.slabs = (self._merged(call, installed), 2, 2)
+        return call if session.ranks is None else self._own_rows(call, layout, full)
+
+    def _own_rows(self, call: Call, layout: tuple[str, ...], full: int) -> Call:
+        """On ranks, the rows that this one's branches get residuals of."""
+        session = self.session
+        assert session.ranks is not None
+        start, stop = session.ranks.prompts(layout[:full])
+        wanted = full if self._slabs is None else self._slabs[1]
+        if stop - start < full:
+            self._slabs = stop - start, wanted
+            session.patch.controlnets(session.pipe.controlnet).state.slabs = None
+            call = cut(call, full * session.unit, 1, full, (start, stop))
         return call
 
     def _merged(self, call: Call, installed: InstalledControlNets) -> int:

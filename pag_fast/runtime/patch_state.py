@@ -26,6 +26,7 @@ from .graphs import Graphs
 from .injected import InjectedSession, Loop
 from .installation import Installation
 from .observed_session import session_of
+from .on_ranks import InjectedOnRanks, OnRanks
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
@@ -248,12 +249,14 @@ class PatchState(BasicState):
 
     def _sessions(self, pipe: Any) -> Iterator[Session]:
         """A session for every denoiser."""
+        ranks = self.config.mesh is not None
         if self.host is None:
-            yield Session(pipe, self)
+            yield OnRanks(pipe, self) if ranks else Session(pipe, self)
             return
         loop = Loop()
         for name in denoiser_names(pipe):
-            yield session_of(pipe, self, name, loop)
+            make = InjectedOnRanks if ranks else session_of
+            yield make(pipe, self, name, loop)
 
     # ---- what is kept between calls ----
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..models.registry import COND, PERTURBED, UNCOND, denoiser_name, uncompiled
+from ..parallel.ranks import Ranks
 from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.row_equality import RowEquality
@@ -41,9 +42,11 @@ class Session(Guided):
         freed: the pipeline has offloaded its models at the end of the call.
         pag: the pipeline denoises with PAG: forwards of its denoiser are ours.
         running_forward: a forward of ours is running.
+        ranks: the processes that share the rows, if there are several.
     """
 
     _kept: ConditioningCache
+    ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
     _above: tuple[InstancePatch, StockPasses] | None = None
 
@@ -278,9 +281,24 @@ class Session(Guided):
             # steps with and without the perturbed rows take turns: what is kept has rows of both
             state.context = f"{self._pass} {len(layout)}"
         state.slabs = self._rows.slabs(call, layout, frames, self.unit, found, same=same)
+        if self.ranks is not None:
+            layout, same = self._own_rows(call, layout, frames, found, same=same)
         self.advance(self._kept, call, found, same)
         align_residuals(call, len(layout), self.unit, frames, state, self.installed.plan)
         self.installed.prepare(latents_of(call), step)
+
+    def _own_rows(
+        self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
+    ) -> tuple[tuple[str, ...], bool]:
+        """On ranks: leave this one's rows alone in the arguments.
+
+        Returns:
+            Its branches, and whether their conditioning is that of their forward before.
+
+        Raises:
+            ValueError: something on the model has to see all rows, or ranks that do not agree.
+        """
+        raise NotImplementedError
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:
         """What was kept of earlier forwards is good if conditioning and weights are the same."""

@@ -127,7 +127,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     return {case: {"config": PatchConfig(**options)} for case, options in found.items()}
 
 
-def exact(name: str) -> dict[str, list[float]]:
+def exact(_: Any, name: str) -> dict[str, list[float]]:
     """``[difference between one process and two, difference that PAG makes]`` of every case."""
     prepare()
     alone, found = Alone(name), {}
@@ -148,7 +148,7 @@ def exact(name: str) -> dict[str, list[float]]:
     return found
 
 
-def refused() -> dict[str, str]:
+def refused(_: Any) -> dict[str, str]:
     """What is said where two processes would not make the picture of one."""
     prepare()
     found = {}

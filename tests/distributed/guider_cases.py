@@ -46,7 +46,7 @@ def _case(name: str, way: str = "ulysses") -> modular.Case:
     return case
 
 
-def exact(name: str) -> dict[str, Any]:
+def exact(_: Any, name: str) -> dict[str, Any]:
     """Of every case the difference between one process and two, the guider's own, and warnings."""
     prepare()
     found = {}

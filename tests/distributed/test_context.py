@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import context_cases
 import diffusers
 import guider_cases
+import processes
 import pytest
-from processes import on_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "ContextParallelConfig"), reason="diffusers is older"
@@ -16,17 +14,17 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "WanPipeline"])
-def test_two_processes_make_the_picture_of_one(name: str, tmp_path: Path) -> None:
+def test_two_processes_make_the_picture_of_one(name: str) -> None:
     """Every perturbation, Ulysses and ring, sequences of all lengths, with CFG and without."""
-    for found in on_ranks(tmp_path, context_cases.exact, name):
+    for found in processes.run(2, context_cases.exact, name):
         assert len(found) == 8 + 7 * 3
         assert max(error for error, _ in found.values()) < 1e-5, found
         assert min(effect for _, effect in found.values()) > 1e-2
 
 
-def test_what_is_not_exact_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_exact_is_refused() -> None:
     """On every rank, and in a sentence: another model, uneven heads, masks in a ring, a plan."""
-    for found in on_ranks(tmp_path, context_cases.refused):
+    for found in processes.run(2, context_cases.refused):
         said = {
             "model": "not known how to have all of it",
             "heads": "has 3 heads, which 2 ranks cannot share equally",
@@ -39,9 +37,9 @@ def test_what_is_not_exact_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "wan"])
-def test_guiders(name: str, tmp_path: Path) -> None:
+def test_guiders(name: str) -> None:
     """Perturbed attention and skipped layers, resumed as in one process."""
-    for found in on_ranks(tmp_path, guider_cases.exact, name):
+    for found in processes.run(2, guider_cases.exact, name):
         assert len(found) == (12 if name == "qwen" else 14)
         assert max(error for error, _, _ in found.values()) < 1e-5, found
         assert min(effect for _, effect, _ in found.values()) > 1e-2

@@ -27,7 +27,7 @@ def _halved(model: Any) -> None:
     model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
 
 
-def tensor(name: str) -> dict[str, list[float]]:
+def tensor(_: Any, name: str) -> dict[str, list[float]]:
     """Every perturbation, and patched before, after, and before and after heads were shared out."""
     found = {}
 
@@ -58,7 +58,7 @@ def tensor(name: str) -> dict[str, list[float]]:
     return found
 
 
-def tensor_guider(name: str) -> list[float]:
+def tensor_guider(_: Any, name: str) -> list[float]:
     """A guider's perturbed attention with some of the heads on each rank."""
 
     def guider(**more: Any) -> PerturbedAttentionGuidance:
@@ -111,7 +111,7 @@ def _picture(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
     return out.frames if hasattr(out, "frames") else out.images
 
 
-def fsdp(name: str) -> dict[str, Any]:
+def fsdp(_: Any, name: str) -> dict[str, Any]:
     """Of every case the difference between one process and two, PAG's own, and shared steps."""
     mesh, found = init_device_mesh("cpu", (2,)), {}
     specs: dict[str, Any] = {**tiny.PIPELINES, **tiny_hosts.HOSTS}

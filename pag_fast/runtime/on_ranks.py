@@ -1,0 +1,136 @@
+"""Sessions of a call that several processes draw together: each runs some of the branches."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..models.registry import COND, UNCOND
+from ..parallel.ranks import Ranks
+from ..sharing.arguments import complete_rows, frames_of, latents_of
+from .ahead import Ahead
+from .compatibility_answers import Answer
+from .findings import Findings
+from .forwards import Call, Forward
+from .injected import InjectedSession, Loop
+from .predictions import prediction_of, with_prediction
+from .session import Session
+from .undoing import undo_all
+
+if TYPE_CHECKING:
+    from .patch_state import PatchState
+
+# what looks at all rows of a batch, and would see some of them
+_SEES_ALL = (Answer.UNSHARED, Answer.KEEP_ROWS, Answer.RECHECK)
+
+
+class OnRanks(Session):
+    """As the session that it is mixed into, on this rank's rows; all ranks combine the same."""
+
+    ranks: Ranks
+
+    def __init__(self, pipe: Any, patch: PatchState, *args: Any) -> None:
+        super().__init__(pipe, patch, *args)
+        self.ranks = Ranks(patch.config.mesh)
+
+    def begin(self, layers: Any, cfg: bool) -> None:
+        super().begin(layers, cfg)
+        self.ranks.branches = len(self.installed.branches)
+
+    def end(self, *, whole: bool) -> None:
+        told = [self.ranks.finish] if whole else []
+        undo_all(*told, partial(super().end, whole=whole))
+
+    def _own_rows(
+        self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
+    ) -> tuple[tuple[str, ...], bool]:
+        for answer in _SEES_ALL:
+            if answer in found.answer:
+                raise ValueError(
+                    f"{found.why(answer)}: on ranks (mesh=...) it would see some of the rows. Take "
+                    "it off, or patch without mesh."
+                )
+        steps = getattr(self.pipe, "_num_timesteps", None)
+        mine = self.ranks.enter(
+            call,
+            layout,
+            frames,
+            self.unit,
+            self.installed.state,
+            same=same,
+            settings=(steps, self.installed.plan.order),
+            ahead=self._uncond_ahead(),
+        )
+        return mine, same
+
+    def _uncond_ahead(self) -> Call | None:
+        """Arguments of a forward of uncond by itself, where there is one that can run now."""
+        return None
+
+    def _combined(self, out: Any) -> Any:
+        return super()._combined(self._gathered(out))
+
+    def _gathered(self, out: Any) -> Any:
+        """The output with the predictions of all branches."""
+        whole = self.ranks.gathered(prediction_of(out))
+        return out if whole is out[0] else with_prediction(out, whole)
+
+
+class InjectedOnRanks(OnRanks, InjectedSession):
+    """Of a pipeline without PAG. Where uncond is a call of its own it runs ahead on the first rank.
+
+    The first step runs it behind cond, on every rank.
+    """
+
+    def __init__(self, pipe: Any, patch: PatchState, denoiser: str, loop: Loop) -> None:
+        super().__init__(pipe, patch, denoiser, loop)
+        self._foreseen = Ahead(patch.fall_back)
+        # arguments of uncond's forward that runs with this one, or what it has returned already
+        self._joined: Call | None = None
+        self._served: Any = None
+
+    def start(self) -> None:
+        super().start()
+        self._stock = None  # it goes on from rows of cond, which other ranks have
+
+    def end(self, *, whole: bool) -> None:
+        self._joined = self._served = None
+        undo_all(self._foreseen.forget, partial(super().end, whole=whole))
+
+    def _pass_of(self, call: Call) -> str:
+        found = super()._pass_of(call)
+        self._joined = self._served = None
+        if self.host.sequential and found == COND:
+            self._joined = self._foreseen.arguments(call)
+        elif self.host.sequential and found == UNCOND:
+            self._served = self._foreseen.served(call)
+        return found
+
+    def _uncond_ahead(self) -> Call | None:
+        if self._joined is None:
+            return None
+        latents = latents_of(self._joined)
+        return complete_rows(self._joined, latents.shape[0], frames_of(self._joined))
+
+    def _own_rows(
+        self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
+    ) -> tuple[tuple[str, ...], bool]:
+        mine, same = super()._own_rows(call, layout, frames, found, same=same)
+        if self._joined is not None and mine == (UNCOND,):
+            state, rows = self.installed.state, latents_of(call).shape[0]
+            same = self._rows.same_objects(self._joined, rows, self._locals, context=UNCOND)
+            state.context = UNCOND
+            if self._sequence is not None:
+                state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
+        return mine, same
+
+    def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
+        return super()._run(forward, call, found) if self._served is None else self._served
+
+    def _gathered(self, out: Any) -> Any:
+        out = super()._gathered(out)
+        if self._joined is not None:
+            self._joined, prediction = None, prediction_of(out)
+            self._foreseen.held = with_prediction(out, prediction[: self.unit])
+            out = with_prediction(out, prediction[self.unit :])
+        return out
