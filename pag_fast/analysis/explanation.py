@@ -102,11 +102,11 @@ class Explanation:
         if self.schedule:
             lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
-            lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
-            lines += flops_table(
-                [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
-                "CFG",
-            )
+            costs = [
+                ("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops
+            ]
+            unit, size = flops_unit(costs), Size(*self.size, self.frames)
+            lines += ["", f"{unit} per step, one sample of {size}", *flops_table(costs, "CFG")]
         lines += self._runtime_lines()
         return "\n".join(lines)
 
@@ -152,16 +152,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), rule, *map(line, rows)]
 
 
+_UNITS = {"TFLOPs": 10**12, "GFLOPs": 10**9, "MFLOPs": 10**6}
+
+
+def flops_unit(costs: Sequence[tuple[str, Cost]]) -> str:
+    """The largest unit in which the cheapest of ``costs`` is not all zeros: at least 0.1 of it."""
+    least = min(cost.stock for _, cost in costs)
+    return next((unit for unit, size in _UNITS.items() if least >= size / 10), "MFLOPs")
+
+
 def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
-    """The FLOP columns that ``explain`` and the ledger share."""
+    """The FLOP columns that ``explain`` and the ledger share, in :func:`flops_unit`."""
+    size = _UNITS[flops_unit(costs)]
     return table(
         (first, "stock", "patched", "lower bound", "stock/patched", "over bound"),
         [
             (
                 label,
-                f"{cost.stock / 1e12:.3f}",
-                f"{cost.patched / 1e12:.3f}",
-                f"{cost.bound / 1e12:.3f}" if cost.bound else "–",
+                f"{cost.stock / size:.3f}",
+                f"{cost.patched / size:.3f}",
+                f"{cost.bound / size:.3f}" if cost.bound else "–",
                 f"{cost.speedup:.3f}×",
                 f"{100 * (cost.patched / cost.bound - 1):.2f} %" if cost.bound else "–",
             )

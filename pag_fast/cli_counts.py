@@ -1,0 +1,87 @@
+"""Commands that count and run nothing: ``pag-fast layers`` and ``pag-fast ledger``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .cli_options import add_json, add_size, given
+
+
+def add_commands(commands: Any) -> None:
+    """Add the subcommands to those of ``pag-fast``."""
+    layers = commands.add_parser(
+        "layers", help="layers PAG can perturb in a pipeline, and what PAG costs on each"
+    )
+    layers.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a pipeline's class name for its published size, a folder or hub id of a pipeline "
+        '(its configurations alone are read), or "emoji"; omitted, the known names',
+    )
+    layers.add_argument("--cfg", choices=("on", "off"), default="on", help="guidance: on or off")
+    layers.add_argument("--all", action="store_true", help="a line for each layer of a transformer")
+    add_size(layers, "height", "width", "frames")
+    add_json(layers, "the costs")
+    layers.set_defaults(run=_layers)
+
+    ledger = commands.add_parser(
+        "ledger", help="FLOPs of a step for every pipeline at full size: stock, patched, bound"
+    )
+    ledger.add_argument("pipelines", nargs="*", help="class names; omitted, all of them")
+    add_json(ledger, "the rows")
+    ledger.set_defaults(run=_ledger)
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    from .analysis.costs import layer_costs
+    from .analysis.published import CARDS, known_names
+    from .patching import supported_pipelines
+
+    if arguments.model is None:
+        here = {*supported_pipelines(), *CARDS}
+        print("\n".join(name for name in known_names() if name in here))
+        print("\npag-fast layers MODEL lists the layers of one.")
+        return
+    size = given(arguments, height="height", width="width", frames="frames")
+    costs = layer_costs(_pipeline(arguments.model), cfg=arguments.cfg == "on", **size)
+    print(costs.table(every=arguments.all))
+    if arguments.json is not None:
+        _write(arguments.json, costs.as_dict())
+
+
+def _pipeline(model: str) -> Any:
+    """What ``layer_costs`` takes: a pipeline, or the name of one."""
+    from .pipelines.registry import PIPELINES
+    from .tools import load as models
+
+    if model == "emoji":
+        return models.emoji()
+    named = any(model == entry.name for entry in PIPELINES)
+    is_source = not named and (Path(model).exists() or "/" in model)
+    return models.skeleton(model) if is_source else model
+
+
+def _ledger(arguments: argparse.Namespace) -> None:
+    from .analysis.explanation import flops_table, flops_unit
+    from .analysis.ledger import ledger
+
+    entries = []
+    for entry in ledger(arguments.pipelines or None):
+        entries.append(entry)
+        print(f"counted {entry.label}", file=sys.stderr)
+    costs = [(entry.label, entry.cost) for entry in entries]
+    unit = flops_unit(costs)
+    print(f"{unit} per step and image, matrix products, convolutions and attention\n")
+    print("\n".join(flops_table(costs, "pipeline")))
+    if arguments.json is not None:
+        _write(arguments.json, [entry.as_dict() for entry in entries])
+
+
+def _write(path: Path, data: Any) -> None:
+    from .tools.output import write_json
+
+    write_json(path, data)
