@@ -1,13 +1,16 @@
-"""Commands that count and run nothing: ``pag-fast layers`` and ``pag-fast ledger``."""
+"""Commands that count and run nothing: ``pag-fast layers``, ``explain`` and ``ledger``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .cli_options import add_json, add_size, given
+from .cli_options import add_json, add_pipeline, add_plot, add_size, given
+
+_UNSEEN = "fewer launches, and what others put on the model, are seen with weights: explain(pipe)"
 
 
 def add_commands(commands: Any) -> None:
@@ -26,7 +29,17 @@ def add_commands(commands: Any) -> None:
     layers.add_argument("--all", action="store_true", help="a line for each layer of a transformer")
     add_size(layers, "height", "width", "frames")
     add_json(layers, "the costs")
+    add_plot(layers, "draw the costs of all layers")
     layers.set_defaults(run=_layers)
+
+    explain = commands.add_parser(
+        "explain", help="what a patched pipeline runs: branches, rows, FLOPs; from configurations"
+    )
+    add_pipeline(explain)
+    add_size(explain, "height", "width", "frames")
+    add_json(explain, "all of it")
+    add_plot(explain, "draw branches, rows and FLOPs")
+    explain.set_defaults(run=_explain)
 
     ledger = commands.add_parser(
         "ledger", help="FLOPs of a step for every pipeline at full size: stock, patched, bound"
@@ -51,6 +64,33 @@ def _layers(arguments: argparse.Namespace) -> None:
     print(costs.table(every=arguments.all))
     if arguments.json is not None:
         _write(arguments.json, costs.as_dict())
+    if arguments.plot is not None:
+        from .tools.plots import layers_figure, save
+
+        save(layers_figure(costs), arguments.plot)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from . import explain, patched
+    from .tools import load as models
+
+    name = arguments.pipeline
+    pipe = models.emoji() if name == "emoji" else models.skeleton(name)
+    size = given(arguments, height="height", width="width", frames="frames")
+    with patched(pipe, arguments.layers):
+        explanation = explain(pipe, **size)
+    if name != "emoji":
+        # of weights that are not there it would say that they are offloaded
+        explanation = replace(
+            explanation, findings=(), launches=(), notes=(*explanation.notes, _UNSEEN)
+        )
+    print(explanation)
+    if arguments.json is not None:
+        _write(arguments.json, explanation.as_dict())
+    if arguments.plot is not None:
+        from .tools.plots import explanation_figure, save
+
+        save(explanation_figure(explanation), arguments.plot)
 
 
 def _pipeline(model: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from .settings.checks import number, whole_number
 
 SEEDS = 2**63 - 1
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +64,23 @@ def new_file(option: str) -> Callable[[str], Path]:
                 path.open("ab").close()
         except OSError as error:
             raise argparse.ArgumentTypeError(_not_written(option, path, error)) from error
+        return path
+
+    return read
+
+
+def new_picture(option: str) -> Callable[[str], Path]:
+    """Reads the path of a picture that can be drawn and written."""
+
+    def read(text: str) -> Path:
+        from .tools.output import without_matplotlib
+
+        path = new_file(option)(text)
+        if path.suffix not in PICTURES:
+            known = ", ".join(PICTURES)
+            raise argparse.ArgumentTypeError(f"{option} {path} has to end with one of {known}.")
+        if lacking := without_matplotlib():
+            raise argparse.ArgumentTypeError(f"{option} {path} cannot be drawn. {lacking}")
         return path
 
     return read
@@ -154,6 +172,13 @@ def add_size(command: argparse.ArgumentParser, *names: str) -> None:
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
     """``--json``."""
     command.add_argument("--json", type=new_file("--json"), help=f"write {what} to this file too")
+
+
+def add_plot(command: argparse.ArgumentParser, what: str) -> None:
+    """``--plot``."""
+    command.add_argument(
+        "--plot", type=new_picture("--plot"), metavar="FILE", help=f"{what}: a PNG, SVG or PDF"
+    )
 
 
 def add_dtype(command: argparse.ArgumentParser, text: str | None = None) -> None:

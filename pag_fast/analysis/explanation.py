@@ -102,9 +102,7 @@ class Explanation:
         if self.schedule:
             lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
-            costs = [
-                ("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops
-            ]
+            costs = flops_of(self)
             unit, size = flops_unit(costs), Size(*self.size, self.frames)
             lines += ["", f"{unit} per step, one sample of {size}", *flops_table(costs, "CFG")]
         lines += self._runtime_lines()
@@ -152,6 +150,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), rule, *map(line, rows)]
 
 
+def flops_of(explanation: Explanation) -> list[tuple[str, Cost]]:
+    """The predicted costs, with CFG on and off."""
+    return [
+        ("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in explanation.flops
+    ]
+
+
 _UNITS = {"TFLOPs": 10**12, "GFLOPs": 10**9, "MFLOPs": 10**6}
 
 
@@ -159,6 +164,11 @@ def flops_unit(costs: Sequence[tuple[str, Cost]]) -> str:
     """The largest unit in which the cheapest of ``costs`` is not all zeros: at least 0.1 of it."""
     least = min(cost.stock for _, cost in costs)
     return next((unit for unit, size in _UNITS.items() if least >= size / 10), "MFLOPs")
+
+
+def flops_size(unit: str) -> int:
+    """FLOPs in one of ``unit``."""
+    return _UNITS[unit]
 
 
 def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:

@@ -236,7 +236,7 @@ def _part(source: str, name: str, value: Any) -> Any:
     if not issubclass(cls, torch.nn.Module):
         return cls.from_config(config)
     with torch.device("meta"):
-        return cls.from_config(config)
+        return cls.from_config(config).eval()
 
 
 def _device() -> str:
