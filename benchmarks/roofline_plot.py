@@ -69,7 +69,9 @@ def figure(page: str) -> Any:
         for label, rates, style in (("peak", chip.peak, "-"), ("attained", chip.attained, "--")):
             roofs = [roof(rates, x) / 1e12 for x in grid]
             axes.plot(grid, roofs, style, color=DARK, linewidth=1, label=f"roof, {label}")
-        for point in (point for point in drawn if point.chip == chip.name):
+        here = [point for point in drawn if point.chip == chip.name]
+        reached = [point.rate for point in here]
+        for point in here:
             axes.scatter(
                 [point.intensity],
                 [point.rate / 1e12],
@@ -82,7 +84,15 @@ def figure(page: str) -> Any:
             )
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte")
         axes.set_title(f"{chip.name}, predicted", fontsize=9, loc="left")
-        axes.tick_params(labelsize=7.5, which="both")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set_xticks([100, 200, 400], minor=False)
+        axes.set_yticks([100, 150, 200, 300, 400, 600, 800], minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(
+            0.8 * min(roof(chip.attained, low), *reached) / 1e12, 1.1e-12 * chip.peak.products
+        )
+        axes.tick_params(labelsize=7.5)
     panels[0].set_ylabel("TFLOP/s of a step")
     handles, labels = panels[0].get_legend_handles_labels()
     out.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=4)

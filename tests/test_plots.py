@@ -111,8 +111,8 @@ def test_branches_part_where_the_tree_says():
         edges = [edge for _, top, bottom in column for edge in (top, bottom)]
         assert edges == sorted(edges) and edges[0] < 0.1 and edges[-1] > 2.9
     texts = _texts(tree)
-    assert [t for t in texts if "row" in t] == ["1 row a picture", "2 rows a picture"] + [
-        "3 rows a picture"
+    assert [t for t in texts if "row" in t] == ["1 row a sample", "2 rows a sample"] + [
+        "3 rows a sample"
     ]
     assert "until\nmid.attn1" in texts and "from there on" in texts
     rights = [right for _, right, *_ in _bars(flops)]

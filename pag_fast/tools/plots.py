@@ -143,7 +143,7 @@ def _draw_tree(axes: Any, lanes: list[str], stages: list[Stage], apart: list[str
                 color="white" if colour == OURS else DARK,
             )
             top += span
-        rows = f"{len(groups)} row{'s'[: len(groups) != 1]} a picture"
+        rows = f"{len(groups)} row{'s'[: len(groups) != 1]} a sample"
         axes.text(column + 0.49, -0.12, rows, ha="center", va="bottom", fontsize=_TEXT)
         axes.text(
             column + 0.49,
