@@ -14,7 +14,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page check format demo ledger \
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page check format demo ledger dist \
 	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -77,6 +77,9 @@ format: $(STAMP) ## Sort imports and format
 demo: $(STAMP) ## Without PAG, stock PAG, patched PAG: pictures and numbers go to demo/
 	$(BIN)/pag-fast demo --out demo
 
+dist: $(STAMP) ## Build wheel and sdist into dist/, and try the wheel from another folder
+	OMP_NUM_THREADS=1 $(BIN)/python tests/dist.py
+
 ledger: $(STAMP) ## FLOPs of every pipeline at full size
 	$(BIN)/pag-fast ledger
 
@@ -106,5 +109,5 @@ accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
 	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(COMFY) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(COMFY) demo bench bench-results build dist *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .cli_generate import add_command as add_generate
-from .settings.checks import number, whole_number
+from . import cli_counts, cli_generate
+from .cli_options import (
+    SEEDS,
+    Parser,
+    add_dtype,
+    add_json,
+    add_pipeline,
+    add_scales,
+    add_size,
+    given,
+    new_file,
+    out_folder,
+    whole,
+)
 from .version import __version__
 
 
@@ -19,78 +29,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status.
 
     Bad input, and files that cannot be read or written, end with a sentence on standard error and
-    status 2.
+    status 2. A reader that has gone, as that of ``| head``, ends the command without one.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
     try:
-        _check_outputs(arguments)
-        return int(arguments.run(arguments) or 0)
-    except (ValueError, OSError) as error:
+        arguments = _parser().parse_args(argv)
+        status = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # what is still buffered would be written, and fail again, when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"pag-fast: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"pag-fast: {error}", file=sys.stderr)
         return 2
-
-
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for files and folders that could not be written after minutes of work."""
-    folder = getattr(arguments, "out", None)
-    for option in ("json", "write"):
-        file = getattr(arguments, option, None)
-        if file is None:
-            continue
-        if file.is_dir():
-            raise ValueError(f"--{option} names a file to write, and {file} is a folder.")
-        if not file.parent.is_dir():
-            raise ValueError(f"The folder of --{option} {file} does not exist: make it first.")
-        _check_writable(file if file.exists() else file.parent, f"--{option}")
-    if folder is not None:
-        # it is made where it does not exist
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise ValueError(f"--out {folder} cannot be a folder, as {there} is a file.")
-        _check_writable(there, "--out")
-
-
-def _check_writable(path: Path, option: str) -> None:
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"{option}: {path} cannot be written to: choose another place.")
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pag-fast", description=__doc__)
+    parser = Parser(prog="pag-fast", description=__doc__)
     parser.add_argument("--version", action="version", version=f"pag_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    layers = commands.add_parser(
-        "layers", help="layers PAG can perturb in a pipeline, and what PAG costs on each"
-    )
-    layers.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a pipeline's class name for its published size, a folder or hub id of a pipeline "
-        '(its configurations alone are read), or "emoji"; omitted, the known names',
-    )
-    layers.add_argument("--cfg", choices=("on", "off"), default="on", help="guidance: on or off")
-    layers.add_argument("--all", action="store_true", help="a line for each layer of a transformer")
-    layers.add_argument("--height", type=int, help="pixels; omitted, the model's own")
-    layers.add_argument("--width", type=int)
-    layers.add_argument("--frames", type=int, help="of a video")
-    layers.add_argument("--json", type=Path, help="write the costs to this file too")
-    layers.set_defaults(run=_layers)
-
-    ledger = commands.add_parser(
-        "ledger", help="FLOPs of a step for every pipeline at full size: stock, patched, bound"
-    )
-    ledger.add_argument("pipelines", nargs="*", help="class names; omitted, all of them")
-    ledger.add_argument("--json", type=Path, help="write the rows to this file too")
-    ledger.set_defaults(run=_ledger)
+    cli_counts.add_commands(commands)
 
     demo = commands.add_parser(
         "demo", help="without PAG, stock PAG and patched PAG: time and pictures, no download"
     )
     _pipeline_options(demo, "demo", steps=20, rounds=3)
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=whole("--seed", 0, SEEDS), default=0)
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser(
@@ -100,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="under torch.compile too")
     bench.set_defaults(run=_bench)
 
-    add_generate(commands)
+    cli_generate.add_command(commands)
     _verify_options(commands)
     _describe_options(commands)
 
@@ -113,23 +84,12 @@ def _verify_options(commands: Any) -> None:
     verify = commands.add_parser(
         "verify", help="one call stock and one patched: do they differ? For a bug report"
     )
-    verify.add_argument(
-        "--pipeline",
-        default="emoji",
-        metavar="PATH_OR_HUB_ID",
-        help="a pipeline of your own; omitted, the small one that ships with pag_fast",
-    )
-    verify.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    add_pipeline(verify)
     verify.add_argument("--prompt", default="red apple")
-    verify.add_argument("--steps", type=int, default=4, help="of either call")
-    verify.add_argument("--guidance-scale", type=float, help="omitted, the pipeline's own")
-    verify.add_argument("--pag-scale", type=float, default=3.0)
-    verify.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="omitted, fp16 on an accelerator; fp32 tells small faults from rounding",
-    )
-    verify.add_argument("--json", type=Path, help="write the result to this file too")
+    verify.add_argument("--steps", type=whole("--steps", 1), default=4, help="of either call")
+    add_scales(verify, "omitted, the pipeline's own")
+    add_dtype(verify, "omitted, fp16 on an accelerator; fp32 tells small faults from rounding")
+    add_json(verify, "the result")
     verify.set_defaults(run=_verify)
 
 
@@ -138,20 +98,13 @@ def _describe_options(commands: Any) -> None:
         "describe",
         help="what is known of a pipeline and its denoiser; of unknown ones, what a call shows",
     )
-    command.add_argument(
-        "--pipeline",
-        default="emoji",
-        metavar="PATH_OR_HUB_ID",
-        help="a pipeline of any class; omitted, the small one that ships with pag_fast",
-    )
-    command.add_argument("--layers", nargs="+", help="omitted, one in the middle")
+    add_pipeline(command, "a pipeline of any class")
     command.add_argument("--prompt", default="red apple")
-    command.add_argument("--steps", type=int, default=2, help="of the call")
-    command.add_argument("--height", type=int, help="pixels; omitted, the pipeline's own")
-    command.add_argument("--width", type=int)
+    command.add_argument("--steps", type=whole("--steps", 2), default=2, help="of the call")
+    add_size(command)
     command.add_argument(
         "--write",
-        type=Path,
+        type=new_file("--write"),
         metavar="FILE",
         help="a file for pag_fast/models that describes the denoiser, to contribute",
     )
@@ -161,22 +114,19 @@ def _describe_options(commands: Any) -> None:
 def _pipeline_options(
     command: argparse.ArgumentParser, out: str, *, steps: int, rounds: int
 ) -> None:
-    command.add_argument(
-        "--pipeline",
-        default="emoji",
-        metavar="PATH_OR_HUB_ID",
-        help="a text-to-image model of your own; omitted, the small one that ships with pag_fast",
-    )
+    add_pipeline(command, "a text-to-image model of your own")
     command.add_argument("--prompt", action="append", help="may be given several times")
-    command.add_argument("--steps", type=int, default=steps, help="of one call")
-    command.add_argument("--batch", type=int, help="prompts per call: 8, with your own model 1")
-    command.add_argument("--rounds", type=int, default=rounds, help="how often everything is timed")
-    command.add_argument("--layers", nargs="+", help="omitted, the pipeline's own")
+    command.add_argument("--steps", type=whole("--steps", 2), default=steps, help="of one call")
     command.add_argument(
-        "--guidance-scale", type=float, help="1 is off; 2 if omitted, 5 with a model of your own"
+        "--batch", type=whole("--batch", 1), help="prompts per call: 8, with your own model 1"
     )
-    command.add_argument("--pag-scale", type=float, default=3.0)
-    command.add_argument("--out", type=Path, default=Path(out), help="folder for picture and JSON")
+    command.add_argument(
+        "--rounds", type=whole("--rounds", 1), default=rounds, help="how often everything is timed"
+    )
+    add_scales(command, "1 is off; 2 if omitted, 5 with a model of your own")
+    command.add_argument(
+        "--out", type=out_folder("--out"), default=out, help="folder for picture and JSON"
+    )
 
 
 def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -186,59 +136,15 @@ def _pipeline_call(arguments: argparse.Namespace) -> dict[str, Any]:
 
     shipped = arguments.pipeline == "emoji"
     scale, batch = arguments.guidance_scale, arguments.batch
-    if scale is not None:
-        scale = number("--guidance-scale", scale, least=0.0)
     return {
         "prompts": arguments.prompt or PROMPTS,
         "steps": arguments.steps,
         "guidance_scale": (2.0 if shipped else 5.0) if scale is None else scale,
-        "pag_scale": number("--pag-scale", arguments.pag_scale, least=0.0),
+        "pag_scale": arguments.pag_scale,
         "batch": (8 if shipped else 1) if batch is None else batch,
         "rounds": arguments.rounds,
         "config": PatchConfig(layers=arguments.layers),
     }
-
-
-def _layers(arguments: argparse.Namespace) -> None:
-    from .analysis.costs import layer_costs
-    from .analysis.published import CARDS
-    from .patching import supported_pipelines
-    from .pipelines.registry import HOSTS, SAG_PIPELINES, STOCK_PIPELINES
-    from .tools import load as models
-
-    model = arguments.model
-    if model is None:
-        without = (*SAG_PIPELINES, *STOCK_PIPELINES)
-        names = [name for name in supported_pipelines() if name not in without]
-        print("\n".join(dict.fromkeys([*names, *CARDS])))
-        print("\npag-fast layers MODEL lists the layers of one.")
-        return
-    pipe = model
-    if model == "emoji":
-        pipe = models.emoji()
-    elif model not in CARDS and model not in HOSTS and (Path(model).is_dir() or "/" in model):
-        pipe = models.skeleton(model)
-    size = {"height": arguments.height, "width": arguments.width, "frames": arguments.frames}
-    costs = layer_costs(pipe, cfg=arguments.cfg == "on", **size)
-    print(costs.table(every=arguments.all))
-    if arguments.json is not None:
-        text = json.dumps(costs.as_dict(), indent=2, ensure_ascii=False)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-
-
-def _ledger(arguments: argparse.Namespace) -> None:
-    from .analysis.explanation import flops_table
-    from .analysis.ledger import ledger
-
-    entries = []
-    for entry in ledger(arguments.pipelines or None):
-        entries.append(entry)
-        print(f"counted {entry.label}", file=sys.stderr)
-    print("TFLOPs per step and image, matrix products, convolutions and attention\n")
-    print("\n".join(flops_table([(entry.label, entry.cost) for entry in entries], "pipeline")))
-    if arguments.json is not None:
-        rows = [entry.as_dict() for entry in entries]
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -248,13 +154,12 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .tools.demo import run_demo, write_demo
     from .tools.metrics import NearestPicture
 
-    seed = whole_number("--seed", arguments.seed, least=0, most=2**63 - 1)
     call = _pipeline_call(arguments)
     pipe, known = models.load(arguments.pipeline), None
     if arguments.pipeline == "emoji":
         pictures = models.emoji_pictures()
         known = NearestPicture(pictures.captions, pictures.images)
-    demo = run_demo(pipe, seed=seed, known=known, **call)
+    demo = run_demo(pipe, seed=arguments.seed, known=known, **call)
     with patched(pipe, config=call["config"]):
         explanation = explain(pipe)
     write_demo(demo, arguments.out, explanation.as_dict())
@@ -269,34 +174,40 @@ def _bench(arguments: argparse.Namespace) -> None:
     from .tools import load as models
     from .tools.bench import Results, bench_pipeline, write
     from .tools.bench.record import machine
-    from .tools.bench.report import plot, require_matplotlib, user_table
+    from .tools.bench.report import plot, user_table
+    from .tools.output import without_matplotlib
 
-    require_matplotlib()
     call = _pipeline_call(arguments)
     pipe = models.load(arguments.pipeline)
     name = models.name_of(arguments.pipeline)
     rows = bench_pipeline(pipe, name=name, compiled=arguments.compile, **call)
     here = machine(pipe.device.type)
     write(Results(here, rows), arguments.out / "bench.json")
-    plot(rows, arguments.out / "bench.png", title=f"{here['chip']}, {rows[0].dtype}")
+    files = [arguments.out / "bench.json"]
+    lacking = without_matplotlib()
+    if not lacking:
+        files.append(arguments.out / "bench.png")
+        plot(rows, files[-1], title=f"{here['chip']}, {rows[0].dtype}")
     print("\n".join(user_table(rows)))
     print("\nmedians of rounds in turns; × is how many times as fast as that variant")
-    print(f"{arguments.out / 'bench.json'}, {arguments.out / 'bench.png'}")
+    print(", ".join(map(str, files)))
+    if lacking:
+        print(f"There is no picture. {lacking}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from .analysis.verify import verify
     from .pipelines.registry import has_layers
     from .tools import load as models
+    from .tools.output import write_json
 
-    scale = arguments.guidance_scale
-    call: dict[str, Any] = {
-        "prompt": arguments.prompt,
-        "num_inference_steps": whole_number("--steps", arguments.steps, least=1),
-        "pag_scale": number("--pag-scale", arguments.pag_scale, least=0.0),
-    }
-    if scale is not None:
-        call["guidance_scale"] = number("--guidance-scale", scale, least=0.0)
+    call = given(
+        arguments,
+        prompt="prompt",
+        steps="num_inference_steps",
+        guidance_scale="guidance_scale",
+        pag_scale="pag_scale",
+    )
     pipe = models.load(arguments.pipeline, models.dtype_of(arguments.dtype), as_saved=True)
     if not has_layers(pipe):
         del call["pag_scale"]
@@ -304,8 +215,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     result = verify(pipe, layers=arguments.layers, **call)
     print(result)
     if arguments.json is not None:
-        text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, result.as_dict())
     return 0 if result.ok else 1
 
 
@@ -313,13 +223,13 @@ def _describe(arguments: argparse.Namespace) -> None:
     from .analysis.described import describe_by_call
     from .tools import load as models
 
-    call: dict[str, Any] = {
-        "prompt": arguments.prompt,
-        "num_inference_steps": whole_number("--steps", arguments.steps, least=2),
-    }
-    for name in ("height", "width"):
-        if getattr(arguments, name) is not None:
-            call[name] = whole_number(f"--{name}", getattr(arguments, name), least=1)
+    call = given(
+        arguments,
+        prompt="prompt",
+        steps="num_inference_steps",
+        height="height",
+        width="width",
+    )
     pipe = models.load(arguments.pipeline, as_saved=True)
     pipe.set_progress_bar_config(disable=True)
     found = describe_by_call(pipe, arguments.layers, **call)

@@ -345,7 +345,7 @@ def test_describe(tmp_path, monkeypatch, capsys):
     assert run("--write", str(file)) == 2
     assert "every denoiser of this pipeline is described" in capsys.readouterr().err
     assert run("--write", str(tmp_path / "no" / "own.py")) == 2
-    assert "The folder of --write" in capsys.readouterr().err
+    assert "its folder does not exist" in capsys.readouterr().err
     assert "own_description" not in sys.modules
 
 

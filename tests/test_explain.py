@@ -275,11 +275,14 @@ def test_env(capsys):
             ["layers", "SanaPAGPipeline", "--frames", "9"],
             "frames is for pipelines that make videos",
         ),
-        (["layers", "SanaPAGPipeline", "--height", "0"], "height must be at least 1"),
+        (
+            ["layers", "SanaPAGPipeline", "--height", "0"],
+            "--height must be a whole number of at least 1",
+        ),
         (["layers", "Lumina2Pipeline", "--height", "1000"], "does not run at 1000×1024"),
         (["ledger", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
-        (["demo", "--steps", "1"], "at least 2 steps"),
-        (["demo", "--batch", "0"], "a batch of at least 1"),
+        (["demo", "--steps", "1"], "--steps must be a whole number of at least 2"),
+        (["demo", "--batch", "0"], "--batch must be a whole number of at least 1"),
         (["demo", "--layers", "nowhere"], "'nowhere'"),
         (["demo", "--pipeline", "no/such/folder"], "could not be loaded"),
     ],
@@ -287,30 +290,6 @@ def test_env(capsys):
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["layers", "emoji", "--json", "/nope/x.json"],
-        ["ledger", "SanaPAGPipeline", "--json", "/nope/x.json"],
-        ["layers", "emoji", "--json", "{folder}"],
-        ["layers", "emoji", "--json", "{file}/x.json"],
-        ["demo", "--out", "{file}"],
-        ["bench", "--out", "{file}/below"],
-    ],
-)
-def test_places_to_write_are_checked_before_the_work(arguments, capsys, tmp_path, monkeypatch):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    # nothing is loaded or counted
-    for name in ("emoji", "load", "skeleton"):
-        monkeypatch.setattr(f"pag_fast.tools.load.{name}", None)
-    arguments = [a.format(folder=tmp_path, file=file) for a in arguments]
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("pag-fast: ")
-    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -345,11 +324,6 @@ def test_damaged_configurations_are_sentences(command, index, part, capsys, tmp_
 def test_files_that_are_not_there(capsys, tmp_path):
     assert main(["layers", str(tmp_path)]) == 2
     assert "could not be read as a pipeline" in capsys.readouterr().err
-    assert main(["demo", "--seed", "-1"]) == 2
-    assert "--seed must be a whole number" in capsys.readouterr().err
-    for option in ("--pag-scale", "--guidance-scale"):
-        assert main(["demo", option, "nan"]) == 2
-        assert f"{option} must be a number" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small_sana")

@@ -28,7 +28,8 @@ ORDER = (
     ("analysis",),
     ("",),  # the package itself, which shows what users touch
     ("tools",),
-    ("cli_generate",),
+    ("cli_options",),
+    ("cli_generate", "cli_counts"),
     ("cli",),
 )
 """Each may import those in front of it, and nothing beside or behind it."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import runpy
-import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
+import dist
 import pytest
 import setuptools
+import yaml
 
 import pag_fast
 
 ROOT = Path(__file__).resolve().parent.parent
+EMOJI = "pag_fast/assets/emoji/"
 SHIPPED = (ROOT / "pag_fast", ROOT / "kernels" / "torch-ext")
 
 
@@ -123,19 +127,57 @@ def test_console_script(installed):
     assert callable(script.load())
 
 
-def test_the_wheel_holds_the_shipped_model(tmp_path):
+def test_the_wheel_holds_the_shipped_model_its_licence_and_attribution(tmp_path):
     """``pag-fast demo`` has to find it after a plain ``pip install .``, without the checkout."""
-    source, wheels = tmp_path / "source", tmp_path / "wheels"
-    wheels.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "pag_fast", source / "pag_fast", ignore=ignore)
-    if (ROOT / "kernels").exists():
-        shutil.copytree(ROOT / "kernels", source / "kernels", ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    code = f"from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+    out = tmp_path / "out"
+    out.mkdir()
+    sdist, built = dist.build(out, tmp_path)
+    dist.check_metadata(built)
+    with zipfile.ZipFile(built) as wheel:
         held = set(wheel.namelist())
+        (name,) = (n for n in held if n.endswith(".dist-info/METADATA"))
+        metadata = wheel.read(name).decode("utf-8")
+        folder = name.removesuffix("METADATA") + "licenses/"
+        licences = [wheel.read(folder + x).decode() for x in ("LICENSE", EMOJI + "LICENSE")]
+        beside = wheel.read(EMOJI + "LICENSE").decode()
+        card = wheel.read(EMOJI + "README.md").decode("utf-8")
     files = [f for f in (ROOT / "pag_fast").rglob("*") if f.is_file() and f.suffix != ".pyc"]
     assert {str(file.relative_to(ROOT)) for file in files} <= held
+    assert not [n for n in held if n.startswith(("kernels", "tests", "benchmarks", "comfyui"))]
+    assert "License-Expression: Apache-2.0 AND OFL-1.1" in metadata
+    assert f"Version: {pag_fast.__version__}\n" in metadata
+    assert "Apache License" in licences[0]
+    assert licences[1] == beside and "SIL OPEN FONT LICENSE" in beside
+    assert "Copyright 2013-2017 Google Inc." in beside
+    for text in ("Noto Color Emoji", "SIL Open Font License 1.1", "see `LICENSE`"):
+        assert text in card
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"pyproject.toml", "setup.py", "LICENSE", "README.md", EMOJI + "LICENSE"} <= names
+
+
+def test_metadata_that_an_index_would_refuse_is_noticed(tmp_path):
+    broken = tmp_path / "x-1-py3-none-any.whl"
+    for text in ("Metadata-Version: 2.4\nName: x\nVersion: one\n", "Name: x\n"):
+        with zipfile.ZipFile(broken, "w") as wheel:
+            wheel.writestr("x-1.dist-info/METADATA", text)
+        with pytest.raises(ExceptionGroup):
+            dist.check_metadata(broken)
+
+
+def test_the_changelog_has_this_version():
+    """A release turns the first heading into a version and a date; until then it is unreleased."""
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", text, re.MULTILINE)
+    assert len(headings) == text.count("\n## ") and headings[0] == ("Unreleased", "")
+    released = [version for version, day in headings[1:] if day]
+    assert len(released) == len(headings) - 1
+    assert pag_fast.__version__ in (released[:1] or [re.search(r"will be (\S+),", text)[1]])
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_a_citation_without_a_number_that_goes_stale():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert "version" not in citation and "2403.17377" in citation["references"][0]["notes"]

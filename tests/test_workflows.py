@@ -93,3 +93,42 @@ def test_own_machines_run_only_what_was_asked_for(path):
         assert checkouts
         assert all(step["with"]["persist-credentials"] is False for step in checkouts)
         assert not any("cache" in str(step) for step in job["steps"])
+
+
+def test_what_publishes_runs_no_code_and_has_no_token():
+    """Trusted publishing: the right is the workflow's own, and a job that builds has none."""
+    jobs = _load(ROOT / ".github" / "workflows" / "publish.yml")["jobs"]
+    assert "permissions" not in jobs["build"] and "make dist" in str(jobs["build"]["steps"])
+    publish = jobs["publish"]
+    assert publish["needs"] == "build" and publish["environment"]
+    assert publish["permissions"] == {"id-token": "write", "attestations": "write"}
+    assert [step for step in publish["steps"] if "run" in step] == []
+    used = [step["uses"].partition("@")[0] for step in publish["steps"]]
+    assert used[-2:] == ["actions/attest-build-provenance", "pypa/gh-action-pypi-publish"]
+    assert "secrets" not in str(jobs) and publish["steps"][-1]["with"]["attestations"] is True
+
+
+TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_ask_for_commands_that_exist(path, capsys):
+    """A form is one that GitHub takes, and its ``pag-fast`` commands have the options it names."""
+    from pag_fast.cli import _parser
+
+    form = _load(path)
+    if path.stem == "config":
+        assert form.keys() == {"blank_issues_enabled"}
+        return
+    fields = [entry for entry in form["body"] if entry["type"] != "markdown"]
+    assert {"name", "description", "body"} <= form.keys()
+    assert len({entry["id"] for entry in fields}) == len(fields)
+    commands = re.findall(r"`pag-fast ([^`]+)`", path.read_text("utf-8"))
+    parsed = [_parser().parse_args(command.split()) for command in commands]
+    assert len(parsed) >= 2
+    asked = {
+        entry["attributes"]["label"].strip("`").split()[1]
+        for entry in fields[1:]
+        if entry["attributes"]["label"].startswith("`")
+    }
+    assert {"env", "verify"} <= asked

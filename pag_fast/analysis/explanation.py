@@ -105,11 +105,9 @@ class Explanation:
         if self.schedule:
             lines += ["", f"PAG scale: {self.schedule}"]
         if self.flops:
-            lines += ["", f"TFLOPs per step, one sample of {Size(*self.size, self.frames)}"]
-            lines += flops_table(
-                [("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in self.flops],
-                "CFG",
-            )
+            costs = flops_of(self)
+            unit, size = flops_unit(costs), Size(*self.size, self.frames)
+            lines += ["", f"{unit} per step, one sample of {size}", *flops_table(costs, "CFG")]
         lines += self._rank_lines()
         lines += self._runtime_lines()
         return "\n".join(lines)
@@ -118,21 +116,24 @@ class Explanation:
         """The branches of each rank, and how much sooner a step of the slowest ends."""
         if not self.ranks:
             return []
+        # flops are not known before the pipeline's models have been counted
+        unit = flops_unit(flops_of(self)) if self.flops else "TFLOPs"
+        size = flops_size(unit)
         rows = [
             (
                 str(cost.rank),
                 "on" if cost.cfg else "off",
                 " ".join(cost.branches) or "none",
-                "–" if cost.flops is None else f"{cost.flops / 1e12:.3f}",
+                "–" if cost.flops is None else f"{cost.flops / size:.3f}",
             )
             for cost in self.ranks
         ]
-        lines = ["", "branches on ranks", *table(("rank", "CFG", "branches", "TFLOPs"), rows)]
+        lines = ["", "branches on ranks", *table(("rank", "CFG", "branches", unit), rows)]
         for whole in self.flops:
             least = slowest([cost for cost in self.ranks if cost.cfg == whole.cfg])
             guidance = "on" if whole.cfg else "off"
             lines.append(
-                f"CFG {guidance}: {least / 1e12:.3f} TFLOPs on the slowest rank, one process over "
+                f"CFG {guidance}: {least / size:.3f} {unit} on the slowest rank, one process over "
                 f"it {whole.patched / least:.2f}×"
             )
         return lines
@@ -179,16 +180,38 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), rule, *map(line, rows)]
 
 
+def flops_of(explanation: Explanation) -> list[tuple[str, Cost]]:
+    """The predicted costs, with CFG on and off."""
+    return [
+        ("on" if p.cfg else "off", Cost(p.stock, p.patched, p.bound)) for p in explanation.flops
+    ]
+
+
+_UNITS = {"TFLOPs": 10**12, "GFLOPs": 10**9, "MFLOPs": 10**6}
+
+
+def flops_unit(costs: Sequence[tuple[str, Cost]]) -> str:
+    """The largest unit in which the cheapest of ``costs`` is not all zeros: at least 0.1 of it."""
+    least = min(cost.stock for _, cost in costs)
+    return next((unit for unit, size in _UNITS.items() if least >= size / 10), "MFLOPs")
+
+
+def flops_size(unit: str) -> int:
+    """FLOPs in one of ``unit``."""
+    return _UNITS[unit]
+
+
 def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
-    """The FLOP columns that ``explain`` and the ledger share."""
+    """The FLOP columns that ``explain`` and the ledger share, in :func:`flops_unit`."""
+    size = _UNITS[flops_unit(costs)]
     return table(
         (first, "stock", "patched", "lower bound", "stock/patched", "over bound"),
         [
             (
                 label,
-                f"{cost.stock / 1e12:.3f}",
-                f"{cost.patched / 1e12:.3f}",
-                f"{cost.bound / 1e12:.3f}" if cost.bound else "–",
+                f"{cost.stock / size:.3f}",
+                f"{cost.patched / size:.3f}",
+                f"{cost.bound / size:.3f}" if cost.bound else "–",
                 f"{cost.speedup:.3f}×",
                 f"{100 * (cost.patched / cost.bound - 1):.2f} %" if cost.bound else "–",
             )

@@ -16,7 +16,7 @@ from torch import nn
 from ..models.description import Checkpoint
 from ..models.inputs import Size
 from ..models.registry import DESCRIPTIONS, describe, find, is_derived, keep_traced
-from ..pipelines.registry import HOSTS, PIPELINES
+from ..pipelines.registry import HOSTS, PAG_PIPELINES, PIPELINES, SAG_PIPELINES, STOCK_PIPELINES
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,23 @@ def find_card(pipeline: str) -> ModelCard:
     """
     if pipeline in CARDS:
         return CARDS[pipeline]
+    if pipeline in SAG_PIPELINES or pipeline in STOCK_PIPELINES:
+        raise ValueError(f"{pipeline} has no layers to choose: it gets no PAG.")
     if pipeline not in HOSTS:
-        near = difflib.get_close_matches(pipeline, [*CARDS, *HOSTS], 4, 0.3) or ["FluxPipeline"]
+        near = difflib.get_close_matches(pipeline, known_names(), 3)
+        hint = f": did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(
-            f"Unknown pipeline {pipeline!r}: try {' or '.join(near)}, or one of those that "
-            "`pag-fast layers` lists."
+            f"Unknown pipeline {pipeline!r}{hint} `pag-fast layers` lists those that are known."
         )
     related = (HOSTS[pipeline].base or pipeline).replace("Alpha", "Sigma")
     if related not in _ALIKE:
         related = related.replace("Img2Img", "").replace("Inpaint", "")
     return replace(_ALIKE[related], pipeline=pipeline, documented_layers=HOSTS[pipeline].layers)
+
+
+def known_names() -> list[str]:
+    """What :func:`find_card` knows, each name once: pipelines with PAG first."""
+    return list(dict.fromkeys([*PAG_PIPELINES, *HOSTS, *CARDS]))
 
 
 def meta_model(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +16,8 @@ from ..models.layer_names import resolve
 from ..models.registry import denoiser_name, uncompiled
 from ..settings.layers import as_list
 from .metrics import NearestPicture, generate, psnr
+from .output import progress as progress_bar
+from .output import write_json
 
 PROMPTS = (
     "red apple",
@@ -88,7 +88,7 @@ class Demo:
         return ["prompt", *(name for name, _ in shown), "PSNR, dB"], rows
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the PSNR of equal pictures, which is infinite, becomes ``None``."""
+        """Plain lists, dicts and numbers; the PSNR of equal pictures is infinite."""
         return {
             "settings": self.settings,
             "speedup": self.speedup,
@@ -96,7 +96,7 @@ class Demo:
             "prompts": [
                 {
                     "prompt": prompt,
-                    "psnr": None if math.isinf(self.psnr[i]) else self.psnr[i],
+                    "psnr": self.psnr[i],
                     "shows": {k: m.shows[i] for k, m in self.methods.items() if m.shows},
                 }
                 for i, prompt in enumerate(self.prompts)
@@ -128,8 +128,6 @@ def run_demo(
     Raises:
         ValueError: fewer than two steps, no prompts, or what the pipeline or a layer does not know.
     """
-    from tqdm.auto import tqdm
-
     from .. import PatchConfig, patched
 
     if hasattr(pipe, "_pag_fast"):
@@ -158,7 +156,6 @@ def run_demo(
         **call,
     }
     calls = len(METHODS) * (1 + rounds * len(batches))
-    bar = tqdm(total=calls * steps, disable=not progress, unit="step")
 
     def run(method: str, part: Sequence[tuple[str, int]]) -> tuple[torch.Tensor, list[float]]:
         bar.set_description(method)
@@ -171,15 +168,13 @@ def run_demo(
             pictures = generate(pipe, part, pag_scale=scale, **options)
         return pictures.cpu(), laps
 
-    try:
+    results: dict[str, list[Any]] = {method: [] for method in METHODS}
+    with progress_bar(calls * steps, "step", name="demo", show=progress) as bar:
         for method in METHODS:
             run(method, batches[0])
-        results: dict[str, list[Any]] = {method: [] for method in METHODS}
         for part in batches * rounds:
             for method in METHODS:
                 results[method].append(run(method, part))
-    finally:
-        bar.close()
     methods = {}
     for method, found in results.items():
         pictures = torch.cat([images for images, _ in found[: len(batches)]])
@@ -246,7 +241,7 @@ def write_demo(demo: Demo, out: Path, explanation: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     grid(demo).save(out / "demo.png")
     report = {**demo.as_dict(), "explanation": explanation}
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "demo.json", report)
 
 
 def grid(demo: Demo, *, tile: int = 128) -> Any:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .output import quiet_loading
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 EMOJI_LAYERS = ("up_blocks.1",)  # where PAG helps it most
@@ -28,16 +32,14 @@ def emoji(dtype: torch.dtype = torch.float32) -> Any:
     # its AutoencoderTiny is not the class that diffusers names first, which is worth no warning
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_loading():
             warnings.simplefilter("ignore")
             return StableDiffusionPAGPipeline.from_pretrained(
-                EMOJI, torch_dtype=dtype, pag_applied_layers=list(EMOJI_LAYERS)
+                EMOJI, pag_applied_layers=list(EMOJI_LAYERS), **in_dtype(dtype)
             )
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ def emoji_pictures() -> Pictures:
 def dtype_of(name: str | None) -> torch.dtype | None:
     """The dtype of that name."""
     return None if name is None else getattr(torch, name)
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of ``from_pretrained`` by the name that the installed diffusers has for it."""
+    import diffusers
+
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
 
 def default_dtype(source: str, device: str | None = None) -> torch.dtype:
@@ -112,22 +122,16 @@ def load(
     dtype = dtype or default_dtype(source, device)
     if source == "emoji":
         return emoji(dtype).to(device)
-    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+    wanted = "a pipeline" if as_saved else "a text-to-image pipeline with PAG"
+    with _sentences(source, f"loaded as {wanted}"), quiet_loading():
+        from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-    try:
-        kind = str(_index(DiffusionPipeline.load_config(source)).get("_class_name"))
+        kind = _index(source)["_class_name"]
         # AutoPipeline does not know a class that has PAG already
         has_pag = as_saved or "PAG" in kind
         options = {} if has_pag else {"enable_pag": True}
         cls = DiffusionPipeline if has_pag else AutoPipelineForText2Image
-        pipe = cls.from_pretrained(source, torch_dtype=dtype, **options)
-    except Exception as error:  # damaged files and missing packages raise whatever they raise
-        wanted = "a pipeline" if as_saved else "a text-to-image pipeline with PAG"
-        raise ValueError(
-            f"{source!r} could not be loaded as {wanted} ({type(error).__name__}): {error} "
-            'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
-        ) from error
-    return pipe.to(device)
+        return cls.from_pretrained(source, **in_dtype(dtype), **options).to(device)
 
 
 def skeleton(source: str) -> Any:
@@ -139,29 +143,77 @@ def skeleton(source: str) -> Any:
     Raises:
         ValueError: nothing to load there, or no pipeline of diffusers.
     """
-    import diffusers
+    with _sentences(source, "read as a pipeline of diffusers"):
+        import diffusers
 
-    try:
-        config = _index(diffusers.DiffusionPipeline.load_config(source))
+        config = _index(source)
         cls = getattr(diffusers, config["_class_name"])
         wanted = inspect.signature(cls.__init__).parameters
+        for name, parameter in wanted.items():
+            required = name != "self" and parameter.default is _OMITTED
+            if required and not _is_pair(config.get(name)):
+                raise _Damaged(f"its model_index.json says that {name} is {config.get(name)!r}.")
         parts = {name: _part(source, name, config.get(name)) for name in wanted if name != "self"}
         if "requires_safety_checker" in parts:
             parts["requires_safety_checker"] = False
         return cls(**{name: part for name, part in parts.items() if part is not _OMITTED})
-    except Exception as error:  # damaged configurations raise whatever they raise
+
+
+class _Damaged(ValueError):
+    """A sentence of our own about what was found."""
+
+
+@contextmanager
+def _sentences(source: str, done: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ValueError that says what can be given instead."""
+    try:
+        _check_source(source)
+        yield
+    except Exception as error:  # damaged files and missing packages raise whatever they raise
+        kind = "" if isinstance(error, _Damaged) else f" ({type(error).__name__})"
         raise ValueError(
-            f"{source!r} could not be read as a pipeline of diffusers "
-            f"({type(error).__name__}): {error} "
+            f"{source!r} could not be {done}{kind}: {error} "
             'Give "emoji", the folder of a saved pipeline or the id of one on the hub.'
         ) from error
 
 
-def _index(config: Any) -> dict[str, Any]:
-    """What ``model_index.json`` holds, which has to be a JSON object."""
+def _check_source(source: str) -> None:
+    """Raises where there is no folder, and no such id can be: nobody waits for a network."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if Path(source).is_dir():
+        return
+    if Path(source).exists():
+        raise _Damaged("it is a file.")
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise _Damaged("there is no such folder.") from None
+    if "/" not in source:
+        raise _Damaged("there is no such folder, and an id on the hub is OWNER/NAME.")
+
+
+def _index(source: str) -> dict[str, Any]:
+    """What ``model_index.json`` holds: an object that names a pipeline of diffusers."""
+    import diffusers
+
+    config = diffusers.DiffusionPipeline.load_config(source)
     if not isinstance(config, dict):
-        raise ValueError(f"its model_index.json holds a {type(config).__name__}, not an object.")
+        raise _Damaged(f"its model_index.json holds a {type(config).__name__}, not an object.")
+    name = config.get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    # a class that lacks a package is no pipeline yet, and says itself which one
+    lacks = hasattr(cls, "_backends")
+    if not (isinstance(cls, type) and (lacks or issubclass(cls, diffusers.DiffusionPipeline))):
+        raise _Damaged(
+            f"its model_index.json says that _class_name is {name!r}, which is no pipeline of "
+            f"diffusers {diffusers.__version__}."
+        )
     return config
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 _OMITTED = inspect.Parameter.empty
@@ -171,17 +223,20 @@ def _part(source: str, name: str, value: Any) -> Any:
     """One component of a pipeline, as ``model_index.json`` names it, or one of its options."""
     import diffusers
 
-    if not isinstance(value, list | tuple):
+    if not _is_pair(value):
         return _OMITTED if value is None else value
     library, kind = value
     if library != "diffusers" or kind is None:
         return None
     cls = getattr(diffusers, kind)
     config = cls.load_config(source, subfolder=name)
+    if not isinstance(config, dict):
+        kind = type(config).__name__
+        raise _Damaged(f"the configuration of its {name} holds a {kind}, not an object.")
     if not issubclass(cls, torch.nn.Module):
         return cls.from_config(config)
     with torch.device("meta"):
-        return cls.from_config(config)
+        return cls.from_config(config).eval()
 
 
 def _device() -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..output import write_json
+
 SCHEMA = 1
 SUITES = ("op", "step", "pipeline", "overhead", "user")
 TESTS = ("passed", "failed", "not run")
@@ -94,7 +96,7 @@ def write(results: Results, path: Path) -> None:
         "rows": [asdict(row) for row in results.rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report, 1)
 
 
 def read(path: Path) -> Results:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...analysis.explanation import table as text_table
+from ..output import without_matplotlib
 from .record import Row
 
 OURS, GREY, DARK = "#2a78d6", "#b9bec6", "#333333"
@@ -70,27 +71,14 @@ def _tail(row: Row) -> list[str]:
     return [peak, row.note or ("" if row.psnr is None else f"{row.psnr:.1f}")]
 
 
-def require_matplotlib() -> None:
-    """Ask for it before anything is measured.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "The plot needs matplotlib, which is not installed: pip install 'pag-fast[bench]'."
-        ) from error
-
-
 def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> None:
     """Write a picture: a panel per case, a bar per variant, whiskers from p20 to p80.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    require_matplotlib()
+    if lacking := without_matplotlib():
+        raise ValueError(lacking)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

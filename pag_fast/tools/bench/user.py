@@ -11,6 +11,7 @@ import torch
 from ...config import PatchConfig
 from ..demo import PROMPTS, timed_steps
 from ..metrics import generate
+from ..output import progress as progress_bar
 from .record import Row
 from .timing import interleave, make_rows, peak_bytes
 from .variants import compare_outputs, variants
@@ -48,8 +49,6 @@ def bench_pipeline(
     Raises:
         ValueError: fewer than two steps, no prompts, or what the pipeline or a layer does not know.
     """
-    from tqdm.auto import tqdm
-
     if steps < 2 or batch < 1 or rounds < 1 or not prompts:
         raise ValueError(
             "The benchmark needs at least 2 steps, a batch of at least 1, one round and one "
@@ -73,7 +72,7 @@ def bench_pipeline(
     pictures: dict[str, torch.Tensor] = {}
     extra = device == "cuda"
     total = len(ways) * (1 + rounds + extra) * steps
-    with tqdm(total=total, disable=not progress, unit="step") as bar:
+    with progress_bar(total, "step", name=name, show=progress) as bar:
 
         def run(variant: str) -> None:
             bar.set_description(variant)

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..output import to_json
 from .rows import Row
 from .shards import Shard
 
@@ -41,7 +42,7 @@ class Folder:
             ValueError: the folder holds pictures of other settings.
         """
         manifest = self.path / "manifest.json"
-        text = json.dumps({"settings": settings, **about}, indent=2, ensure_ascii=False) + "\n"
+        text = to_json({"settings": settings, **about})
         part = self._part("manifest.json")
         part.write_text(text, encoding="utf-8")
         try:
@@ -110,9 +111,9 @@ class Folder:
 
     def report(self, failed: list[dict[str, str]], summary: dict[str, Any]) -> None:
         """Write this process's failures and its summary; an empty file says there were none."""
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in failed]
+        lines = [to_json(one, None) for one in failed]
         self._write(f"errors.{self.shard}.jsonl", "".join(lines))
-        self._write(f"report.{self.shard}.json", json.dumps(summary, indent=2) + "\n")
+        self._write(f"report.{self.shard}.json", to_json(summary))
 
     def _write(self, name: str, text: str) -> None:
         part = self._part(name)

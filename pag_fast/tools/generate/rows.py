@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...settings import checks
+
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_SCALES = frozenset({"pag_scale", "guidance_scale"})
 # what this command sets itself, for all rows
 _SET = frozenset({"generator", "num_images_per_prompt", "output_type", "return_dict", "latents"})
 
@@ -54,7 +57,10 @@ def read_rows(file: Path, seed: int) -> list[Row]:
         ValueError: a line that is no such object, a name that cannot be a file's, or two alike.
     """
     rows: list[Row] = []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}): save it as such.") from error
     for number, line in enumerate(lines):
         if line.strip():
             rows.append(_row(file, number, line, seed))
@@ -71,8 +77,8 @@ def read_rows(file: Path, seed: int) -> list[Row]:
 def _row(file: Path, number: int, line: str, seed: int) -> Row:
     where = f"{file}, line {number + 1}"
     try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
+        content = json.loads(line, parse_constant=_no_number)
+    except ValueError as error:
         raise ValueError(f"{where} is no JSON ({error}): write {{'prompt': '...'}}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}.')
@@ -89,10 +95,17 @@ def _row(file: Path, number: int, line: str, seed: int) -> Row:
     negative = content.pop("negative_prompt", None)
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"{where}: negative_prompt {negative!r} is no text.")
+    for scale in _SCALES & content.keys():
+        checks.number(f"{where}: {scale}", content[scale], least=0.0)
     refused = sorted(_SET & content.keys())
     if refused:
         raise ValueError(f"{where}: {refused[0]} is set for all rows: leave it out.")
     return Row(name, own, content.pop("prompt"), negative, content)
+
+
+def _no_number(text: str) -> float:
+    """Raises ValueError: Python reads NaN and infinity, JSON has neither."""
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

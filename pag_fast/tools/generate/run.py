@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ...analysis.verify import versions
 from ..load import default_dtype, name_of
+from ..output import progress
 from .folder import Folder
 from .rows import Row, batches, read_rows
 from .shards import Shard
@@ -140,8 +139,7 @@ def _draw_all(
     draw: _Drawing, rows: list[Row], folder: Folder, size: int, shard: Shard
 ) -> list[dict[str, str]]:
     failed: list[dict[str, str]] = []
-    quiet = not sys.stderr.isatty()  # a bar in a log file is a line for every picture
-    with tqdm(total=len(rows), unit="picture", desc=f"shard {shard}", disable=quiet) as bar:
+    with progress(len(rows), "picture", name=f"shard {shard}") as bar:
         for batch in batches(rows, size):
             for row, error in _draw(draw, batch, folder):
                 if error is not None:

@@ -1,0 +1,127 @@
+"""Commands that count and run nothing: ``pag-fast layers``, ``explain`` and ``ledger``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .cli_options import add_json, add_pipeline, add_plot, add_size, given
+
+_UNSEEN = "fewer launches, and what others put on the model, are seen with weights: explain(pipe)"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the subcommands to those of ``pag-fast``."""
+    layers = commands.add_parser(
+        "layers", help="layers PAG can perturb in a pipeline, and what PAG costs on each"
+    )
+    layers.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a pipeline's class name for its published size, a folder or hub id of a pipeline "
+        '(its configurations alone are read), or "emoji"; omitted, the known names',
+    )
+    layers.add_argument("--cfg", choices=("on", "off"), default="on", help="guidance: on or off")
+    layers.add_argument("--all", action="store_true", help="a line for each layer of a transformer")
+    add_size(layers, "height", "width", "frames")
+    add_json(layers, "the costs")
+    add_plot(layers, "draw the costs of all layers")
+    layers.set_defaults(run=_layers)
+
+    explain = commands.add_parser(
+        "explain", help="what a patched pipeline runs: branches, rows, FLOPs; from configurations"
+    )
+    add_pipeline(explain)
+    add_size(explain, "height", "width", "frames")
+    add_json(explain, "all of it")
+    add_plot(explain, "draw branches, rows and FLOPs")
+    explain.set_defaults(run=_explain)
+
+    ledger = commands.add_parser(
+        "ledger", help="FLOPs of a step for every pipeline at full size: stock, patched, bound"
+    )
+    ledger.add_argument("pipelines", nargs="*", help="class names; omitted, all of them")
+    add_json(ledger, "the rows")
+    ledger.set_defaults(run=_ledger)
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    from .analysis.costs import layer_costs
+    from .analysis.published import CARDS, known_names
+    from .patching import supported_pipelines
+
+    if arguments.model is None:
+        here = {*supported_pipelines(), *CARDS}
+        print("\n".join(name for name in known_names() if name in here))
+        print("\npag-fast layers MODEL lists the layers of one.")
+        return
+    size = given(arguments, height="height", width="width", frames="frames")
+    costs = layer_costs(_pipeline(arguments.model), cfg=arguments.cfg == "on", **size)
+    print(costs.table(every=arguments.all))
+    if arguments.json is not None:
+        _write(arguments.json, costs.as_dict())
+    if arguments.plot is not None:
+        from .tools.plots import layers_figure, save
+
+        save(layers_figure(costs), arguments.plot)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from . import explain, patched
+    from .tools import load as models
+
+    name = arguments.pipeline
+    pipe = models.emoji() if name == "emoji" else models.skeleton(name)
+    size = given(arguments, height="height", width="width", frames="frames")
+    with patched(pipe, arguments.layers):
+        explanation = explain(pipe, **size)
+    if name != "emoji":
+        # of weights that are not there it would say that they are offloaded
+        explanation = replace(
+            explanation, findings=(), launches=(), notes=(*explanation.notes, _UNSEEN)
+        )
+    print(explanation)
+    if arguments.json is not None:
+        _write(arguments.json, explanation.as_dict())
+    if arguments.plot is not None:
+        from .tools.plots import explanation_figure, save
+
+        save(explanation_figure(explanation), arguments.plot)
+
+
+def _pipeline(model: str) -> Any:
+    """What ``layer_costs`` takes: a pipeline, or the name of one."""
+    from .pipelines.registry import PIPELINES
+    from .tools import load as models
+
+    if model == "emoji":
+        return models.emoji()
+    named = any(model == entry.name for entry in PIPELINES)
+    is_source = not named and (Path(model).exists() or "/" in model)
+    return models.skeleton(model) if is_source else model
+
+
+def _ledger(arguments: argparse.Namespace) -> None:
+    from .analysis.explanation import flops_table, flops_unit
+    from .analysis.ledger import ledger
+
+    entries = []
+    for entry in ledger(arguments.pipelines or None):
+        entries.append(entry)
+        print(f"counted {entry.label}", file=sys.stderr)
+    costs = [(entry.label, entry.cost) for entry in entries]
+    unit = flops_unit(costs)
+    print(f"{unit} per step and image, matrix products, convolutions and attention\n")
+    print("\n".join(flops_table(costs, "pipeline")))
+    if arguments.json is not None:
+        _write(arguments.json, [entry.as_dict() for entry in entries])
+
+
+def _write(path: Path, data: Any) -> None:
+    from .tools.output import write_json
+
+    write_json(path, data)
