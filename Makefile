@@ -14,7 +14,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page check format demo ledger \
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table check format demo ledger \
 	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -64,6 +64,9 @@ test-distributed: $(STAMP) ## Run the tests of several processes, and of many pr
 
 page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m sweep.page --record
+
+table: $(STAMP) ## Write the README's table from descriptions and tests
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m feature_table
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
