@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 COMFY := .venv-comfy
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST_STAMP := $(OLDEST)/.installed
 COMFY_STAMP := $(COMFY)/.installed
+DOCS_STAMP := $(DOCS)/.installed
 # what an installation copies; everything else is read from the checkout
 PACKAGE := setup.py pyproject.toml pag_fast/version.py
 # errors only
@@ -14,7 +16,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table check format demo ledger \
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table docs check format demo ledger \
 	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -68,6 +70,14 @@ page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
 table: $(STAMP) ## Write the README's table from descriptions and tests
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m feature_table
 
+$(DOCS_STAMP): constraints/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints/docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## Build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -109,5 +119,5 @@ accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
 	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(COMFY) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(COMFY) $(DOCS) demo bench bench-results build *.egg-info .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
