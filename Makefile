@@ -16,7 +16,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table docs check format demo ledger \
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table docs notebook check format demo ledger \
 	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -77,6 +77,9 @@ $(DOCS_STAMP): constraints/docs.txt
 
 docs: $(DOCS_STAMP) ## Build the documentation into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+notebook: $(STAMP) ## Run the notebook and store what it shows
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m notebooks
 
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
