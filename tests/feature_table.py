@@ -121,14 +121,16 @@ def mark_values(marks: Any) -> list[Any]:
 
 
 def _ranks() -> set[str]:
-    """Of the tests of several processes: their parameters, and the model that ships."""
+    """Of the tests of several processes: parameters, lists of cases, and the model that ships."""
     folder = ROOT / "tests" / "distributed"
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     found = set()
     for path in sorted(folder.glob("test_*.py")):
         module = importlib.import_module(path.stem)
-        for name in dir(module):
+        for name, value in vars(module).items():
+            if isinstance(value, list | tuple):
+                found |= {x for case in value if isinstance(x := getattr(case, "name", 0), str)}
             if name.startswith("test_"):
                 found |= exercised(path.stem, name)
                 if name == "test_killed_in_the_middle_and_started_again":  # generate, two processes

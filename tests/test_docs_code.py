@@ -128,3 +128,12 @@ def test_commands_exist(page, capsys):
 def test_the_command_line_page_names_every_command(capsys):
     page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
     assert set(re.findall(r"^ {4}pag-fast ([a-z]+)", page, re.MULTILINE)) == _commands(capsys)
+
+
+def test_every_defect_on_the_page_has_a_test():
+    page = (ROOT / "docs" / "defects.md").read_text("utf-8")
+    numbers = re.findall(r"^\| ([BS]\d+) \|", page, re.MULTILINE)
+    assert numbers == [*(f"B{i}" for i in range(1, 21)), *(f"S{i}" for i in range(1, 7))]
+    tests = (ROOT / "tests" / "test_defects.py").read_text("utf-8")
+    named = {name.upper() for name in re.findall(r"[_ ](b\d+|B\d+)(?![0-9])", tests)}
+    assert {name for name in numbers if name[0] == "B"} <= named
