@@ -48,6 +48,11 @@ _SHALLOW: dict[str, dict[str, Any]] = {
     "Flux2KleinPipeline": {"num_layers": 3, "num_single_layers": 3},
     "ZImagePipeline": {"n_layers": 4},
     "Krea2Pipeline": {"num_layers": 6},
+    "HiDreamImagePipeline": {
+        "num_layers": 3,
+        "num_single_layers": 3,
+        "llama_layers": list(range(6)),
+    },
     "HunyuanVideo15Pipeline": {"num_layers": 3},
     "WanVACEPipeline": {"num_layers": 4, "vace_layers": [0, 2]},
 }

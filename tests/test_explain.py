@@ -61,6 +61,7 @@ _LAST = {
     "Lumina2Pipeline": "norm_out",
     "ZImagePipeline": "all_final_layer.2-1",
     "Krea2Pipeline": "final_layer",
+    "HiDreamImagePipeline": "final_layer",
 }
 
 

@@ -5,10 +5,13 @@ What is recorded here are operations on a CPU, on fixed memory, as a CUDA graph 
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from numerics import relative
 from recorded import RecordingCapture
+from sweep import spec as sweep
 from tiny import PIPELINES, build, call_kwargs, latents
 from tiny_hosts import HOSTS
 from tiny_hosts import build as build_host
@@ -76,6 +79,21 @@ def test_pipelines_without_pag(name):
     )
     assert relative(found, expected) < 1e-6
     assert pipe._pag_fast.steps["captured"] and pipe._pag_fast.steps["replayed"] >= STEPS - 1
+
+
+@pytest.mark.parametrize(("file", "name"), [("more_images", "BriaFiboPipeline")])
+def test_a_model_that_nobody_has_described(file, name):
+    """It is traced and compared in the first step, outside of what is recorded."""
+    (spec,) = (x for x in import_module(f"sweep.{file}").SPECS if x.name == name)
+    pipe = sweep.build(spec)
+    pag_fast.patch(pipe, spec.layers)
+    expected = sweep.result(spec, pipe, spec.cases[0])
+    _patch(pipe, spec.layers)
+    for _ in range(2):
+        assert relative(sweep.result(spec, pipe, spec.cases[0]), expected) < 1e-6
+    steps = pipe._pag_fast.steps
+    assert steps["captured"] and steps["replayed"] and not steps["not shared"]
+    assert not pipe._pag_fast.fallbacks
 
 
 OPTIONS = {

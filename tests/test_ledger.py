@@ -61,6 +61,7 @@ PARAMETERS = {
     "Flux2KleinPipeline-9B": 9.08,
     "ZImagePipeline": 6.15,
     "Krea2Pipeline": 12.8,
+    "HiDreamImagePipeline": 17.1,
     "HunyuanVideo15Pipeline": 8.33,
     "WanVACEPipeline": 17.3,
     "WanVACEPipeline-1.3B": 2.15,
@@ -166,6 +167,8 @@ _LAYERS = [
     ("Flux2KleinPipeline", r"single_transformer_blocks\.[12]\.", [True, False]),
     ("ZImagePipeline", r"^layers\.1\.", [True, False]),
     ("Krea2Pipeline", r"blocks\.1\.", [False]),
+    ("HiDreamImagePipeline", r"^double_stream_blocks\.1\.", [True, False]),
+    ("HiDreamImagePipeline", r"^single_stream_blocks\.1\.", [True, False]),
     ("WanVACEPipeline", r"^blocks\.1\.", [False]),
     ("HunyuanVideo15Pipeline", r"blocks\.1\.", [False]),
 ]

@@ -207,10 +207,15 @@ def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"The server ended with {process.returncode}:\n{server.log()}")
         try:
             server.get("/queue")
-            return
+            break
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
-    raise TimeoutError(f"The server did not answer in {START} s; its log:\n{server.log()}")
+    else:
+        raise TimeoutError(f"The server did not answer in {START} s; its log:\n{server.log()}")
+    # core's own nodes are named by files of theirs, these by folders of ours
+    failed = [line for line in server.log().splitlines() if f"Cannot import {server.base}" in line]
+    if failed:
+        raise RuntimeError("The server runs without " + "; ".join(failed))
 
 
 def flow(name: str, *nodes: tuple[str, dict[str, Any]], controls: int = 0, **ksampler: Any) -> Flow:

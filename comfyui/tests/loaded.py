@@ -15,7 +15,7 @@ import torch
 
 VERSION = engine.wanted()
 ROOT = engine.fetch(VERSION)
-# PyTorch's attention: one op whose FLOPs are known (tiny.flops)
+# PyTorch's attention: one op whose FLOPs are known (flops.Flops)
 ARGUMENTS = ("--cpu", "--use-pytorch-cross-attention")
 
 

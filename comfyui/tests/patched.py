@@ -9,6 +9,7 @@ from typing import Any
 import loaded
 import tiny
 import torch
+from flops import Flops
 
 # isort: split
 from comfyui import nodes
@@ -88,7 +89,7 @@ def compare(
         around(patch(model.model, share=False)),
         around(patch(model.model, share=True)),
     ):
-        with tiny.flops() as count:
+        with Flops() as count:
             results.append(sample(model, patched, **options))
         counts.append(count)
     return Compared(*results, (counts[1] / counts[0], counts[2] / counts[0]))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from flops import Flops
 from patched import compare, dit, holds
 
 # isort: split
@@ -45,7 +46,7 @@ def _share_in_front(model: tiny.Tiny, blocks: dict[str, str]) -> float:
     front = list(lists["double"])
     if kind == "double_blocks":
         front = front[: int(number)]
-    inside = tiny.flops()
+    inside = Flops()
     handles = []
     for block in front:
         handles += [
@@ -53,7 +54,7 @@ def _share_in_front(model: tiny.Tiny, blocks: dict[str, str]) -> float:
             block.register_forward_hook(lambda *_: inside.__exit__(None, None, None)),
         ]
     try:
-        with tiny.flops() as whole:
+        with Flops() as whole:
             tiny.sample(model, steps=1, cfg=1.0)
     finally:
         for handle in handles:

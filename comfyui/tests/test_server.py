@@ -87,8 +87,6 @@ REPLACED = [
 def test_the_pack_loads_and_its_inputs_are_those_that_are_documented(
     server: headless.Server,
 ) -> None:
-    failed = [line for line in server.log().splitlines() if "FAILED" in line and ".py" not in line]
-    assert not failed  # a node pack is named by its folder; core's own are files
     for node, defaults in NODES.items():
         info = server.object_info(node)
         inputs = workflows.inputs(info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from flops import Flops
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -22,9 +23,9 @@ def test_every_part_of_a_conditioning_and_every_row_matters(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.UNETS)
 def test_cores_pag_computes_half_a_step_more(name: str) -> None:
     model = tiny.build(name)
-    with tiny.flops() as plain:
+    with Flops() as plain:
         without = tiny.sample(model, steps=2)
-    with tiny.flops() as stock:
+    with Flops() as stock:
         guided = tiny.sample(model, tiny.stock(model.model), steps=2)
     assert 1.49 < stock / plain <= 1.5
     assert (guided - without).abs().max() > 1e-2 * without.abs().max()
@@ -45,7 +46,7 @@ def test_each_controlnet_acts_and_runs_once_a_step(name: str) -> None:
 
 def test_flops_are_counted_as_pytorch_counts_them() -> None:
     query = torch.randn(1, 2, 64, 16)
-    with tiny.flops() as count:
+    with Flops() as count:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert count.total == 2 * (2 * 2 * 64 * 64 * 16)
     layer = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(14, 5))
@@ -53,6 +54,6 @@ def test_flops_are_counted_as_pytorch_counts_them() -> None:
         x = torch.randn(2, 4, 16, 16)
         with FlopCounterMode(display=False) as theirs, mode():
             layer(x)
-        with tiny.flops() as ours, mode():
+        with Flops() as ours, mode():
             layer(x)
         assert ours.total == theirs.get_total_flops() > 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from flops import Flops
 from patched import compare, costs, holds, pag, seg
 
 # isort: split
@@ -48,9 +49,9 @@ def test_unshared_equals_cores_node_and_the_basic_node_shares(name: str) -> None
     whole = tiny.sample(model, pag(model.model, share=False), steps=2)
     assert torch.equal(stock, whole)
     basic = nodes.PagFastPAG.execute(model.model, 3.0).result[0]
-    with tiny.flops() as count:
+    with Flops() as count:
         shared = tiny.sample(model, basic, steps=2)
-    with tiny.flops() as advanced:
+    with Flops() as advanced:
         tiny.sample(model, pag(model.model), steps=2)
     assert (shared - stock).abs().max() <= 5e-6 * stock.abs().max()
     assert count.total == advanced.total

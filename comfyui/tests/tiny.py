@@ -7,14 +7,11 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import loaded  # noqa: F401  (the engine)
 import tiny_configs as configs
 import torch
-from torch.utils import flop_counter
-
-from pag_fast.analysis.counter import FlopCounter
 
 # isort: split
 import comfy.cldm.cldm
@@ -180,27 +177,6 @@ def stock(model: Any, scale: float = 3.0) -> Any:
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
     return PerturbedAttentionGuidance.execute(model, scale).result[0]
-
-
-def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-class Flops(FlopCounter):
-    """FLOPs of everything that runs, with PyTorch's attention on the CPU, which it leaves out."""
-
-    formulas: ClassVar[dict[Any, Any]] = {
-        **FlopCounter.formulas,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    }
-
-    def __truediv__(self, other: Flops) -> float:
-        return self.total / other.total
-
-
-def flops() -> Flops:
-    """Count FLOPs: ``with flops() as a: sample(…)``, then ``a.total``, or ``a / b`` of two."""
-    return Flops()
 
 
 @contextmanager

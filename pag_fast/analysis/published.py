@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.description import Checkpoint
 from ..models.inputs import Size
-from ..models.registry import DESCRIPTIONS, describe, is_derived, keep_traced
+from ..models.registry import DESCRIPTIONS, describe, find, is_derived, keep_traced
 from ..pipelines.registry import HOSTS, PIPELINES
 
 
@@ -125,8 +125,15 @@ def meta_model(
     name = card.denoiser if which == "denoiser" else "ControlNetModel"
     with torch.device("meta"):
         model = getattr(diffusers, name)(**config).eval()
+    _make_countable(model)
     # the base method: diffusers' own warns about casting, and nothing here is ever computed
     return nn.Module.to(model, dtype)
+
+
+def _make_countable(model: nn.Module) -> None:
+    found = find(model)
+    if found is not None and found.countable is not None:
+        found.countable(model)
 
 
 def meta_twin(model: Any) -> nn.Module:
@@ -136,6 +143,7 @@ def meta_twin(model: Any) -> nn.Module:
         config.update(encoder_hid_dim_type=None, encoder_hid_dim=None)
     with torch.device("meta"):
         twin = type(model).from_config(config).eval()
+    _make_countable(twin)
     if is_derived(model):
         keep_traced(twin, describe(model))
     return nn.Module.to(twin, torch.float16)

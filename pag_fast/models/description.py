@@ -83,6 +83,9 @@ class ModelDescription:
         tokens: of a model whose layers' own processors run around our product
             (:class:`~pag_fast.processors.stock.PerturbedStockAttention`), where the image's tokens
             are in the sequences that its layers attend to.
+        rows_second: forward arguments whose tensors have their rows in the second dimension.
+        countable: of a model whose own code asks tensors for their values: changes it, on the meta
+            device, so that it runs there at the same FLOPs. It is neither compiled nor captured.
         learned_sigma: with twice as many channels as go in, the second half of what comes out is
             a variance.
         checkpoints: published weights of this class.
@@ -106,6 +109,8 @@ class ModelDescription:
     fusable_processors: frozenset[str] = frozenset()
     sequence: Sequence | None = None
     tokens: Runs | None = None
+    rows_second: tuple[str, ...] = ()
+    countable: Callable[[Any], None] | None = None
     learned_sigma: bool = False
     checkpoints: tuple[Checkpoint, ...] = field(default=(), repr=False)
     attentions: tuple[str, ...] = ()

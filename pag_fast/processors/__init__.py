@@ -6,6 +6,7 @@ weight once, compute scores only for the rows that attend, and never concatenate
 
 from __future__ import annotations
 
+from .hidream import PerturbedHiDreamAttention
 from .joint import (
     PerturbedCogVideoXAttention,
     PerturbedFluxAttention,
@@ -23,6 +24,7 @@ from .video import PerturbedLTXAttention, PerturbedVideoAttention
 __all__ = [
     "PerturbedCogVideoXAttention",
     "PerturbedFluxAttention",
+    "PerturbedHiDreamAttention",
     "PerturbedHunyuanVideo15Attention",
     "PerturbedHunyuanVideoAttention",
     "PerturbedJointAttention",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.registry import controlnets, has_compiled, repeated_blocks
+from ..models.registry import controlnets, find, has_compiled, repeated_blocks
 from ..pipelines.registry import denoiser_names
 from ..settings.compile_config import CompileConfig
 from ..sharing.plan import compiled_call, has_diffusers_hooks
@@ -122,8 +122,19 @@ def _check(model: Any, config: CompileConfig) -> None:
             f"{name} cannot be compiled, as hooks move or cast the weights of {moved[0]} while it "
             "runs: use enable_model_cpu_offload(), which moves whole models, or compile=False."
         )
+    refuse_values(model, "compiled", "compile=False")
     if config.regional and not list(_repeated(model)):
         raise ValueError(f"{name} names no repeated blocks: compile it whole (regional=False).")
+
+
+def refuse_values(model: Any, what: str, instead: str) -> None:
+    """Raises ValueError for a model that no graph holds, as its code waits for values."""
+    found = find(model)
+    if found is not None and found.countable is not None:
+        raise ValueError(
+            f"{type(model).__name__} reads values of tensors while it runs, as a mixture of "
+            f"experts does, and cannot be {what} as a whole: use {instead}."
+        )
 
 
 def _check_compiler(device: str, config: CompileConfig) -> None:

@@ -60,6 +60,7 @@ class Installation:
         self.denoiser = denoiser
         self._runs_stock = family.runs_stock
         self.runs = family.tokens
+        self.rows_second = family.rows_second
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
         self.replaces = family.replaces

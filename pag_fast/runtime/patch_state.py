@@ -19,7 +19,7 @@ from ..sharing.plan import is_compiled
 from ..sharing.rows import BranchState
 from .basic_state import BasicState, models_of
 from .capture import Capture, capture_on
-from .compilation import Compilation, enough_graphs
+from .compilation import Compilation, enough_graphs, refuse_values
 from .controlnets import InstalledControlNets
 from .frames import know_loops
 from .graphs import Graphs
@@ -307,10 +307,11 @@ class PatchState(BasicState):
         """For one call: what records the forwards of a model, of one net or several, if wanted.
 
         Raises:
-            ValueError: the model is on no device that can.
+            ValueError: the model is on no device that can, or reads values while it runs.
         """
         if not self.config.graphs:
             return None
+        refuse_values(uncompiled(model), "captured", "graphs=False")
         if self.capture is None:
             self.capture = self.make_capture(next(uncompiled(model).parameters()).device)
         return Graphs(self, self.capture, state, invariants, nets)

@@ -19,7 +19,7 @@ from .behind_hooks import BehindHooks
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
-from .forwards import Call, Forward
+from .forwards import Call, Forward, Views
 from .frames import calling_pipeline
 from .graphs import Graphs
 from .guided import Guided
@@ -59,6 +59,7 @@ class Session(Guided):
         self._pass = ""
         self._locals: dict[str, Any] = {}
         self._looked_ahead: set[Any] = set()
+        self._views: Views = {}
 
     # ---- the life of the call ----
 
@@ -94,7 +95,7 @@ class Session(Guided):
         Raises:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
-        self._locals = {}
+        self._locals, self._views = {}, {}
         ours = [self._kept.forget, self.installed.forget] if self.pag else []
         undo_all(self.controlnets.end, *ours)
         self._graphs = None
@@ -127,6 +128,8 @@ class Session(Guided):
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
+        if self.installed.rows_second:
+            forward.turn(self.installed.rows_second, self._views)
         found = self.patch.look(self.installed.denoiser)
         if found.refuses:
             found.refuse()

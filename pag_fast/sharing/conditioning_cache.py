@@ -42,6 +42,7 @@ _EMBEDDINGS = (
     "image_embedder",
     "input_block",
     "input_hint_block",
+    "p_embedder",
     "patch_embed.text_proj",
     "pos_embed_input",
     "text_embedder",
@@ -54,6 +55,7 @@ _EMBEDDINGS = (
     "txt_in",
     "txt_norm",
 )
+_IN_A_LIST = re.compile(r"(caption_projection)\.\d+")
 _KEYS_AND_VALUES = ("to_k", "to_v", "to_kv")
 _IMAGE_KEYS_AND_VALUES = re.compile(r".*\.processor\.to_[kv]_ip\.\d+")
 
@@ -248,6 +250,7 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
         parent, _, own = name.rpartition(".")
         if (
             name in _EMBEDDINGS
+            or _IN_A_LIST.fullmatch(name)
             or (own in _KEYS_AND_VALUES and _sees_text(model, parent))
             or _IMAGE_KEYS_AND_VALUES.fullmatch(name)
         ):

@@ -73,6 +73,7 @@ class Layout:
         equivariant: blocks treat an image token alike wherever it is.
         whole_between: the model's own code between two blocks does something with rows that needs
             all of them: blocks that run on fewer hand on copies.
+        inner: of what the lists hold, the attribute that is the block itself.
     """
 
     blocks: tuple[str, ...]
@@ -83,6 +84,7 @@ class Layout:
     residuals: tuple[Residuals, ...] = ()
     equivariant: bool = False
     whole_between: bool = False
+    inner: str = ""
 
 
 IMAGE_ALONE = (Stream("hidden_states", (IMAGE,)),)
@@ -96,11 +98,14 @@ IMAGE_THEN_TEXT = TEXT_THEN_IMAGE[::-1]
 
 def walk(model: Any, layout: Layout) -> list[tuple[str, Any]]:
     """The blocks of a model by name, in execution order."""
-    return [
+    found = [
         (f"{part}.{index}", block)
         for part in layout.blocks
         for index, block in enumerate(model.get_submodule(part))
     ]
+    if layout.inner:
+        return [(f"{name}.{layout.inner}", getattr(x, layout.inner)) for name, x in found]
+    return found
 
 
 def attentions_of(block: Any, layout: Layout) -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from .arguments import SAMPLE, UNCHECKED, version_of
 
 # guidance is embedded with the timestep, and some loops make its tensor anew in every step; x and t
 # are what Z-Image and its kin call latents and timestep
-_OF_A_STEP = UNCHECKED | {"guidance", "x", "t"}
+_OF_A_STEP = UNCHECKED | {"guidance", "timesteps", "x", "t"}
 
 
 class RowEquality:

@@ -175,8 +175,6 @@ SPECS = [
         image=16,
         prompts=_hidream_prompts,
         setup=_small_hidream,
-        # layers of an encoder are in front of rows
-        refused="to another sequence than in the trace|is not what separate forwards say",
     ),
     Spec(
         "HunyuanImagePipeline",

@@ -51,7 +51,8 @@ class HostSpec:
     def cfg_scale(self, kwargs: dict[str, Any]) -> float:
         """The scale of CFG in a call."""
         if self.swept is not None:  # it may be a guider's
-            return self.swept.scales[0 if "negative_prompt_embeds" in kwargs else 1]
+            cfg = any(name.startswith("negative_prompt_embeds") for name in kwargs)
+            return self.swept.scales[0 if cfg else 1]
         return kwargs[self.cfg] if self.cfg else 1.0
 
 

@@ -22,18 +22,25 @@ _FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "single_images": {"Krea2Pipeline": ()},
     "videos": {"WanVACEPipeline": ()},
+    "more_images": {"HiDreamImagePipeline": ()},
     "others": {"HunyuanVideo15Pipeline": ()},
 }
 DENOISERS = {
     "ChromaPipeline": "ChromaTransformer2DModel",
     "CogView4Pipeline": "CogView4Transformer2DModel",
     "Flux2Pipeline": "Flux2Transformer2DModel",
+    "HiDreamImagePipeline": "HiDreamImageTransformer2DModel",
     "ZImagePipeline": "ZImageTransformer2DModel",
     "Krea2Pipeline": "Krea2Transformer2DModel",
     "WanVACEPipeline": "WanVACETransformer3DModel",
     "HunyuanVideo15Pipeline": "HunyuanVideo15Transformer3DModel",
 }
-_ALL = {"WanVACEPipeline": "attn1", "CogView4Pipeline": "attn1", "ZImagePipeline": r"^layers\."}
+_ALL = {
+    "WanVACEPipeline": "attn1",
+    "CogView4Pipeline": "attn1",
+    "ZImagePipeline": r"^layers\.",
+    "HiDreamImagePipeline": "attn1",
+}
 
 
 def _hosts() -> Any:
