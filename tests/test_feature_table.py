@@ -27,10 +27,10 @@ EAGER = CompileConfig(backend="eager")
 KOLORS = "KolorsPAGPipeline"
 # with a denoiser of their own, without PAG
 OWN = [name for name, spec in HOSTS.items() if spec.brings_a_model]
-# not HunyuanVideo 1.5 and Lumina 2: their forwards branch on numbers of the device, stock as well
+# not HiDream, HunyuanVideo 1.5 and Lumina 2: their forwards ask on the host, stock as well
 COMPILED = ["CogView4Pipeline", "Krea2Pipeline"]
-# nor HunyuanVideo 1.5 for that reason; test_graphs.py has Flux, Wan and Qwen-Image
-_OTHERS = ("HunyuanVideo15Pipeline", "WanVACEPipeline")
+# nor HiDream and HunyuanVideo 1.5 for that reason; test_graphs.py has Flux, Wan and Qwen-Image
+_OTHERS = ("HiDreamImagePipeline", "HunyuanVideo15Pipeline", "WanVACEPipeline")
 _DONE = ("FluxPipeline", "WanPipeline", "QwenImagePipeline")
 GRAPHS = [name for name in OWN if name not in (*_OTHERS, *_DONE)]
 
