@@ -131,6 +131,16 @@ def test_the_command_line_page_names_every_command(capsys):
     assert set(re.findall(r"^ {4}pag-fast ([a-z]+)", page, re.MULTILINE)) == _commands(capsys)
 
 
+def test_the_environment_of_the_pages_is_small_and_pinned():
+    lines = (ROOT / "constraints" / "docs.txt").read_text("utf-8").splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
+    assert all(len(pin) == 2 for pin in pins)
+    names = {name.lower() for name, _ in pins}
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings-python"} <= names
+    assert not names & {"torch", "diffusers", "transformers", "numpy"}
+    assert "\nmake docs\n" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
 def test_every_defect_on_the_page_has_a_test():
     page = (ROOT / "docs" / "defects.md").read_text("utf-8")
     numbers = re.findall(r"^\| ([BS]\d+) \|", page, re.MULTILINE)
