@@ -372,6 +372,6 @@ def test_a_processor_that_ours_does_not_stand_for():
 
 
 def test_a_model_that_nobody_knows():
-    with pytest.raises(ValueError, match="none of the supported denoisers"):
+    with pytest.raises(ValueError, match="no module with an attention processor"):
         guider = PAG()
         guider.prepare_models(torch.nn.Linear(1, 1))

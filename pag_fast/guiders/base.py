@@ -13,12 +13,14 @@ from torch import nn
 
 from .. import ops
 from ..models.registry import uncompiled
+from ..models.traced.signatures import Signatures
 from ..runtime.compatibility import Answer, Compatibility
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.instance_patch import InstancePatch
 from ..sharing.plan import compiled_call
 from .arming import Armed, release
+from .derived import DerivedResumption
 from .resumption import COND, PERTURBED, UNCOND, Change, Resumption
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class ResumedGuidance(_Base):
     _pass: tuple[nn.Module, str, bool] | None
     _warned: set[str]
     _compatibility: Compatibility
+    _signatures: Signatures
 
     def _begin(
         self,
@@ -111,6 +114,11 @@ class ResumedGuidance(_Base):
         if not perturbs and not (traced and self._perturbs_at_all()):
             return
         self._find(model)
+        if traced and isinstance(self._resumptions[model], DerivedResumption):
+            raise ValueError(
+                f"{type(model).__name__} is compiled, and has no description by which its graphs "
+                "could be the same in every step: leave it uncompiled with this guider."
+            )
         self._pass = model, branch, traced
         self._armed = Armed(denoiser, self._forward)
 
@@ -222,6 +230,22 @@ class ResumedGuidance(_Base):
         if found is None:
             self._resumptions[model] = self._make(model)
 
+    def _seen(
+        self,
+        entry: Entry,
+        model: nn.Module,
+        resumption: DerivedResumption,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Resumption:
+        """The resumption of a model that nobody has described, for arguments like these."""
+        assert self._armed is not None
+        while not resumption.see(entry, self._armed, model, self._signatures, args, kwargs):
+            made = self._resumptions[model] = self._make(model)
+            assert isinstance(made, DerivedResumption)
+            resumption = made
+        return resumption
+
     def _forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The denoiser's forward in the pass that was prepared last.
 
@@ -230,13 +254,16 @@ class ResumedGuidance(_Base):
         """
         assert self._pass is not None
         model, branch, traced = self._pass
-        resumption = self._resumptions[model]
+        resumption, others = self._resumptions[model], self._compatibility
+        if isinstance(resumption, DerivedResumption) and branch != UNCOND:
+            others = resumption.compatibility
+            resumption = self._seen(entry, model, resumption, args, kwargs)
 
         def run(changes: Sequence[Change], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             patch = InstancePatch([change.entry() for change in changes])
             return entry.run(lambda: patch, args, kwargs)
 
-        found = Findings(self._compatibility.look(model))
+        found = Findings(others.look(model))
         found.refuse()
         whole = [answer for answer in _WHOLE if answer in found.answer]
         try:
@@ -280,6 +307,8 @@ def _runtime() -> dict[str, Any]:
         "_armed": None,
         "_pass": None,
         "_warned": set(),
+        # of arguments of models that nobody has described
+        "_signatures": Signatures(),
         # what others have put on them; every pass is a forward of its own
         "_compatibility": Compatibility(passes_apart=True),
     }

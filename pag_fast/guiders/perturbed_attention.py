@@ -10,13 +10,14 @@ from diffusers.guiders import PerturbedAttentionGuidance as _Stock
 from diffusers.hooks import LayerSkipConfig
 from torch import nn
 
-from ..models.registry import family_of
+from ..models.traced.description import derive
 from ..ops import check_backend
 from ..settings.layers import as_list
 from ..sharing.resume import known_modules
 from ..sharing.rows import BranchState
 from .base import ResumedGuidance
 from .changes import Perturbed
+from .derived import DerivedResumption
 from .resumption import Resumption
 from .selection import as_configs, perturbed_attentions, saved
 
@@ -100,13 +101,7 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
             self.register_to_config(perturbed_guidance_config=saved(self.skip_layer_config))
 
     def _make(self, model: nn.Module) -> Resumption:
-        family = family_of(model)
-        if family.is_derived or family.is_traced:
-            raise ValueError(
-                f"{type(model).__name__} has no description by which a perturbed forward could be "
-                "resumed: use diffusers' own guider, or pag_fast.patch on a pipeline that is not "
-                "modular."
-            )
+        family = derive(model)
         attentions = perturbed_attentions(
             model, self.layers, self.skip_layer_config, exact=self.exact_layers
         )
@@ -114,4 +109,6 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
         state = BranchState()
         perturbed = Perturbed(state, model, attentions, self.backend)
         modules = {**{item.name: item.module for item in known}, **attentions}
+        if family.is_derived:
+            return DerivedResumption(model, state, known, perturbed, modules)
         return Resumption(state, known, perturbed.changes, modules, perturbed.prepare)

@@ -24,6 +24,30 @@ _LEAST_EPS, _LEAST = 4.0, 1e-5
 # rows that differ by more between batches of two sizes depend on each other
 _MOST_ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
+# what a model raises whose rows are not where they were looked for
+FAILURES = (RuntimeError, IndexError, TypeError, KeyError, AttributeError)
+
+
+def said(error: Exception) -> str:
+    """The error as a part of a sentence; memory that runs out is no fault of a description."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
+def difference(x: torch.Tensor, expected: torch.Tensor) -> str:
+    """How far ``x`` is from a prediction of as many rows; empty if it is within rounding."""
+    if x.shape != expected.shape:
+        return f"{tuple(x.shape)} where {tuple(expected.shape)} was expected"
+    error, limit = _distance(x, expected), _rounding_of(expected.dtype)
+    if error <= limit:
+        return ""
+    return f"it differs by {error:.1e} of its norm, where rounding explains {limit:.1e}"
+
+
+def _rounding_of(dtype: torch.dtype) -> float:
+    return max(_LEAST_EPS * torch.finfo(dtype).eps, _LEAST)
+
 
 @dataclass(frozen=True)
 class Separately:
@@ -79,8 +103,7 @@ class Separately:
         cond = self.stock[-self.unit :]
         if not self.rounding <= _MOST_ROUNDING.get(cond.dtype, 1e-4):
             return f"rows differ by {self.rounding:.1e} between batches of two sizes"
-        least = max(_LEAST_EPS * torch.finfo(cond.dtype).eps, _LEAST)
-        rounding = max(_TIMES_ROUNDING * self.rounding, least)
+        rounding = max(_TIMES_ROUNDING * self.rounding, _rounding_of(cond.dtype))
         difference = _distance(cond, self.perturbed[: self.unit])
         for name, x, y, limit in (
             ("cond", both[:rows], self.stock, rounding),

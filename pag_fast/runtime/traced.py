@@ -11,24 +11,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..models.registry import COND, PERTURBED, describe
 from ..models.traced.description import complete
-from ..models.traced.structure import first_parameter
-from ..models.traced.trace import contents, signature_of, trace
-from ..sharing.arguments import latents_of, version_of
+from ..models.traced.signatures import Signatures
+from ..models.traced.trace import trace
 from ..sharing.rows import SPLIT
 from ..sharing.tokens import Tokens
 from .findings import Findings
 from .forwards import Call, Forward
 from .injected import InjectedSession
 from .predictions import prediction_of
-from .separately import Separately
-
-_MOST_SIGNED = 8
-# what a model raises whose rows are not where they were looked for
-_FAILURES = (RuntimeError, IndexError, TypeError, KeyError, AttributeError)
+from .separately import FAILURES, Separately, said
 
 
 class TracedSession(InjectedSession):
@@ -40,8 +33,7 @@ class TracedSession(InjectedSession):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # signatures of arguments, by what they were read off; the arguments are kept alive
-        self._signed: dict[Any, tuple[Any, Any]] = {}
+        self._signatures = Signatures()
         self._tokens: dict[Any, dict[str, Tokens]] = {}
 
     @property
@@ -70,7 +62,7 @@ class TracedSession(InjectedSession):
             ValueError: it cannot be, or it has no attention that can be perturbed.
         """
         model = self.installed.denoiser
-        self._signature = self._sign(call)
+        self._signature = self._signatures.of(model, call)
         if self._signature not in self._traced.tokens:
             with self.patch.alone(self.denoiser, self.owner):
                 seen = trace(model, call)
@@ -78,23 +70,6 @@ class TracedSession(InjectedSession):
         # most traces show nothing new but tokens: what the call keeps stays good
         if self._begun != self._known():
             self._begin_anew()
-
-    def _sign(self, call: Call) -> Any:
-        """The signature of the arguments, read off the device where they are other objects."""
-        latents, now = first_parameter(self.installed.denoiser), list[Any]()
-        for name, x in call.items():
-            if name == latents:
-                now += [(name, latents_of(call).shape)]
-            elif name != "timestep":
-                own = version_of(x) if isinstance(x, torch.Tensor) else contents(x)
-                now += [(name, id(x), own)]
-        key = tuple(now)
-        if key not in self._signed:
-            lasting = {name: x for name, x in call.items() if name != latents}
-            self._signed[key] = lasting, signature_of(call)
-            while len(self._signed) > _MOST_SIGNED:
-                self._signed.pop(next(iter(self._signed)))
-        return self._signed[key][1]
 
     def _begin_anew(self) -> None:
         """Begin again, with what is known of the model now."""
@@ -121,12 +96,12 @@ class TracedSession(InjectedSession):
         full = state.slabs[SPLIT]
         try:
             truth = Separately.run(forward, call, installed, full)
-        except _FAILURES as error:
-            raise self._refusal(_said(error)) from error
+        except FAILURES as error:
+            raise self._refusal(said(error)) from error
         try:
             out = super()._run(forward, call, found)
-        except (*_FAILURES, ValueError) as error:
-            why = _said(error)
+        except (*FAILURES, ValueError) as error:
+            why = said(error)
         else:
             why = truth.differs(prediction_of(out))
             if not why:
@@ -145,10 +120,3 @@ class TracedSession(InjectedSession):
             f"is not what separate forwards say ({why}): choose other layers, or describe the "
             "model as CONTRIBUTING.md says."
         )
-
-
-def _said(error: Exception) -> str:
-    """The error as a part of a sentence; memory that runs out is no fault of a description."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        raise error
-    return f"{type(error).__name__}: {error}"
