@@ -76,8 +76,10 @@ def _prose(text):
 
 def test_reasons_not_to_run_are_few():
     reasons = [reason for page in PAGES for reason, _ in _blocks(page.read_text("utf-8"))]
-    assert len(reasons) >= 15
-    assert [reason for reason in reasons if reason] == ["needs a CUDA device"]
+    given = [reason for reason in reasons if reason]
+    assert len(reasons) >= 15 and len(given) <= 4
+    # what has no CUDA device is in test_graphs.py, what takes several processes in distributed/
+    assert set(given) <= {"needs a CUDA device", "needs several processes"}
 
 
 @pytest.mark.skipif(_OLD, reason="needs diffusers 0.36 or newer")

@@ -43,9 +43,7 @@ def _truth(setup: Case, steps: int = 2):
     def perturbed():
         return setup.model.perturb(NAMES, SIZE * SIZE, TEXT)
 
-    return slow(
-        setup, perturbed, guidance_scale=2.0, scale=3.0, steps=steps, active=range(steps)
-    )
+    return slow(setup, perturbed, guidance_scale=2.0, scale=3.0, steps=steps, active=range(steps))
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
