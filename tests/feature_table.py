@@ -130,7 +130,7 @@ def _ranks() -> set[str]:
         module = importlib.import_module(path.stem)
         for name, value in vars(module).items():
             if isinstance(value, list | tuple):
-                found |= {x for case in value if isinstance(x := getattr(case, "name", 0), str)}
+                found |= {case.pipeline for case in value if hasattr(case, "pipeline")}
             if name.startswith("test_"):
                 found |= exercised(path.stem, name)
                 if name == "test_killed_in_the_middle_and_started_again":  # generate, two processes
