@@ -7,6 +7,7 @@ from planting import Fault, tests_of
 _TRACE, _PLAN = "pag_fast/models/traced/trace.py", "pag_fast/models/traced/plan.py"
 _STOCK, _TOKENS = "pag_fast/processors/stock.py", "pag_fast/sharing/tokens.py"
 _TRACED, _SEPARATELY = "pag_fast/runtime/traced.py", "pag_fast/runtime/separately.py"
+_DERIVED_GUIDER = "pag_fast/guiders/derived.py"
 _OBSERVED, _COPIES = "pag_fast/runtime/observed.py", "pag_fast/runtime/row_copies.py"
 
 SEEN = [
@@ -100,5 +101,33 @@ SEEN = [
         '_BESIDE_THE_PRODUCT = ("mlp_act_fn", "to_gate")',
         '_BESIDE_THE_PRODUCT = ("mlp_act_fn",)',
         tests_of("hosts", "three_separate and Krea2"),
+    ),
+    Fault(
+        "what a guider has resumed is not compared",
+        _DERIVED_GUIDER,
+        "why = difference(prediction_of(out), prediction_of(truth))",
+        'why = ""',
+        tests_of("guiders_derived", "resumed_wrong"),
+    ),
+    Fault(
+        "a trace of other arguments tells a guider which tokens are the image's",
+        _DERIVED_GUIDER,
+        "if signature not in traced.tokens:",
+        "if not traced.tokens:",
+        tests_of("guiders_derived", "another_length"),
+    ),
+    Fault(
+        "code between blocks that needs all rows gets the shared ones",
+        "pag_fast/models/hidream.py",
+        "whole_between=True,",
+        "whole_between=False,",
+        tests_of("hidream", "between_blocks"),
+    ),
+    Fault(
+        "text that is replaced in mid-call is looked for in the wrong dimension",
+        "pag_fast/runtime/forwards.py",
+        "if name not in views or views[name][0] is not own:",
+        "if name not in views:",
+        tests_of("hidream", "another_prompt"),
     ),
 ]

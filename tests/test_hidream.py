@@ -19,10 +19,20 @@ LAYERS = HOSTS[NAME].layers["middle"]
 _LLAMA = "prompt_embeds_llama3"
 
 
-def _slow(pipe, kwargs):
-    attentions = list(resolve(pipe.transformer, LAYERS).values())
+def _slow(pipe, kwargs, layers=LAYERS):
+    attentions = list(resolve(pipe.transformer, layers).values())
     with slow_pag(pipe, NAME, attentions, 3.0, HOSTS[NAME].cfg_scale(kwargs)):
         return latents(pipe, kwargs)
+
+
+@pytest.mark.parametrize("layer", [r"double_stream_blocks\.2\.", r"single_stream_blocks\.1\."])
+def test_text_is_put_between_blocks_in_front_of_the_fork(layer):
+    """The model's own code has text of all rows there."""
+    pipe = tiny_hosts.build(NAME)
+    truth = _slow(pipe, call_kwargs(NAME, pipe), [layer])
+    with pag_fast.patched(pipe, [layer], pag_scale=3.0):
+        assert relative(latents(pipe, call_kwargs(NAME, pipe)), truth) < 1e-5
+        assert set(pipe._pag_fast.steps) == {"shared"}
 
 
 def test_a_picture_that_is_no_square():
