@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 COMFY := .venv-comfy
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST_STAMP := $(OLDEST)/.installed
 COMFY_STAMP := $(COMFY)/.installed
+DOCS_STAMP := $(DOCS)/.installed
 # what an installation copies; everything else is read from the checkout
 PACKAGE := setup.py pyproject.toml pag_fast/version.py
 # errors only
@@ -14,7 +16,8 @@ PIP_FLAGS := -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page check format demo ledger dist \
+.PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table plots docs notebook \
+	check format demo ledger dist \
 	bench compare counts aot tune gpu-suite emoji accuracy clean
 
 help: ## Show this list
@@ -65,6 +68,23 @@ test-distributed: $(STAMP) ## Run the tests of several processes, and of many pr
 page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m sweep.page --record
 
+table: $(STAMP) ## Write the README's table from descriptions and tests
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m feature_table
+
+$(DOCS_STAMP): constraints/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints/docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## Build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+plots: $(STAMP) ## Draw the plots of the documentation from the numbers of the code
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests:kernels/torch-ext $(BIN)/python -m doc_plots
+
+notebook: $(STAMP) ## Run the notebook and store what it shows
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m notebooks
+
 check: $(STAMP) ## Lint, check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -109,5 +129,6 @@ accuracy: $(STAMP) ## Prompt accuracy of that model by guidance and PAG scale
 	$(BIN)/python -m examples.emoji.evaluate
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(COMFY) demo bench bench-results build dist *.egg-info .benchmarks .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(COMFY) $(DOCS) demo bench bench-results build dist *.egg-info .benchmarks \
+		.mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,6 +38,7 @@ FAMILIES = (
     "ZImagePipeline",
     "Lumina2Pipeline",
     "CogView4Pipeline",
+    "HiDreamImagePipeline",
     "WanPipeline",
     "HunyuanVideoPipeline",
     "LTXPipeline",

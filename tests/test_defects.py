@@ -1,4 +1,4 @@
-"""Defects of the host, by the numbers of the table in ARCHITECTURE.md: fixed, kept or refused."""
+"""Defects of the host, by the numbers of the table in docs/defects.md: fixed, kept or refused."""
 
 from __future__ import annotations
 

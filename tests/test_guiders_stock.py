@@ -1,4 +1,4 @@
-"""What diffusers' guiders get wrong, and ours do not: the table in ARCHITECTURE.md."""
+"""What diffusers' guiders get wrong, and ours do not: the table in docs/defects.md."""
 
 from __future__ import annotations
 

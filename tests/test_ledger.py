@@ -264,9 +264,12 @@ def _stacked(rows):
     return torch.stack(rows) if isinstance(rows, list) else rows
 
 
-def test_readme_says_what_is_counted():
+def test_the_pages_say_what_is_counted():
     """Of pipelines without PAG: the committed counts, which `make counts` checks."""
     readme = (ROOT / "README.md").read_text("utf-8")
+    sd3 = COUNTED["StableDiffusion3PAGPipeline blocks.13"]
+    assert f"**{sd3['stock'] / sd3['patched']:.2f} ×** fewer FLOPs" in readme
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
     for name in PARAMETERS:
         label = f"{name} {','.join(CARDS[name].documented_layers)}"
         off = COUNTED[f"{label}, CFG off"]
@@ -277,4 +280,30 @@ def test_readme_says_what_is_counted():
             factor = 1.5 * on["patched"] / on["stock"]
             cells = f"| {on['patched'] / 1e12:.2f} | **{factor:.2f} ×** | {times:.2f} × |"
         model = CARDS[name].checkpoint.removesuffix(" 0.9").replace(" T2V", "")
-        assert re.search(rf"^\| {model}, .* {re.escape(cells)}$", readme, re.MULTILINE), name
+        assert re.search(rf"^\| {model}, .* {re.escape(cells)}$", page, re.MULTILINE), name
+
+
+# rows of the page, of pipelines with PAG
+STOCK = {
+    "Stable Diffusion 1.5": "StableDiffusionPAGPipeline",
+    "SD 1.5 + ControlNet": "StableDiffusionControlNetPAGPipeline",
+    "SDXL": "StableDiffusionXLPAGPipeline",
+    "SDXL + ControlNet": "StableDiffusionXLControlNetPAGPipeline",
+    "Kolors": "KolorsPAGPipeline",
+    "AnimateDiff, 16 frames": "AnimateDiffPAGPipeline",
+    "Stable Diffusion 3": "StableDiffusion3PAGPipeline",
+    "HunyuanDiT": "HunyuanDiTPAGPipeline",
+    "PixArt-Σ": "PixArtSigmaPAGPipeline",
+    "Sana": "SanaPAGPipeline",
+}
+
+
+@pytest.mark.parametrize("title", STOCK)
+def test_the_page_says_what_stock_pag_is_counted_to_take(title):
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    layers = ",".join(CARDS[STOCK[title]].documented_layers)
+    on, off = (COUNTED[f"{STOCK[title]} {layers}{tail}"] for tail in ("", ", CFG off"))
+    numbers = " | ".join(f"{on[name] / 1e12:.2f}" for name in ("stock", "patched", "bound"))
+    times = [made["stock"] / made["patched"] for made in (on, off)]
+    row = f"| {title} | `{layers}` | {numbers} | **{times[0]:.2f} ×** | {times[1]:.2f} × |"
+    assert row in page.splitlines()

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 
+import doc_plots
 import pytest
 
 import pag_fast
@@ -238,3 +239,9 @@ def test_the_roofline_draws_the_pages_numbers():
 def test_a_page_without_its_tables_is_refused():
     with pytest.raises(ValueError, match="no table 'flops'"):
         roofline_plot.points("nothing")
+
+
+@pytest.mark.parametrize("name", doc_plots.PLOTS)
+def test_plots_of_the_documentation_show_the_numbers_of_the_code(name):
+    _, numbers = doc_plots.PLOTS[name]()
+    assert doc_plots.stored(name) == json.loads(json.dumps(numbers)), "run make plots"

@@ -127,7 +127,9 @@ def layer_costs(
         pipe: a pipeline that :func:`pag_fast.patch` takes, patched or not, or the name of one: a
             class such as ``"FluxPipeline"`` at its published size.
         cfg: with classifier-free guidance.
-        height, width, frames: size in pixels; omitted, the pipeline's default.
+        height: in pixels; omitted, the pipeline's default.
+        width: likewise.
+        frames: of a video, likewise.
 
     Raises:
         ValueError: a pipeline that cannot be patched, or a name that is not known.

@@ -45,7 +45,9 @@ def explain(
 
     Args:
         pipe: a pipeline that :func:`pag_fast.patch` takes.
-        height, width, frames: what to predict FLOPs for; omitted, the pipeline's default size.
+        height: of the picture to predict FLOPs for, in pixels; omitted, the pipeline's default.
+        width: likewise.
+        frames: likewise, of a video.
         flops: predict FLOPs too, by tracing the models' configurations on the meta device, which
             takes seconds.
 

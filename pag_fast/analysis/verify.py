@@ -133,7 +133,8 @@ def verify(
     were, also where a run raises.
 
     Args:
-        layers, config: patch with these, also where there is a patch already.
+        layers: patch with these, also where there is a patch already.
+        config: likewise.
         **call: arguments of the pipeline. If omitted, ``num_inference_steps`` is 4,
             ``output_type`` is ``"latent"``, and ``generator`` one with the seed 0. A generator that
             is given is copied for either run and left as it is.

@@ -33,9 +33,10 @@ class PerturbedAttentionGuidance(ResumedGuidance, _Stock):
     Arguments that diffusers' class has not, or takes in another way:
 
     Args:
-        perturbed_guidance_start, perturbed_guidance_stop: as in diffusers, whose window is
+        perturbed_guidance_start: as in diffusers, whose window is
             ``int(start·n) < step < int(stop·n)`` for n steps. But with a start of 0 step 0 is
             perturbed too, and a window that holds no whole step perturbs one and says so.
+        perturbed_guidance_stop: where that window ends.
         perturbed_guidance_layers: one or several of everything that :func:`pag_fast.patch` takes:
             indices of blocks, names such as ``"mid"`` or ``"blocks.13"``, regular expressions,
             ComfyUI's ``"d2.0"``. By default the middle of the model.

@@ -28,8 +28,8 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
     Arguments that diffusers' class takes in another way:
 
     Args:
-        skip_layer_guidance_start, skip_layer_guidance_stop: as in
-            :class:`PerturbedAttentionGuidance`.
+        skip_layer_guidance_start: as in :class:`PerturbedAttentionGuidance`.
+        skip_layer_guidance_stop: likewise.
         skip_layer_guidance_layers: indices of blocks. By default 7 to 9 of 24, and the like.
         skip_layer_config: ``LayerSkipConfig`` or dictionaries, instead of layers, with a dropout
             of 1. They can skip blocks, their attention, its scores, or their feed-forward.
