@@ -148,6 +148,25 @@ def exact(_: Any, name: str) -> dict[str, list[float]]:
     return found
 
 
+def on_branches(mesh: Any, name: str) -> dict[str, Any]:
+    """As :func:`exact`, with branches on one dimension of ``mesh`` and tokens on the others."""
+    prepare()
+    alone, found = Alone(name), {}
+    for cfg in (True, False):
+        stock = alone("ulysses", cfg, "stock", {})
+        for case in ("identity in middle", "noise in all", "several"):
+            options = cases(name)[case]
+            expected = alone("ulysses", cfg, case, options)
+            pipe = tiny_hosts.build(name)
+            tokens = ContextParallelConfig(ulysses_degree=2, mesh=mesh["ring", "ulysses"])
+            pipe.transformer.enable_parallelism(config=tokens)
+            pag_fast.patch(pipe, mesh=mesh["branch"], **options)
+            out = tiny_hosts.latents(pipe, arguments(name, pipe, "ulysses", cfg, pag_scale=2.0))
+            numbers = [relative(out, expected), relative(expected, stock)]
+            found[f"{case}, {'CFG' if cfg else 'no CFG'}"] = numbers, out
+    return found
+
+
 def refused(_: Any) -> dict[str, str]:
     """What is said where two processes would not make the picture of one."""
     prepare()

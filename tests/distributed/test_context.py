@@ -7,6 +7,7 @@ import diffusers
 import guider_cases
 import processes
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "ContextParallelConfig"), reason="diffusers is older"
@@ -20,6 +21,17 @@ def test_two_processes_make_the_picture_of_one(name: str) -> None:
         assert len(found) == 8 + 7 * 3
         assert max(error for error, _ in found.values()) < 1e-5, found
         assert min(effect for _, effect in found.values()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "WanPipeline"])
+def test_branches_and_tokens_on_four_processes(name: str) -> None:
+    """Rows of branches on two ranks, each of them two that share out its tokens."""
+    shape = {"branch": 2, "ring": 1, "ulysses": 2}
+    first, *others = processes.run(4, context_cases.on_branches, name, shape=shape)
+    assert len(first) == 6
+    for case, ((error, effect), out) in first.items():
+        assert error < 1e-5 < 1e-2 < effect, case
+        assert all(torch.equal(out, rank[case][1]) for rank in others), case
 
 
 def test_what_is_not_exact_is_refused() -> None:

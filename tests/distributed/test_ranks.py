@@ -62,6 +62,12 @@ OTHERS = [
     Case("QwenImageControlNetPipeline", {"steps": 3}),
     Case("HunyuanVideoPipeline", {"steps": 3}),
     Case("Lumina2Pipeline", {"steps": 3}),
+    Case("LTXPipeline"),
+    Case("ChromaPipeline", {"steps": 3}),
+    Case("CogView4Pipeline", {"steps": 3}),
+    Case("Krea2Pipeline", {"steps": 3}),
+    Case("HiDreamImagePipeline"),
+    Case("Flux2KleinPipeline", {"steps": 3}),
 ]
 TWO = (Branch("mid"), Branch("up_blocks.1", "noise", scale=1.0))
 OPTIONS = [
