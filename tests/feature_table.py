@@ -115,7 +115,13 @@ def exercised(file: str, function: str) -> set[str]:
 
 
 def mark_values(marks: Any) -> list[Any]:
-    """The values of parametrize marks, those of ``pytest.param`` included."""
+    """The values of parametrize marks, those of ``pytest.param`` included.
+
+    Raises:
+        TypeError: values that can be read once, which pytest has done when it collected the test.
+    """
+    if any(iter(mark.args[1]) is mark.args[1] for mark in marks):
+        raise TypeError("the values of a parametrized test are no list: write list(...)")
     rows = [row for mark in marks for row in mark.args[1]]
     return [list(getattr(row, "values", row)) if hasattr(row, "marks") else row for row in rows]
 

@@ -70,7 +70,7 @@ def _of(name, layers):
     return _shallow(name), LAYERS[family(name)][layers]
 
 
-@pytest.mark.parametrize(("name", "layers", "cfg", "batch"), _everywhere())
+@pytest.mark.parametrize(("name", "layers", "cfg", "batch"), list(_everywhere()))
 def test_equals_three_separate_forwards(name, layers, cfg, batch):
     pipe, named = _of(name, layers)
 

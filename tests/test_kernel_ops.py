@@ -144,7 +144,7 @@ def test_opcheck(launches):  # noqa: F811
         (op.perturbed_attention, (q, k, v, 2, 5, None, None, 1, "identity", None)),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "soft", torch.rand(2))),
         (op.perturbed_attention, (q, k, v, 1, 0, None, 0.3, 0, "blur", None)),
-        (op.noisy_attention, (q, k, v, torch.zeros(1).long(), 2, 3, 0.5, None, 0.3)),
+        (op.noisy_attention, (q, k, v, torch.zeros(1).long(), 2, 3, 0.5, None, 0.3, 0)),
         (op.linear_attention, (q[:1], k[:1], v, 1, 0)),
         (op.combine_guidance, (q, k, v, 7.0, 3.0, 0.7)),
         (op.received_attention, (q, k, 0.3)),

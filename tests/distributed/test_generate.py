@@ -216,28 +216,3 @@ def test_parts_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_p
     folder.sweep()
     assert mine.exists()
     assert not dead.exists()
-
-
-EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "many_prompts"
-
-
-def test_the_example_of_torchrun_draws_all_pictures(tmp_path: Path) -> None:
-    # the interpreter's own folder has torchrun and pag-fast
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path}
-    subprocess.run([EXAMPLES / "torchrun.sh", tmp_path, "2"], check=True, env=environment)
-    names = ["000000.png", "000001.png", "000003.png", "dog.png"]
-    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == names
-    reports = [json.loads((tmp_path / f"report.{i}-of-2.json").read_text()) for i in range(2)]
-    assert [report["drawn"] for report in reports] == [2, 2]
-
-
-def test_the_example_of_an_array_takes_its_share(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
-    subprocess.run(
-        ["bash", EXAMPLES / "slurm_array.sbatch", EXAMPLES / "prompts.jsonl", tmp_path],
-        check=True,
-        env={**os.environ, **array, "PATH": path},
-    )
-    assert [path.name for path in tmp_path.glob("*.png")] == ["000003.png"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -142,9 +143,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    seconds = Spread(**entry["seconds"])
-    ratios = {name: Spread(**spread) for name, spread in entry["ratios"].items()}
-    return Row(**{**entry, "seconds": seconds, "ratios": ratios})
+    seconds = _spread(entry["seconds"])
+    ratios = {name: _spread(spread) for name, spread in entry["ratios"].items()}
+    samples = [_number(value) for value in entry.get("samples", [])]
+    return Row(**{**entry, "seconds": seconds, "ratios": ratios, "samples": samples})
+
+
+def _spread(entry: dict[str, float | None]) -> Spread:
+    return Spread(**{name: _number(value) for name, value in entry.items()})
+
+
+def _number(value: float | None) -> float:
+    """As it was measured: what is no finite number is ``null`` in a file."""
+    return math.nan if value is None else value
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
