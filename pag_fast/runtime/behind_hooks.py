@@ -13,6 +13,7 @@ from ..sharing.arguments import version_of
 from ..sharing.plan import argument_names
 from ..sharing.replacement import Replacement
 from ..sharing.rows import BranchState
+from .instance_patch import Entry
 
 Signature = list[tuple[Any, int]]
 
@@ -47,6 +48,15 @@ class BehindHooks(Replacement):
         ):
             self._again(call)
         return self.run_original(args, kwargs)
+
+
+def entries_behind(
+    state: BranchState, denoiser: nn.Module, call: dict[str, Any], again: Callable[[Any], None]
+) -> list[Entry]:
+    """What goes on a denoiser for one forward, whose rows were decided on ``call``."""
+    replacement = BehindHooks(state, denoiser, again)
+    replacement.expect(call)
+    return [(vars(denoiser), "forward", replacement)]
 
 
 def _signature(call: dict[str, Any]) -> Signature:

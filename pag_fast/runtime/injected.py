@@ -28,6 +28,7 @@ from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
 from .observed import SKIP
 from .predictions import prediction_of, with_prediction
+from .prompts import pass_of_text
 from .row_copies import Copies, turned, with_rows
 from .row_decision import RowDecision
 from .session import Session
@@ -143,7 +144,7 @@ class InjectedSession(Session):
         elif not self.host.sequential:
             found = COND
         else:
-            found = self._pass_by_text(call) or (UNCOND if COND in seen else COND)
+            found = pass_of_text(self._locals, call) or (UNCOND if COND in seen else COND)
         if found in seen and found == COND:
             self._tell_of_repeats()
         seen.append(found)
@@ -154,25 +155,6 @@ class InjectedSession(Session):
             "the loop runs the denoiser more than once for cond in a step: each forward is taken "
             "for one of cond"
         )
-
-    def _pass_by_text(self, call: Call) -> str:
-        """The pass whose prompt, among the locals of the loop, is the text of this forward."""
-        text = call.get("encoder_hidden_states")
-        if not isinstance(text, torch.Tensor):
-            return ""
-        found: list[str] = []
-        local, address = self._locals, text.data_ptr()
-        for name, branch in (("negative_prompt_embeds", UNCOND), ("prompt_embeds", COND)):
-            embeds = local[name] if name in local else None  # noqa: SIM401
-            # a negative prompt may be a view of the prompt
-            if (
-                isinstance(embeds, torch.Tensor)
-                and embeds.shape == text.shape
-                and embeds.data_ptr() == address
-            ):
-                found += [branch]
-        # one tensor for both tells nothing
-        return found[0] if len(found) == 1 else ""
 
     def layout(self, rows: int) -> tuple[str, ...]:
         branches = self.host.rows

@@ -16,7 +16,7 @@ from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
-from .behind_hooks import BehindHooks
+from .behind_hooks import entries_behind
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
@@ -209,9 +209,7 @@ class Session(Guided):
         def again(arrived: Call) -> None:
             state.slabs = self._rows.again(arrived, full, frames, self.unit)
 
-        replacement = BehindHooks(state, self.installed.denoiser, again)
-        replacement.expect(call)
-        return [(vars(self.installed.denoiser), "forward", replacement)]
+        return entries_behind(state, self.installed.denoiser, call, again)
 
     def enter_denoiser(self, forward: Forward, found: Findings) -> Call:
         """Decide what this forward runs on, and give its arguments those rows."""
