@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import diffusers
+import older
 import pytest
 import torch
 from numerics import observing, relative
@@ -91,6 +92,7 @@ def test_any_number_of_residuals(name, nets):
     _agrees(pipe, name, [r"blocks\.2\."])
 
 
+@older.newest("Flux is guided by negative prompts in words")
 def test_residuals_that_are_repeated():
     """XLabs' nets see pixels, and their residuals begin anew when all are used."""
     pipe = build(FLUX)

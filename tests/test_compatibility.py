@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import older
 import pytest
 import tiny
 import tiny_hosts
@@ -147,6 +148,7 @@ def test_layerwise_casting() -> None:
     assert _answers(model) == {"layerwise casting": WEIGHTS}
 
 
+@older.newest(older.GROUP_OFFLOADING)
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offloading(kind: str) -> None:
     model = _flux()
@@ -596,6 +598,7 @@ def test_watch_sees_a_hook_go_from_below_another_and_a_mark_on_the_model() -> No
     assert [f.what for f in watch.look(model)] == ["context parallelism"]
 
 
+@older.newest("its cache_context gives the model a registry of hooks")
 def test_watch_looks_again_only_when_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     from pag_fast.runtime import compatibility
 

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import fields, replace
 
 import diffusers
+import older
 import pytest
 import tiny
 import tiny_hosts
@@ -63,6 +64,7 @@ BY_NAME = {entry.name: entry for entry in PIPELINES}
 # ---- models ----
 
 
+@older.newest("models are of a newer one, too")
 def test_every_model_has_a_tiny_one():
     described = [entry.name for entry in (*models.DESCRIPTIONS, *models.CONTROLNETS)]
     assert len(set(described)) == len(described)

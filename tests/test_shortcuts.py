@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import older
 import pytest
 import tiny
 import tiny_hosts
@@ -50,6 +51,7 @@ def test_layerwise_casting_is_found():
     assert found == own == torch.float32
 
 
+@older.newest(older.GROUP_OFFLOADING)
 def test_offloading_by_group_is_found():
     model = tiny.sd3()
     get = group_offloading._get_top_level_group_offload_hook
