@@ -5,6 +5,7 @@ COMFY := .venv-comfy
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RAY_STAMP := $(VENV)/.ray
 OLDEST_STAMP := $(OLDEST)/.installed
 COMFY_STAMP := $(COMFY)/.installed
 DOCS_STAMP := $(DOCS)/.installed
@@ -62,7 +63,12 @@ rehearse: $(STAMP) ## Run every stage of the GPU suite on a fake GPU
 sweep: $(STAMP) ## Compare every pipeline of diffusers that nobody has described with a slow PAG
 	$(PYTEST) -q -n 2 --dist worksteal tests/sweep
 
-test-distributed: $(STAMP) ## Run the tests of several processes, and of many prompts
+# 150 MB for one of the examples
+$(RAY_STAMP): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints/dev.txt 'ray[data]'
+	@touch $@
+
+test-distributed: $(RAY_STAMP) ## Run the tests of several processes, and of many prompts
 	$(PYTEST) -q -n 2 --dist worksteal tests/distributed
 
 page: $(STAMP) ## Run the sweep, record it and write docs/pipelines.md
