@@ -11,7 +11,7 @@ import re
 import warnings
 from pathlib import Path
 
-import diffusers
+import older
 import pytest
 import torch
 from standins import hub, stand_in
@@ -24,8 +24,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _REASON = r"(?:<!-- not run: (.+?) -->\n)?"
 _BLOCK = re.compile(_REASON + r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# pages are about a newer diffusers than the first that has guiders
-_OLD = tuple(int(x) for x in diffusers.__version__.split(".")[:2]) < (0, 36)
 _ID = {"ids": lambda page: page.stem}
 
 
@@ -53,7 +51,7 @@ def _draw(pipe):
         pipe("an astronaut")
 
 
-@pytest.mark.skipif(_OLD, reason="needs diffusers 0.36 or newer")
+@older.newest("pages are about a newer one")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if _blocks(page.read_text("utf-8"))], **_ID
 )
@@ -82,7 +80,7 @@ def test_reasons_not_to_run_are_few():
     assert set(given) <= {"needs a CUDA device", "needs several processes"}
 
 
-@pytest.mark.skipif(_OLD, reason="needs diffusers 0.36 or newer")
+@older.newest("pages are about a newer one")
 @pytest.mark.parametrize(
     ("code", "error"),
     [
@@ -104,7 +102,7 @@ def test_the_api_page_is_complete():
     shown = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
     for path in shown:
         module, name = path.rsplit(".", 1)
-        if "guiders" not in module or not _OLD:
+        if "guiders" not in module or not older.OLD:
             assert getattr(importlib.import_module(module), name).__doc__
     names = {path.rsplit(".", 1)[1] for path in shown}
     bases = {"AttentionPerturbation", "BlockPerturbation", "Layer", "Perturbation", "Rows"}

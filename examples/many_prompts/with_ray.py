@@ -10,7 +10,6 @@ one that ships with pag_fast, or ``--pipeline FOLDER_OR_HUB_ID``.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ import ray
 import torch
 
 import pag_fast
-from pag_fast.tools.load import emoji
+from pag_fast.tools.generate.rows import Row, read_rows
+from pag_fast.tools.load import load
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
@@ -37,48 +37,32 @@ class Draw:
         self.pipe, self.out, self.steps = pipe.to(device), Path(out), steps
         self.pipe.set_progress_bar_config(disable=True)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        call = json.loads(row["call"])
-        generator = torch.Generator().manual_seed(row["seed"])
-        picture = self.pipe(**call, num_inference_steps=self.steps, generator=generator).images[0]
-        place = self.out / f"{row['name']}.png"
-        picture.save(place)
-        return {"name": row["name"], "steps": dict(pag_fast.explain(self.pipe).steps)}
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """Of a file of prompts: what a picture is called, its seed, and its call as JSON.
-
-    A column of a dataset has one type, and keys differ from row to row.
-    """
-    found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines()):
-        call = json.loads(line)
-        name, seed = call.pop("id", f"{number:06}"), call.pop("seed", number)
-        found.append({"name": name, "seed": seed, "call": json.dumps(call)})
-    return found
+    def __call__(self, item: dict[str, Row]) -> dict[str, Any]:
+        row = item["item"]
+        call = {**row.call, "negative_prompt": row.negative_prompt}
+        # a generator for each picture: it does not depend on who draws it
+        call["generator"] = torch.Generator().manual_seed(row.seed)
+        picture = self.pipe(row.prompt, num_inference_steps=self.steps, **call).images[0]
+        picture.save(self.out / f"{row.name}.png")
+        return {"name": row.name, "steps": dict(pag_fast.explain(self.pipe).steps)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw all prompts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pipeline", help="folder or name of a pipeline")
+    parser.add_argument("--pipeline", default="emoji", help="folder or name of a pipeline")
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--gpus", type=float, default=0, help="of each actor")
     args = parser.parse_args(argv)
 
-    if args.pipeline is None:
-        pipe = emoji()
-    else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16)
+    dtype = None if args.pipeline == "emoji" else torch.bfloat16
+    pipe = load(args.pipeline, dtype, "cpu", as_saved=True)
     pag_fast.patch(pipe)
     args.out.mkdir(parents=True, exist_ok=True)
-    drawn = ray.data.from_items(rows(args.prompts)).map(
+    drawn = ray.data.from_items(read_rows(args.prompts, seed=0)).map(
         Draw,
         fn_constructor_args=(pipe, str(args.out.resolve()), args.steps),
         concurrency=args.actors,

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import pag_fast
-from pag_fast.tools.load import emoji
+from pag_fast.tools.load import load
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw, and let the first rank save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prompt")
-    parser.add_argument("--pipeline", help="folder or name of a pipeline")
+    parser.add_argument("--pipeline", default="emoji", help="folder or name of a pipeline")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="picture.png")
@@ -36,13 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("branch",))
 
-    if args.pipeline is None:
-        pipe = emoji()
-    else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16)
-    pag_fast.patch(pipe.to(kind), mesh=mesh["branch"])
+    dtype = None if args.pipeline == "emoji" else torch.bfloat16
+    pipe = load(args.pipeline, dtype, kind, as_saved=True)
+    pag_fast.patch(pipe, mesh=mesh["branch"])
     first = mesh.get_rank() == 0
     pipe.set_progress_bar_config(disable=not first)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..config import PatchConfig
 from ..fusion import Fusion
-from ..models.inputs import Size
+from ..models.inputs import Inputs, Size
 from ..models.registry import (
     controlnets,
     denoiser_name,
@@ -80,8 +80,12 @@ def explain(
     notes += _graphs(found)
     if described.stock_guidance is not None:
         notes.append(in_words(described.stock_guidance))
-    args = model, nets, layers, config, size, described, notes, sequential
-    predicted = _predict(*args) if flops else ()
+    predicted: tuple[Predicted, ...] = ()
+    counted: list[tuple[Any, Inputs]] = []
+    if flops:
+        predicted, counted = _predict(
+            model, nets, layers, config, size, described, notes, sequential
+        )
     return Explanation(
         pipeline=type(pipe).__name__,
         denoiser=type(model).__name__,
@@ -105,7 +109,7 @@ def explain(
         notes=tuple(notes),
         perturbations=tuple(map(_describe, installed.branches)),
         frames=size.frames,
-        ranks=tuple(_ranks(*args[:6], len(installed.branches), flops=bool(predicted))),
+        ranks=tuple(_ranks(counted, layers, config, described, len(installed.branches))),
         source=described.source if _is_choice_of(described, layers) else "",
     )
 
@@ -252,51 +256,47 @@ def _predict(
     described: PipelineDescription,
     notes: list[str],
     sequential: bool,
-) -> tuple[Predicted, ...]:
+) -> tuple[tuple[Predicted, ...], list[tuple[Any, Inputs]]]:
+    """FLOPs of a step, and what was counted: twins of the denoiser and its ControlNets."""
     if len(described.others) > 1:
         notes.append("no FLOP prediction for guidance with two scales")
-        return ()
+        return (), []
     try:
-        twin, net_twins = meta_twin(model), [meta_twin(net) for net in nets]
-        inputs = size.inputs(twin)
+        twins = [meta_twin(part) for part in (model, *nets)]
+        counted = [(twin, size.inputs(twin)) for twin in twins]
+        twin, inputs = counted[0]
         costs = step_costs(twin, layers, inputs, sequential=sequential, config=config)
         predicted = []
         for cfg, cost in zip((True, False), costs, strict=True):
             if cfg and not described.others:
                 continue
-            for net in net_twins:
-                cost = cost + controlnet_cost(net, size.inputs(net), cfg=cfg and not sequential)
+            for net, its in counted[1:]:
+                cost = cost + controlnet_cost(net, its, cfg=cfg and not sequential)
             predicted.append(Predicted(cfg, cost.stock, cost.patched, cost.bound))
     except Exception as error:
         # a prediction is a courtesy: a checkpoint it cannot rebuild must still be explained
         why = (str(error).splitlines() or [""])[0]
         notes.append(f"no FLOP prediction for this model ({type(error).__name__}: {why})")
-        return ()
-    return tuple(predicted)
+        return (), []
+    return tuple(predicted), counted
 
 
 def _ranks(
-    model: Any,
-    nets: Sequence[Any],
+    counted: Sequence[tuple[Any, Inputs]],
     layers: Any,
     config: PatchConfig,
-    size: Size,
     described: PipelineDescription,
     branches: int,
-    *,
-    flops: bool,
 ) -> Iterator[RankCost]:
-    """What every rank runs, where there are several."""
+    """What every rank runs, where there are several; ``counted`` as :func:`_predict` says."""
     if config.mesh is None:
         return
     world = config.mesh.size()
-    twins = [meta_twin(part) for part in (model, *nets)] if flops else []
-    made = [(twin, size.inputs(twin)) for twin in twins]
     for cfg in (True, False) if described.others else (False,):
-        if not flops:
+        if not counted:
             yield from placed(world, described.others, branches, cfg=cfg)
             continue
-        twin, inputs = made[0]
+        twin, inputs = counted[0]
         yield from rank_costs(
-            twin, layers, inputs, size=world, cfg=cfg, config=config, nets=made[1:]
+            twin, layers, inputs, size=world, cfg=cfg, config=config, nets=counted[1:]
         )

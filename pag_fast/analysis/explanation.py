@@ -203,7 +203,7 @@ def flops_size(unit: str) -> int:
 
 def flops_table(costs: Sequence[tuple[str, Cost]], first: str) -> list[str]:
     """The FLOP columns that ``explain`` and the ledger share, in :func:`flops_unit`."""
-    size = _UNITS[flops_unit(costs)]
+    size = flops_size(flops_unit(costs))
     return table(
         (first, "stock", "patched", "lower bound", "stock/patched", "over bound"),
         [

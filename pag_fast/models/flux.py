@@ -11,7 +11,7 @@ from ..processors import PerturbedFluxAttention
 from ..sharing.dit_plan import plan_dit
 from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_intervals
 from .description import Checkpoint, ControlNetDescription, ModelDescription
-from .tensors import Latent, NewTensors, packed
+from .tensors import Latent, NewTensors, packed, text_and_image
 
 RESIDUALS = (
     Residuals("controlnet_block_samples", "transformer_blocks", spread=by_intervals),
@@ -47,11 +47,6 @@ def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[
     return kwargs
 
 
-def _sequence(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    text = call["encoder_hidden_states"].shape[1]
-    return (text,), call["hidden_states"].shape[1]
-
-
 _BLOCKS = {
     "FluxTransformerBlock": TEXT_THEN_IMAGE,
     "FluxSingleTransformerBlock": TEXT_THEN_IMAGE,
@@ -67,8 +62,8 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     replaces=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}),
     fusable_processors=_FUSABLE,
-    sequence=_sequence,
-    cut=_sequence,
+    sequence=text_and_image,
+    cut=text_and_image,
     shares_heads=True,
     checkpoints=(Checkpoint("FluxPipeline", "FLUX.1-dev", {"guidance_embeds": True}),),
 )

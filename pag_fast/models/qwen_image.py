@@ -12,7 +12,7 @@ from ..processors import PerturbedQwenAttention
 from ..sharing.dit_plan import plan_dit
 from ..sharing.layout import TEXT_THEN_IMAGE, Layout, Residuals, by_intervals
 from .description import Checkpoint, ControlNetDescription, ModelDescription
-from .tensors import Latent, NewTensors, packed
+from .tensors import Latent, NewTensors, packed, text_and_image
 
 # with zero_cond_t tokens of pictures that are edited are modulated as at timestep 0
 _LAYOUT = Layout(
@@ -39,11 +39,6 @@ def _inputs(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str,
     return kwargs
 
 
-def _cut(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    text = call["encoder_hidden_states"].shape[1]
-    return (text,), call["hidden_states"].shape[1]
-
-
 def _controlled(model: Any, new: NewTensors, rows: int, latent: Latent) -> dict[str, Any]:
     config, kwargs = model.config, _inputs(model, new, rows, latent)
     channels = config.in_channels + config.extra_condition_channels
@@ -60,7 +55,7 @@ DESCRIPTION = ModelDescription(
     blocks={"QwenImageTransformerBlock": TEXT_THEN_IMAGE},
     layout=_LAYOUT,
     replaces=_FUSABLE,
-    cut=_cut,
+    cut=text_and_image,
     shares_heads=True,
     fusable_processors=_FUSABLE,
     # the size that its README names for squares

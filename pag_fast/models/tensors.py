@@ -89,3 +89,8 @@ def text_in_front(model: Any, call: dict[str, Any]) -> tuple[Run, ...]:
 def packed(latent: Latent) -> int:
     """Tokens of a picture whose latents are packed two by two by the pipeline."""
     return (latent[1] // 2) * (latent[2] // 2)
+
+
+def text_and_image(model: Any, call: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """How many tokens two streams have, the text's for each row alike, and the image's."""
+    return (call["encoder_hidden_states"].shape[1],), call["hidden_states"].shape[1]

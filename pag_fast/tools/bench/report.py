@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...analysis.explanation import table as text_table
-from ..output import without_matplotlib
+from ..plots import DARK, GREY, OURS, new_figure, save
 from .record import Row
 
-OURS, GREY, DARK = "#2a78d6", "#b9bec6", "#333333"
 _PANEL, _BAR = 0.75, 0.36  # inches: what is around the bars of a case, and a bar
 
 
@@ -77,26 +76,18 @@ def plot(rows: Sequence[Row], path: Path, *, title: str = "") -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    if lacking := without_matplotlib():
-        raise ValueError(lacking)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     heights = [_PANEL + _BAR * len(members) for members in cases.values()]
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(8, sum(heights) + 0.4), layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, sum(heights) + 0.4)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=DARK)
     panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (case, members) in zip(panels, cases.items(), strict=True):
         _draw(panel, case, members)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _draw(panel: Any, case: str, rows: Sequence[Row]) -> None:
