@@ -13,6 +13,7 @@ PACKAGES = {
     "pag_fast.models": "pag_fast/models",
     "pag_fast.models.traced": "pag_fast/models/traced",
     "pag_fast.ops": "pag_fast/ops",
+    "pag_fast.ops.reference": "pag_fast/ops/reference",
     "pag_fast.parallel": "pag_fast/parallel",
     "pag_fast.perturbations": "pag_fast/perturbations",
     "pag_fast.pipelines": "pag_fast/pipelines",

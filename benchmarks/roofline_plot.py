@@ -16,7 +16,8 @@ from typing import Any
 
 from pag_fast.tools.plots import DARK, GREY, OURS, new_figure, save
 
-from .roofline import CHIPS, PAGE, Rates
+from .roofline import PAGE
+from .roofline_steps import CHIPS, Rates
 
 PREDICTED = "predicted from counts and published rates; nothing was timed"
 _MARKERS = "os^Dv"

@@ -217,7 +217,7 @@ NUMBERS = [
     ),
     Fault(
         "noise that depends on the row",
-        f"{_OPS}reference.py",
+        f"{_OPS}reference/noisy_attention.py",
         "[..., :keys].expand(rows, -1, -1, -1)",
         "[..., :keys] * torch.arange(1.0, rows + 1.0, device=device)[:, None, None, None]",
         tests_of("noisy_attention", "position"),

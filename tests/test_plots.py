@@ -11,7 +11,7 @@ import doc_plots
 import pytest
 
 import pag_fast
-from benchmarks import roofline, roofline_plot
+from benchmarks import roofline, roofline_plot, roofline_steps
 from pag_fast.analysis.costs import LayerCost, LayerCosts
 from pag_fast.analysis.explanation import Explanation, ModelCall, Predicted
 from pag_fast.cli import main
@@ -202,13 +202,13 @@ def test_the_roofline_draws_the_pages_numbers():
     page = roofline.PAGE.read_text("utf-8")
     figure = roofline_plot.figure(page)
     assert "predicted" in figure.get_suptitle() and "nothing was timed" in figure.get_suptitle()
-    chips = dict(zip((chip.name for chip in roofline.CHIPS), figure.axes, strict=True))
+    chips = dict(zip((chip.name for chip in roofline_steps.CHIPS), figure.axes, strict=True))
     drawn = {
         (name, dots.get_label()): dots.get_offsets()[0]
         for name, axes in chips.items()
         for dots in axes.collections
     }
-    assert len(drawn) == len(roofline.CHIPS) * len(roofline.PIPELINES) * 2
+    assert len(drawn) == len(roofline_steps.CHIPS) * len(roofline.PIPELINES) * 2
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in page.splitlines()
@@ -224,7 +224,7 @@ def test_the_roofline_draws_the_pages_numbers():
         x, y = drawn["H100 SXM", f"SDXL 1024², {kind}"]
         assert x == pytest.approx(1e3 * float(total) / float(gigabytes))
         assert y == pytest.approx(1e3 * float(total) / float(ms))
-    for chip in roofline.CHIPS:
+    for chip in roofline_steps.CHIPS:
         assert "predicted" in chips[chip.name].get_title("left")
         for (name, _), (x, y) in drawn.items():
             if name == chip.name:

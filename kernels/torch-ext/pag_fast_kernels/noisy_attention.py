@@ -3,7 +3,7 @@
 ε never lies in memory. Four keys of a query share a call of Philox4x32-10 (Salmon et al., SC 2011)
 with the counter (key div 4, query, head, 4096·clock + layer) and the seed as its key, and
 Box–Muller makes two pairs of normal numbers of its words: the same wherever a key's block begins,
-in every row of a batch, on every chip, and in PyTorch (``pag_fast.reference.score_noise``).
+in every row of a batch, on every chip, and in PyTorch (``pag_fast.ops.reference.score_noise``).
 
 Floor, for B rows, M queries, N keys, H heads, D channels, s bytes an element:
 
