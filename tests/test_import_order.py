@@ -38,7 +38,7 @@ ORDER = (
 ALLOWED: set[tuple[str, str]] = set()
 CIRCLE: set[str] = set()
 COMPLEX = {
-    "ops/perturbed_attention.py:check_attention",
+    "ops/attention_arguments.py:check_attention",
     "fusion/__init__.py:__init__",
     "tools/demo.py:run_demo",
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launches import launches  # noqa: F401
 from numerics import assert_close_as_torch, attention_rounding
-from pag_fast_kernels import perturbed_attention
+from pag_fast_kernels import launch, perturbed_attention
 from pag_fast_kernels.launch import INTERPRETED, Config, Measured, call_key
 from pag_fast_kernels.specialised_attention import takes
 
@@ -120,12 +120,9 @@ def test_what_it_does_not_take_runs_as_ever(make, launches):  # noqa: F811
 
 
 def test_a_table_chooses_it(monkeypatch, launches):  # noqa: F811
-    import importlib
-
-    module = importlib.import_module("pag_fast_kernels.perturbed_attention")
     q, k, v = _plain(torch.float16, 2, 64, 1, 64)
     table = {call_key(v.dtype, 64, 64, 2, 1, 0): Measured("triton", TILE)}
-    monkeypatch.setattr(module, "measured_on", lambda *_: table)
+    monkeypatch.setattr(launch, "measured_on", lambda *_: table)
     _check(q, k, v, 1, 0, None)
     # text tokens, and lengths of the same bucket that it does not take
     _check(*_plain(torch.float16, 2, 50, 1, 64), 1, 0, None)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .attention_arguments import check_attention
 from .backend import define, resolve_backend
-from .perturbed_attention import check_attention, forked_rows_like
+from .perturbed_attention import forked_rows_like
 
 
 def linear_attention(

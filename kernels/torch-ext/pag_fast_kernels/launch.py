@@ -114,6 +114,16 @@ def measured_on(
     return read_table(nearest) if nearest else {}
 
 
+def measured_tile(v: torch.Tensor, num_attend: int, num_context: int) -> Config | None:
+    """The tile that was measured for such a call on this chip, if one was."""
+    table = measured_on(v.device.type, v.device.index)
+    if not table:
+        return None
+    rows, tokens, _, head_dim = v.shape
+    found = table.get(call_key(v.dtype, head_dim, tokens, rows, num_attend, num_context))
+    return found.config if found else None
+
+
 def architecture(index: int | None) -> tuple[str, int]:
     """What a device's binaries are compiled for ("sm_90", "gfx942"), and its multiprocessors."""
     properties = torch.cuda.get_device_properties(index or 0)

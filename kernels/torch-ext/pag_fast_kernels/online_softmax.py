@@ -59,6 +59,17 @@ def inverse_of(l, KEY_BIAS: tl.constexpr):
 
 
 @triton.jit
+def blend(out_base, tokens, stride, dims, stop, v_base, stride_vn, strength, head_dim, value,
+          BLEND: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Store ``value``, mixed with the tokens' own values ``v`` if BLEND."""
+    if BLEND:
+        own = load_tile(v_base, tokens, stride_vn, dims, stop, head_dim, False, WIDE)
+        # exact for λ = 0 and λ = 1
+        value = (1.0 - strength) * value + strength * own.to(tl.float32)
+    store_tile(out_base, tokens, stride, dims, stop, head_dim, value)
+
+
+@triton.jit
 def attend_block(
     acc_a,
     acc_b,

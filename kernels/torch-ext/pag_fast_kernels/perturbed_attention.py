@@ -33,16 +33,16 @@ import triton.language as tl
 from .bound import Launcher, Prepared, aligned, stride_unit
 from .launch import (
     Config,
-    call_key,
     default_config,
     dot_precision,
     generation,
-    measured_on,
+    measured_tile,
     split_head_dim,
 )
 from .online_softmax import (
     LOG2E,
     attend_block,
+    blend,
     inverse_of,
     load_bias,
     load_tile,
@@ -50,23 +50,12 @@ from .online_softmax import (
     reload_tile,
     store_tile,
 )
-from .specialised_attention import specialised_attention, takes
+from .specialised_attention import by_specialised_warps
 
 PERTURBATIONS = {"identity": 0, "soft": 1, "blur": 2}
 _IDENTITY: tl.constexpr = tl.constexpr(0)
 _SOFT: tl.constexpr = tl.constexpr(1)
 _BLUR: tl.constexpr = tl.constexpr(2)
-
-
-@triton.jit
-def _store(out_base, tokens, stride, dims, stop, v_base, stride_vn, strength, head_dim, value,
-           BLEND: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Store ``value``, mixed with the tokens' own values if BLEND."""
-    if BLEND:
-        own = load_tile(v_base, tokens, stride_vn, dims, stop, head_dim, False, WIDE)
-        # exact for λ = 0 and λ = 1
-        value = (1.0 - strength) * value + strength * own.to(tl.float32)
-    store_tile(out_base, tokens, stride, dims, stop, head_dim, value)
 
 
 _INTEGERS = (
@@ -229,23 +218,23 @@ def _perturbed_attention_fwd_kernel(
         own_share = tl.load(strength_ptr + head)
         strength = tl.where(is_text, 0.0, own_share)
     here = tl.where(attends, 0.0, strength)
-    _store(out_base, tokens, stride_on, dims_a, stop, v_base, stride_vn, here, HEAD_DIM, acc_a,
-           SOFT, WIDE_A)  # fmt: skip
+    blend(out_base, tokens, stride_on, dims_a, stop, v_base, stride_vn, here, HEAD_DIM, acc_a,
+          SOFT, WIDE_A)  # fmt: skip
     if HAS_B:
         acc_b *= inverse
-        _store(out_base, tokens, stride_on, dims_b, stop, v_base, stride_vn, here, HEAD_DIM, acc_b,
-               SOFT, WIDE_B)  # fmt: skip
+        blend(out_base, tokens, stride_on, dims_b, stop, v_base, stride_vn, here, HEAD_DIM, acc_b,
+              SOFT, WIDE_B)  # fmt: skip
     if JOINT or SOFT:
         has_fork = (num_forked > 0) & (row >= num_attend - num_forked) & attends
         if not SOFT:
             has_fork = has_fork & is_text
         if has_fork:
             twin = out_base + num_forked.to(tl.int64) * stride_ob * UNIT
-            _store(twin, tokens, stride_on, dims_a, stop, v_base, stride_vn, strength, HEAD_DIM,
-                   acc_a, SOFT, WIDE_A)  # fmt: skip
+            blend(twin, tokens, stride_on, dims_a, stop, v_base, stride_vn, strength, HEAD_DIM,
+                  acc_a, SOFT, WIDE_A)  # fmt: skip
             if HAS_B:
-                _store(twin, tokens, stride_on, dims_b, stop, v_base, stride_vn, strength, HEAD_DIM,
-                       acc_b, SOFT, WIDE_B)  # fmt: skip
+                blend(twin, tokens, stride_on, dims_b, stop, v_base, stride_vn, strength, HEAD_DIM,
+                      acc_b, SOFT, WIDE_B)  # fmt: skip
 
 
 _launch = Launcher(_perturbed_attention_fwd_kernel)
@@ -285,7 +274,7 @@ def perturbed_attention(
         # the kernel takes the largest score before it scales; 0 times a hidden score is NaN
         q, scale = -q, max(-scale, 1e-30)
     plain = perturbation == "identity" and not num_context and key_bias is None
-    if plain and _by_specialised_warps(q, k, v, out, num_attend, num_forked, scale, config):
+    if plain and by_specialised_warps(q, k, v, out, num_attend, num_forked, scale, config):
         return out
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
     bias_strides = (0, 0) if key_bias is None else key_bias.stride()[:2]
@@ -314,41 +303,6 @@ def perturbed_attention(
     return out
 
 
-def _by_specialised_warps(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    num_attend: int,
-    num_forked: int,
-    scale: float,
-    config: Config | None,
-) -> bool:
-    """Whether attending rows were computed that way, and the others copied."""
-    if config is None:
-        config = _measured(v, num_attend, 0)
-    if config is None or not config.specialised or not num_attend:
-        return False
-    attending = q[:num_attend], k[:num_attend], v[:num_attend], out[:num_attend]
-    if not takes(*attending, config):
-        return False
-    specialised_attention(*attending, scale=scale, tile=config)
-    perturbed, first = out[num_attend:], num_attend - num_forked
-    if len(perturbed):
-        perturbed.copy_(v[first : first + len(perturbed)])
-    return True
-
-
-def _measured(v: torch.Tensor, num_attend: int, num_context: int) -> Config | None:
-    """The tile that was measured for such a call on this chip, if one was."""
-    table = measured_on(v.device.type, v.device.index)
-    if not table:
-        return None
-    rows, tokens, _, head_dim = v.shape
-    found = table.get(call_key(v.dtype, head_dim, tokens, rows, num_attend, num_context))
-    return found.config if found else None
-
-
 def _prepared(
     v: torch.Tensor,
     out_rows: int,
@@ -366,7 +320,7 @@ def _prepared(
     dim_a, dim_b = split_head_dim(head_dim)
     chip = generation(v.device.type, v.device.index)
     if config is None:
-        config = _measured(v, num_attend, num_context)
+        config = measured_tile(v, num_attend, num_context)
     if config is None or config.specialised:
         config = default_config(chip, v.dtype, head_dim, tokens)
     blocks = triton.cdiv(tokens - num_context, config.block_m)

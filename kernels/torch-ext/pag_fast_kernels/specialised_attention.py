@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bound import ALIGNMENT, aligned, stride_unit
-from .launch import INTERPRETED, Config, on_device
+from .launch import INTERPRETED, Config, measured_tile, on_device
 from .online_softmax import LOG2E
 
 HEAD_DIMS = (64, 128)
@@ -160,3 +160,28 @@ def specialised_attention(
             num_stages=tile.stages,
         )
     return out
+
+
+def by_specialised_warps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    num_attend: int,
+    num_forked: int,
+    scale: float,
+    config: Config | None,
+) -> bool:
+    """Whether attending rows were computed that way, and the others copied."""
+    if config is None:
+        config = measured_tile(v, num_attend, 0)
+    if config is None or not config.specialised or not num_attend:
+        return False
+    attending = q[:num_attend], k[:num_attend], v[:num_attend], out[:num_attend]
+    if not takes(*attending, config):
+        return False
+    specialised_attention(*attending, scale=scale, tile=config)
+    perturbed, first = out[num_attend:], num_attend - num_forked
+    if len(perturbed):
+        perturbed.copy_(v[first : first + len(perturbed)])
+    return True
