@@ -13,8 +13,9 @@ DOCS_STAMP := $(DOCS)/.installed
 PACKAGE := setup.py pyproject.toml pag_fast/version.py
 # errors only
 PIP_FLAGS := -qq --disable-pip-version-check
-# tiny models are fastest on one thread each, two at a time
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# tiny models are fastest on one thread each, two at a time; bytecode is written whatever the shell
+# says, for tests start processes of their own
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-oldest test-distributed test-comfy rehearse sweep page table plots docs notebook \

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.hooks import group_offloading
+from diffusers.hooks.hooks import HookRegistry
 from diffusers.models import modeling_utils
 
 
@@ -91,8 +93,20 @@ def checked_in_numpy(interpreter: Any) -> Callable[[Any, Any, Any, Any], None]:
     return check
 
 
+_REGISTRIES: weakref.WeakSet[Any] = weakref.WeakSet()  # of hooks, all that are alive
+
+
+def noted(cls: type, *_: Any, **__: Any) -> Any:
+    """``HookRegistry.__new__``, by which copies come into being, too: one more is alive."""
+    made = object.__new__(cls)
+    _REGISTRIES.add(made)
+    return made
+
+
 def is_hooked(model: torch.nn.Module) -> bool:
     """Whether a module of ``model`` has a hook of diffusers'."""
+    if not _REGISTRIES:
+        return False
     rest, seen = [model], set()
     while rest:
         module = rest.pop()
@@ -134,6 +148,7 @@ def dtype_without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _diffusers() -> None:
+    HookRegistry.__new__ = noted  # type: ignore[method-assign,assignment]
     for module, name, shorter in (
         (modeling_utils, "get_parameter_dtype", dtype_without_hooks),
         (group_offloading, "_get_top_level_group_offload_hook", without_hooks),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import older
 import pytest
 import tiny
@@ -46,9 +48,11 @@ def test_what_has_no_numbers():
 def test_layerwise_casting_is_found():
     model = tiny.sd3()
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert is_hooked(model)
-    found, own = _both(modeling_utils.get_parameter_dtype, model)
-    assert found == own == torch.float32
+    copied = copy.deepcopy(model)
+    for hooked in (model, copied):
+        assert is_hooked(hooked)
+        found, own = _both(modeling_utils.get_parameter_dtype, hooked)
+        assert found == own == torch.float32
 
 
 @older.newest(older.GROUP_OFFLOADING)
