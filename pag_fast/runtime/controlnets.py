@@ -69,7 +69,9 @@ class InstalledControlNets:
         """After a forward: what is on the nets then does nothing."""
         self.state.slabs = None
         for net in self._eager:
-            self.patch.forget_fusion(net)
+            fusion = self.patch.fusion_of(net)
+            if fusion is not None:
+                fusion.forget()
 
 
 class ControlNets:

@@ -10,7 +10,6 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import call_arguments
 from .guidance import guided_cond, host_timesteps
+from .loop import Loop, StepClock
 from .observed import SKIP
 from .predictions import prediction_of, with_prediction
 from .prompts import pass_of_text
@@ -37,19 +37,6 @@ from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
-
-
-@dataclass
-class Loop:
-    """Where the denoising loop is, for all denoisers of the pipeline.
-
-    Attributes:
-        step: number of the step, from 0; -1 before the first.
-        scales: what has been read of the scheduler (:func:`pag_fast.runtime.guidance.scale_at`).
-    """
-
-    step: int = -1
-    scales: dict[Any, Any] = field(default_factory=dict)
 
 
 class InjectedSession(Session):
@@ -76,9 +63,7 @@ class InjectedSession(Session):
         # what is added to other passes, of the step that it belongs to, and which those are
         self._pending: tuple[Any, torch.Tensor, tuple[str, ...]] | None = None
         self._seen: tuple[Any, list[str]] = (None, [])
-        # of schedulers that do not count their steps: the loop's own, and how many there were
-        self._timestep: Any = None
-        self._turn = 0
+        self._steps = StepClock(pipe)
 
     @property
     def steps(self) -> int:
@@ -115,27 +100,13 @@ class InjectedSession(Session):
 
     # ---- which pass of which step this is ----
 
-    def _step_key(self, call: Call) -> Any:
-        """Another value in every step."""
-        # a loop that was copied may count by another name, and have an i of its own
-        index, stepped = self._locals.get("i"), getattr(self.pipe.scheduler, "step_index", None)
-        timestep = self._locals.get("t")
-        if hasattr(self.pipe.scheduler, "step_index"):
-            timestep = None
-        elif timestep is not self._timestep:
-            self._timestep, self._turn = timestep, self._turn + 1
-        if isinstance(index, int) or stepped is not None or timestep is not None:
-            return index if isinstance(index, int) else None, stepped, self._turn
-        found = call["timestep"].flatten()[0] if "timestep" in call else self._locals.get("t")
-        return self.forwards if found is None else float(found)
-
     def _pass_of(self, call: Call) -> str:
         """Which pass a forward is: by its arguments, by whose text it gets, or by its place.
 
         Raises:
             ValueError: more passes in a step than there are names for.
         """
-        key = self._step_key(call)
+        key = self._steps.key(call, self._locals, self.forwards)
         if self._seen[0] != key:
             self._seen = key, []
         seen = self._seen[1]

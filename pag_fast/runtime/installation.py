@@ -212,10 +212,18 @@ class Installation:
             "processors back with set_attn_processor() if it is over."
         )
 
-    def taken(self) -> bool:
-        """Whether a PAG pipeline of diffusers has its processors on layers that are perturbed."""
+    def refuse_taken(self, error: Exception) -> None:
+        """Raises ValueError if what has raised ``error`` are processors of diffusers' PAG.
+
+        A pipeline has put them on layers that are perturbed, in the middle of a forward.
+        """
         own = map(vars, self.attentions.values())
-        return not stock_pag_processors().isdisjoint(type(x.get("processor")) for x in own)
+        if not stock_pag_processors().isdisjoint(type(x.get("processor")) for x in own):
+            raise ValueError(
+                "A PAG pipeline that shares this model has begun in the middle of a forward, in "
+                "another thread, and has put its processors there: patch that pipeline too, or "
+                "run one after the other."
+            ) from error
 
     def same_input(self) -> dict[str, int]:
         """How many projections of each perturbed attention (of q, k, v) see the same rows."""

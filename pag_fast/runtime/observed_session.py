@@ -11,7 +11,8 @@ from ..models.traced.description import derive
 from ..sharing.arguments import latents_of
 from .forwards import Call
 from .frames import calling_pipeline
-from .injected import InjectedSession, Loop
+from .injected import InjectedSession
+from .loop import Loop
 from .observed import ObservedLoop
 from .traced import TracedSession
 
@@ -33,7 +34,7 @@ class ObservedSession(InjectedSession):
         super().end(whole=whole)
 
     def _pass_of(self, call: Call) -> str:
-        key = self._step_key(call)
+        key = self._steps.key(call, self._locals, self.forwards)
         if self._seen[0] != key:
             self._seen = key, []
         self._observed.check(key, self._locals)

@@ -12,7 +12,8 @@ from .ahead import Ahead
 from .compatibility_answers import Answer
 from .findings import Findings
 from .forwards import Call, Forward
-from .injected import InjectedSession, Loop
+from .injected import InjectedSession
+from .loop import Loop
 from .predictions import prediction_of, with_prediction
 from .session import Session
 from .undoing import undo_all
@@ -44,6 +45,14 @@ class OnRanks(Session):
     def _own_rows(
         self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
     ) -> tuple[tuple[str, ...], bool]:
+        """As in :class:`Session`.
+
+        Returns:
+            Its branches, and whether their conditioning is that of their forward before.
+
+        Raises:
+            ValueError: something on the model has to see all rows, or ranks that do not agree.
+        """
         for answer in _SEES_ALL:
             if answer in found.answer:
                 raise ValueError(

@@ -15,7 +15,7 @@ from ..pipelines.description import PipelineDescription
 from ..pipelines.registry import denoiser_names
 from ..settings.layers import as_list
 from ..sharing.conditioning_cache import Invariant
-from ..sharing.plan import is_compiled
+from ..sharing.plan import modules_of
 from ..sharing.rows import BranchState
 from .basic_state import BasicState, models_of
 from .capture import Capture, capture_on
@@ -23,8 +23,9 @@ from .compilation import Compilation, enough_graphs, refuse_values
 from .controlnets import InstalledControlNets
 from .frames import know_loops
 from .graphs import Graphs
-from .injected import InjectedSession, Loop
+from .injected import InjectedSession
 from .installation import Installation
+from .loop import Loop
 from .observed_session import session_of
 from .on_ranks import InjectedOnRanks, OnRanks
 from .perturbed_branches import perturbed_branches
@@ -263,7 +264,7 @@ class PatchState(BasicState):
     def installation(self, denoiser: Any, layers: Any, *, eager: bool) -> Installation:
         """What is put on ``denoiser`` for these layers, made anew when something changed."""
         key = id(denoiser), tuple(layers), eager, seen_of(denoiser)
-        modules = _modules(denoiser)
+        modules = modules_of(denoiser)
         found = self._installed.pop(key, None)
         if found is None or found[0] != modules:
             if found is not None:
@@ -277,7 +278,7 @@ class PatchState(BasicState):
 
     def fusion(self, controlnet: Any, state: BranchState) -> Fusion:
         """What can be joined in a ControlNet, found anew when something changed."""
-        key = _modules(controlnet)
+        key = modules_of(controlnet)
         found = self._fusions.get(id(controlnet))
         if found is None or found[0] != key:
             if found is not None:
@@ -294,18 +295,8 @@ class PatchState(BasicState):
         of_model = [x for (key, *_), (_, x) in self._installed.items() if key == id(model)]
         return of_model[-1].fusion if of_model else None
 
-    def forget_fusion(self, controlnet: Any) -> None:
-        """A forward of a ControlNet has ended: free what its products have left."""
-        found = self._fusions.get(id(controlnet))
-        if found is not None:
-            found[1].forget()
-
     def graphs(
-        self,
-        model: Any,
-        state: BranchState,
-        invariants: Iterable[Invariant],
-        nets: Sequence[Any],
+        self, model: Any, state: BranchState, invariants: Iterable[Invariant], nets: Sequence[Any]
     ) -> Graphs | None:
         """For one call: what records the forwards of a model, of one net or several, if wanted.
 
@@ -322,7 +313,7 @@ class PatchState(BasicState):
     def controlnets(self, controlnet: Any) -> InstalledControlNets:
         """What is put on the ControlNets, made anew when something changed."""
         nets = list(controlnets(controlnet))
-        key = [id(controlnet), *(_modules(net) for net in nets)]
+        key = [id(controlnet), *(modules_of(net) for net in nets)]
         if self._controlnets is None or self._controlnets[0] != key:
             self._controlnets = key, InstalledControlNets(self, controlnet)
         return self._controlnets[1]
@@ -354,7 +345,3 @@ class PatchState(BasicState):
         finally:
             leave_behind(self, models)
             self._controlnets = None
-
-
-def _modules(model: Any) -> list[tuple[int, bool]]:
-    return [(id(m), is_compiled(m)) for m in model.modules()]

@@ -79,8 +79,7 @@ class Session(Guided):
         self.refuse_two_rescales()
         with self.patch.alone(self.denoiser, self.owner):
             self.patch.look(model).refuse()
-            eager = is_eager(denoiser, model)
-            self.installed = self.patch.installation(model, layers, eager=eager)
+            self.installed = self.patch.installation(model, layers, eager=is_eager(denoiser, model))
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
         self._rows = RowDecision(self.installed, self.patch, RowEquality())
         self._graphs = self.patch.graphs(
@@ -146,12 +145,8 @@ class Session(Guided):
             out = self._combined(self._run(forward, call, found))
         except BaseException as error:
             undo_after_error(self._left)
-            if isinstance(error, Exception) and not found.stock_pag and self.installed.taken():
-                raise ValueError(
-                    "A PAG pipeline that shares this model has begun in the middle of a forward, "
-                    "in another thread, and has put its processors there: patch that pipeline "
-                    "too, or run one after the other."
-                ) from error
+            if isinstance(error, Exception) and not found.stock_pag:
+                self.installed.refuse_taken(error)
             raise
         self._left()
         return out
@@ -189,11 +184,10 @@ class Session(Guided):
             out = self.patch.compilation.after_model(out)
         if perturbs:  # a PAG pipeline may have begun in another thread meanwhile
             installed.check_others()
-        expected = len(installed.attentions)
-        counts = installed.counts and not found.may_skip
-        if perturbs and counts and installed.state.entered < expected:
+        missing = len(installed.attentions) - installed.state.entered
+        if perturbs and missing > 0 and installed.counts and not found.may_skip:
             self.patch.fall_back(
-                f"{expected - installed.state.entered} of {expected} perturbed layers did not run: "
+                f"{missing} of {len(installed.attentions)} perturbed layers did not run: "
                 "something else on the model passes them over"
             )
         return out
@@ -288,14 +282,7 @@ class Session(Guided):
     def _own_rows(
         self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
     ) -> tuple[tuple[str, ...], bool]:
-        """On ranks: leave this one's rows alone in the arguments.
-
-        Returns:
-            Its branches, and whether their conditioning is that of their forward before.
-
-        Raises:
-            ValueError: something on the model has to see all rows, or ranks that do not agree.
-        """
+        """On ranks: leave this one's rows alone in the arguments."""
         raise NotImplementedError
 
     def advance(self, kept: ConditioningCache, call: Call, found: Findings, same: bool) -> None:

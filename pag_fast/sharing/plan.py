@@ -131,6 +131,11 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled_call(module) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
+def modules_of(model: nn.Module) -> list[tuple[int, bool]]:
+    """Something that is equal as long as a model has the same modules, and the same compiled."""
+    return [(id(module), is_compiled(module)) for module in model.modules()]
+
+
 def eager_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As ``named_modules``, without those that are compiled and what is inside them."""
     compiled: list[str] = []

@@ -1,0 +1,52 @@
+"""Where a pipeline's denoising loop is, as far as its forwards show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .forwards import Call
+
+
+@dataclass
+class Loop:
+    """Where the denoising loop is, for all denoisers of the pipeline.
+
+    Attributes:
+        step: number of the step, from 0; -1 before the first.
+        scales: what has been read of the scheduler (:func:`pag_fast.runtime.guidance.scale_at`).
+    """
+
+    step: int = -1
+    scales: dict[Any, Any] = field(default_factory=dict)
+
+
+class StepClock:
+    """Tells the steps of a loop apart, by what its locals and its scheduler count."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        # of schedulers that do not count their steps: the loop's own, and how many there were
+        self._timestep: Any = None
+        self._turn = 0
+
+    def key(self, call: Call, found: dict[str, Any], forwards: int) -> Any:
+        """Another value in every step.
+
+        Args:
+            call: arguments of the forward that begins.
+            found: the loop's locals.
+            forwards: how many there were, where nothing else tells them apart.
+        """
+        scheduler = self._pipe.scheduler
+        # a loop that was copied may count by another name, and have an i of its own
+        index, stepped = found.get("i"), getattr(scheduler, "step_index", None)
+        timestep = found.get("t")
+        if hasattr(scheduler, "step_index"):
+            timestep = None
+        elif timestep is not self._timestep:
+            self._timestep, self._turn = timestep, self._turn + 1
+        if isinstance(index, int) or stepped is not None or timestep is not None:
+            return index if isinstance(index, int) else None, stepped, self._turn
+        at = call["timestep"].flatten()[0] if "timestep" in call else found.get("t")
+        return forwards if at is None else float(at)
