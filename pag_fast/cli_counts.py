@@ -62,12 +62,7 @@ def _layers(arguments: argparse.Namespace) -> None:
     size = given(arguments, height="height", width="width", frames="frames")
     costs = layer_costs(_pipeline(arguments.model), cfg=arguments.cfg == "on", **size)
     print(costs.table(every=arguments.all))
-    if arguments.json is not None:
-        _write(arguments.json, costs.as_dict())
-    if arguments.plot is not None:
-        from .tools.plots import layers_figure, save
-
-        save(layers_figure(costs), arguments.plot)
+    _keep(arguments, costs, "layers_figure")
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -85,12 +80,17 @@ def _explain(arguments: argparse.Namespace) -> None:
             explanation, findings=(), launches=(), notes=(*explanation.notes, _UNSEEN)
         )
     print(explanation)
-    if arguments.json is not None:
-        _write(arguments.json, explanation.as_dict())
-    if arguments.plot is not None:
-        from .tools.plots import explanation_figure, save
+    _keep(arguments, explanation, "explanation_figure")
 
-        save(explanation_figure(explanation), arguments.plot)
+
+def _keep(arguments: argparse.Namespace, shown: Any, figure: str) -> None:
+    """Write what was printed as JSON and as a picture, where that is asked for."""
+    if arguments.json is not None:
+        _write(arguments.json, shown.as_dict())
+    if arguments.plot is not None:
+        from .tools import plots
+
+        plots.save(getattr(plots, figure)(shown), arguments.plot)
 
 
 def _pipeline(model: str) -> Any:
