@@ -55,6 +55,9 @@ CONDITIONING = frozenset(
     }
 )
 
+# sizes, lengths and rates of which a list has one for each row
+BY_ROW = frozenset({"fps", "img_shapes", "img_sizes", "shape_list", "txt_seq_lens"})
+
 
 def latents_of(call: dict[str, Any]) -> torch.Tensor:
     """The latents among a model's arguments, whatever its family calls them.
@@ -167,15 +170,14 @@ def change_list(rows: list[Any], have: int, want: int) -> list[Any]:
 def lists_by_row(call: dict[str, Any], rows: int) -> tuple[str, ...]:
     """Names of the arguments that are lists with something for each row, not tensors of all rows.
 
-    Sizes and lengths are; and where a model takes its latents so, its prompts are, too.
+    Those of :data:`BY_ROW` are; and where a model takes its latents so, its prompts are, too. Lists
+    of another name have something for each net, layer or chunk, however the numbers fall.
     """
     latents_are = any(isinstance(x, list) for x in list(call.values())[:1])
     return tuple(
         name
         for name, value in call.items()
-        if isinstance(value, list)
-        and len(value) == rows
-        and (latents_are or not any(isinstance(x, torch.Tensor) for x in value))
+        if (latents_are or name in BY_ROW) and isinstance(value, list) and len(value) == rows
     )
 
 
