@@ -15,6 +15,7 @@ import torch
 
 from ..sharing.arguments import latents_of, version_of
 from .forwards import Call
+from .frames import nobody_writes
 
 # some loops make these anew for each forward: compared by value, in the first step
 _OF_A_STEP = ("timestep", "guidance")
@@ -77,8 +78,10 @@ class Ahead:
         if source is None or name not in call or name not in source:
             return False
         x = call[name]
-        if isinstance(x, torch.Tensor) and version_of(x) != self._versions.get(name):
-            return False
+        if isinstance(x, torch.Tensor):
+            version = version_of(x)
+            if version != self._versions.get(name) or (version < 0 and not nobody_writes()):
+                return False
         return _alike(x, source[name])
 
     def _learn(self, call: Call) -> None:

@@ -114,7 +114,7 @@ class BasicState:
         self.fallbacks[reason] += 1
 
     def tell_of_changes(self, *caches: ConditioningCache | None) -> None:
-        """At the end of a call: tell of weights that changed without a trace while it ran.
+        """At the end of a call: tell of what has changed without a trace while it ran.
 
         Raises:
             ValueError: with ``strict=True``.
@@ -124,10 +124,11 @@ class BasicState:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.fall_back(
-                f"weights of {names[0]}{more} were written through .data in the middle of the "
-                "call, which leaves no trace: steps that followed ran with what was computed from "
-                "the former weights. Write into the parameters themselves, under torch.no_grad(), "
-                "or patch with cache_conditioning=False"
+                f"weights of {names[0]}{more}, or the conditioning that goes in there, were "
+                "written through .data in the middle of the call, or by NumPy, which leaves no "
+                "trace: steps that followed ran with what was computed from the former ones. Write "
+                "into the tensors themselves, under torch.no_grad(), or patch with "
+                "cache_conditioning=False"
             )
 
     def look(self, model: Any) -> Findings:

@@ -15,7 +15,7 @@ from ..sharing.unet_plan import plan_controlnet
 from .entry import Entry
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import calling_pipeline
+from .frames import calling_pipeline, nobody_writes
 from .graphs import Graphs
 from .installation import forward_entries, is_eager
 from .instance_patch import InstancePatch
@@ -84,7 +84,7 @@ class ControlNets:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.owner = f"{session.owner}, its ControlNet"
-        self._equality = RowEquality()
+        self._equality = RowEquality(nobody_writes)
         self._slabs: tuple[int, int] | None = None
         self.kept: ConditioningCache | None = None
         self._graphs: Graphs | None = None

@@ -23,7 +23,7 @@ from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import call_arguments
+from .frames import call_arguments, nobody_writes
 from .guidance import guided_cond, host_timesteps
 from .loop import Loop, StepClock
 from .observed import SKIP
@@ -73,7 +73,9 @@ class InjectedSession(Session):
     def start(self) -> None:
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
-        self._rows = RowDecision(self.installed, self.patch, RowEquality(), copies=True)
+        self._rows = RowDecision(
+            self.installed, self.patch, RowEquality(nobody_writes), copies=True
+        )
         if self.host.stock_guidance is not None and self.patch.config.share_branches:
             denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
             self._stock = StockPasses(

@@ -21,7 +21,7 @@ from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward, Views
-from .frames import calling_pipeline
+from .frames import calling_pipeline, nobody_writes
 from .graphs import Graphs
 from .guided import Guided
 from .installation import is_eager
@@ -81,7 +81,7 @@ class Session(Guided):
             self.patch.look(model).refuse()
             self.installed = self.patch.installation(model, layers, eager=is_eager(denoiser, model))
         self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
-        self._rows = RowDecision(self.installed, self.patch, RowEquality())
+        self._rows = RowDecision(self.installed, self.patch, RowEquality(nobody_writes))
         self._graphs = self.patch.graphs(
             denoiser, self.installed.state, self.installed.invariants.values(), [model]
         )

@@ -24,6 +24,7 @@ from .basic_state import BasicState
 from .compatibility import Answer
 from .findings import Findings
 from .forwards import Call, Forward
+from .frames import nobody_writes
 from .instance_patch import InstancePatch
 from .recording import Record, Replay
 
@@ -113,7 +114,7 @@ class StockPasses:
         self.guidance = guidance
         self.state = BranchState()
         self._model = model
-        self._equality = RowEquality()
+        self._equality = RowEquality(nobody_writes)
         self._forks: dict[int, _Fork] = {}
         self._values: list[Any] = []
         self._inputs: dict[str, list[Any]] = {}

@@ -12,7 +12,7 @@ from ..ops import reference
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
-from ..runtime.frames import calling_pipeline
+from ..runtime.frames import calling_pipeline, nobody_writes
 from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
@@ -44,7 +44,7 @@ class SagSession:
         self.awaited: torch.Tensor | None = None
         self._is_degraded = False
         self._schedule = NoiseSchedule(pipe)
-        self._equality = RowEquality()
+        self._equality = RowEquality(nobody_writes)
         self._degrades = False
         self._blur: torch.Tensor | None = None
         self._steps = 0

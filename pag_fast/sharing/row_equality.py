@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ class RowEquality:
 
     A comparison waits for the device, so it is made on the first step of a call, and afterwards
     only if a callback has put other tensors in place (or, with ``recheck``, on every step).
+
+    Inference tensors do not tell whether somebody has written into them: they are compared with
+    copies, which waits for the device, too, unless ``quiet`` says that nobody could have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: Callable[[], bool] = lambda: False) -> None:
+        self._quiet = quiet
         # the tensors are kept alive: a new tensor can then never have the address of an old one
         self._seen: dict[str, tuple[Any, list[torch.Tensor], list[str]]] = {}
-
         self._last: dict[str, tuple[int, list[tuple[Any, Any]]]] = {}
+        self._copies: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def same_objects(self, call: dict[str, Any], rows: int, context: str = "") -> bool:
         """Whether a call has the very conditioning tensors of the one before, unchanged.
@@ -33,12 +38,30 @@ class RowEquality:
         """
         last, now = self._last.get(context), _conditioning(call)
         self._last[context] = rows, now
-        if last is None or last[0] != rows or len(last[1]) != len(now):
+        silent = [x for x, own in now if own == -1 and x is not None]
+        written = bool(silent) and self._are_written(silent, context)
+        if last is None or last[0] != rows or len(last[1]) != len(now) or written:
             return False
         for (before, version), (x, own) in zip(last[1], now, strict=True):
             if before is not x or version != own:
                 return False
         return True
+
+    def _are_written(self, tensors: list[torch.Tensor], context: str) -> bool:
+        """Whether inference tensors hold something else than in the call before."""
+        if self._quiet():
+            return False
+        known = {id(x): (x, copy) for x, copy in self._copies.get(context, ())}
+        pairs, written = [], False
+        for x in tensors:
+            before = known.get(id(x))
+            if before is None or not torch.equal(*before):
+                before, written = (x, x.clone()), True
+            pairs += [before]
+        self._copies[context] = pairs
+        if written:
+            self._seen.clear()
+        return written
 
     def leads(self, call: dict[str, Any]) -> bool:
         """Whether a call has the first rows of the conditioning that :meth:`same_objects` saw last.

@@ -27,7 +27,8 @@ class WeightSignature:
     They are compared once in a forward, when the first of them is entered, behind the hooks that
     fetch the model's weights; modules with hooks of their own are not among them. Parameters and
     buffers are held as objects, since an ``id`` may be given again, with their versions and
-    addresses. Of what else a module has, the objects are compared, and of LoRAs their scales.
+    addresses. Of what else a module has, the objects are compared, layers inside among them, and of
+    LoRAs their scales.
 
     Attributes:
         step: the forward in which they were last compared.
@@ -69,15 +70,18 @@ class WeightSignature:
     def _take(self) -> None:
         """Note what there is now."""
         inside = self._watched()
-        self._children = [module._modules for module in inside]
         dicts: list[Any] = [d for m in inside for d in (m._parameters, m._buffers)]
-        self._holding, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
+        children: list[Any] = [module._modules for module in inside]
+        self._empty = [d for d in chain(dicts, children) if not d]
+        self._holding = [d for d in dicts if d]
         # a plain linear layer has no settings that its forward reads
         owns = [vars(m) for m in inside if type(m) is not nn.Linear]
         self._adapted = [own for own in owns if not own.keys().isdisjoint(_ADAPTERS)]
         # an address is compared only as long as nothing else can have got it
         values: Iterable[Any] = chain.from_iterable(map(dict.values, self._holding))
         self._tensors = [x for x in values if x is not None]
+        # a layer may be put in another's place, as peft does when it is unloaded
+        self._holding += [d for d in children if d]
         self._holding += owns
         self._held = list(chain.from_iterable(map(dict.values, self._holding)))
         self._device = region_of(self._tensors)
@@ -96,7 +100,6 @@ class WeightSignature:
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(self._device),
             any(self._empty),
-            list(map(len, self._children)),
             list(map(_version, self._tensors)),
             list(map(torch.Tensor.data_ptr, self._tensors)),
             [_adapters(own) for own in self._adapted] if self._adapted else (),
