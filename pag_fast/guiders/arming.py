@@ -31,7 +31,7 @@ class Armed:
         self._forward = WeakMethod(forward)
         # the number of a thread that has ended is given to another one
         self._thread: ref[Thread] = ref(current_thread())
-        pipe = calling_pipeline()[0]
+        pipe = calling_pipeline()
         self._pipe = None if pipe is None else ref(pipe)
         guider: Any = getattr(forward, "__self__", None)
         self.owner = f"{type(guider).__name__} of a modular pipeline"
@@ -54,7 +54,7 @@ class Armed:
             return False
         if self._runs or not self.is_of_this_thread():
             return False
-        return calling_pipeline()[0] is (None if self._pipe is None else self._pipe())
+        return calling_pipeline() is (None if self._pipe is None else self._pipe())
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Have the guider run the forward."""

@@ -85,7 +85,14 @@ def _match_regex(item: str, names: list[str], exact: bool) -> list[str]:
     except re.error as error:
         raise ValueError(f"Layer {item!r} is not a valid regular expression: {error}.") from error
     if not exact:
-        return [name for name in names if pattern.search(name)]
+        # diffusers' own rule: the 1 of "up_blocks.1" is not that of "up_blocks.1.attentions.1"
+        number = item.rpartition(".")[2]
+        fake = f".{number}" if number.isnumeric() else None
+        return [
+            name
+            for name in names
+            if pattern.search(name) and (fake is None or name == item or not name.endswith(fake))
+        ]
     found = []
     for name in names:
         ends = {match.end() for match in pattern.finditer(name)}

@@ -15,7 +15,7 @@ from ..sharing.unet_plan import plan_controlnet
 from .entry import Entry
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import calling_pipeline, nobody_writes
+from .frames import calling_frame, nobody_writes
 from .graphs import Graphs
 from .installation import forward_entries, is_eager
 from .instance_patch import InstancePatch
@@ -91,9 +91,9 @@ class ControlNets:
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of the running call."""
-        session = self.session
+        pipe, frame = calling_frame()
         # PAG may be off in this call: guess mode of the PAG pipelines needs us all the same
-        return calling_pipeline()[0] is session.pipe
+        return frame is not None and pipe is self.session.pipe and self.session.in_loop(frame)
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward without the perturbed rows, in guess mode on the cond rows alone."""

@@ -54,7 +54,7 @@ class ProcessorSetter:
 
     def __call__(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
         set_processors = own_setter(self._model)
-        pipe = calling_pipeline()[0]
+        pipe = calling_pipeline()
         patched = " (patched)" if hasattr(pipe, "_pag_fast") else ""
         owner = "set_attn_processor" if pipe is None else f"{type(pipe).__name__}{patched}"
         with self._lease.hold(owner, InstancePatch.nothing):

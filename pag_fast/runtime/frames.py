@@ -64,10 +64,10 @@ def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, I
         frame = frame.f_back
 
 
-def calling_pipeline() -> tuple[Any, dict[str, Any]]:
-    """The pipeline whose ``__call__`` is innermost on this thread's stack, and that frame's locals.
+def calling_frame() -> tuple[Any, FrameType | None]:
+    """The pipeline whose ``__call__`` is innermost on this thread's stack, and that call's frame.
 
-    ``(None, {})`` without one. A callback that runs the model is not the pipeline's loop: its
+    ``(None, None)`` without one. A callback that runs the model is not the pipeline's loop: its
     forwards are nobody's.
     """
     for pipe, frame, inside in _pipeline_calls(sys._getframe(1)):
@@ -75,9 +75,39 @@ def calling_pipeline() -> tuple[Any, dict[str, Any]]:
         for name in _CALLBACKS:
             callback = local[name] if name in local else None  # noqa: SIM401
             if callback is not None and _code(callback) in inside:
-                return None, {}
-        return pipe, local
-    return None, {}
+                return None, None
+        return pipe, frame
+    return None, None
+
+
+def calling_pipeline() -> Any:
+    """The pipeline of :func:`calling_frame`."""
+    return calling_frame()[0]
+
+
+def runs_loop(frame: FrameType, described: type) -> bool:
+    """Whether the frame of a call is that of a denoising loop, and has come to it.
+
+    Args:
+        described: the class of pipelines whose loop is known. A ``__call__`` that runs another one
+            has no loop of its own; what it does in front of that and behind it is its own affair.
+    """
+    code = frame.f_code
+    if code is inspect.unwrap(described.__call__).__code__:
+        return "t" not in code.co_varnames or "t" in frame.f_locals
+    return "__call__" not in code.co_names
+
+
+def is_loop_of(cls: type, described: type) -> bool:
+    """Whether a class of pipelines has the ``__call__`` of the one that is described."""
+    own, known = (inspect.unwrap(kind.__call__) for kind in (cls, described))
+    return getattr(own, "__code__", None) is getattr(known, "__code__", None)
+
+
+def diffusers_class(pipe: Any) -> type:
+    """The class of diffusers' that a pipeline is of, or inherits from."""
+    own = (c for c in type(pipe).__mro__ if c.__module__.partition(".")[0] == "diffusers")
+    return next(own, type(pipe))
 
 
 def nobody_writes() -> bool:

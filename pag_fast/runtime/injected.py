@@ -11,6 +11,7 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import call_arguments, nobody_writes
+from .frames import call_arguments, nobody_writes, runs_loop
 from .guidance import guided_cond, host_timesteps
 from .loop import Loop, StepClock
 from .observed import SKIP
@@ -69,6 +70,9 @@ class InjectedSession(Session):
     def steps(self) -> int:
         # of all denoisers: a pipeline with two may need only one of them
         return self.loop.step + 1
+
+    def in_loop(self, frame: FrameType) -> bool:
+        return runs_loop(frame, self.patch.described)
 
     def start(self) -> None:
         """The pipeline's call begins."""

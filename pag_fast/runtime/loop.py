@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .forwards import Call
 
 
@@ -48,5 +50,7 @@ class StepClock:
             self._timestep, self._turn = timestep, self._turn + 1
         if isinstance(index, int) or stepped is not None or timestep is not None:
             return index if isinstance(index, int) else None, stepped, self._turn
-        at = call["timestep"].flatten()[0] if "timestep" in call else found.get("t")
+        at = call.get("timestep", found.get("t"))
+        if isinstance(at, torch.Tensor):
+            at = at.flatten()[0]
         return forwards if at is None else float(at)

@@ -34,14 +34,17 @@ class ObservedLoop:
     Args:
         pipe: the running pipeline.
         tell: is told of what is not as it should be.
+        what: why it is looked at: what its class does, or has not.
+        would: what would help, where it cannot be followed.
 
     Attributes:
         seen: what there was to see, for whoever describes the pipeline.
     """
 
-    def __init__(self, pipe: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, pipe: Any, tell: Callable[[str], None], what: str, would: str) -> None:
         self.pipe = pipe
         self._tell = tell
+        self._name, self._would = f"{type(pipe).__name__} {what}", would
         self.cond_first = False
         self._assumed = False
         self._equal: dict[tuple[int, int], bool] = {}
@@ -93,10 +96,7 @@ class ObservedLoop:
         )
 
     def _refusal(self, why: str) -> ValueError:
-        return ValueError(
-            f"{type(self.pipe).__name__} has no description in pag_fast, {why}. A description can "
-            "be added, see CONTRIBUTING.md."
-        )
+        return ValueError(f"{self._name}, {why}. {self._would}")
 
     def layout(self, call: Call, rows: int, local: dict[str, Any]) -> tuple[str, ...]:
         """The branches of a batch, in our order; :attr:`cond_first` says whether it is turned."""
@@ -202,8 +202,8 @@ class ObservedLoop:
             )
         if combined is None:
             self._tell(
-                f"{type(self.pipe).__name__} has no description in pag_fast, and what its loop "
-                "makes of the predictions cannot be seen: it is taken for linear guidance"
+                f"{self._name}, and what its loop makes of the predictions cannot be seen: it is "
+                "taken for linear guidance"
             )
             return
         self._judge(combined, given)

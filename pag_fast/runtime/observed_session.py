@@ -10,7 +10,7 @@ from ..models.registry import COND, UNCOND, uncompiled
 from ..models.traced.description import derive
 from ..sharing.arguments import latents_of
 from .forwards import Call
-from .frames import calling_pipeline
+from .frames import calling_frame, is_loop_of
 from .injected import InjectedSession
 from .loop import Loop
 from .observed import ObservedLoop
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 class ObservedSession(InjectedSession):
     """As :class:`InjectedSession`, with passes and rows that :class:`ObservedLoop` sees."""
 
+    what = "has no description in pag_fast"
+    would = "A description can be added, see CONTRIBUTING.md."
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._observed = ObservedLoop(self.pipe, self.patch.fall_back)
+        self._observed = ObservedLoop(self.pipe, self.patch.fall_back, self.what, self.would)
         self._arrived: Call = {}
 
     def end(self, *, whole: bool) -> None:
@@ -48,7 +51,9 @@ class ObservedSession(InjectedSession):
 
     def arrives(self, call: Call) -> None:
         self._arrived = call
-        self._locals = self._locals or calling_pipeline()[1]
+        frame = calling_frame()[1]
+        if not self._locals and frame is not None:
+            self._locals = frame.f_locals
 
     def layout(self, rows: int) -> tuple[str, ...]:
         found = self._observed.layout(self._arrived, rows, self._locals)
@@ -65,12 +70,43 @@ class ObservedTracedSession(ObservedSession, TracedSession):
     """Neither the pipeline nor its denoiser is described."""
 
 
-# by whether the pipeline is observed, and its denoiser traced
-_KINDS: dict[tuple[bool, bool], type[InjectedSession]] = {
-    (False, False): InjectedSession,
-    (False, True): TracedSession,
-    (True, False): ObservedSession,
-    (True, True): ObservedTracedSession,
+class OwnLoopSession(ObservedSession):
+    """Of a class with a ``__call__`` of its own; that may run the described loop all the same."""
+
+    what = "runs a loop of its own"
+    would = "Have it run uncond, and cond behind it, as the loops of diffusers do."
+
+    def _is_described(self) -> bool:
+        return self.arguments() is not None
+
+    def _pass_of(self, call: Call) -> str:
+        kind = InjectedSession if self._is_described() else ObservedSession
+        return kind._pass_of(self, call)
+
+    def layout(self, rows: int) -> tuple[str, ...]:
+        kind = InjectedSession if self._is_described() else ObservedSession
+        return kind.layout(self, rows)
+
+    def _result(self, out: Any, predictions: list[torch.Tensor]) -> Any:
+        kind = InjectedSession if self._is_described() else ObservedSession
+        return kind._result(self, out, predictions)
+
+    def _cfg(self) -> bool:
+        return super()._cfg() if self._is_described() else self._observed.uses_cfg(self._locals)
+
+
+class OwnLoopTracedSession(OwnLoopSession, TracedSession):
+    """As :class:`OwnLoopSession`, with a denoiser that nobody has described."""
+
+
+# by whose loop it is, and whether the denoiser is traced
+_KINDS: dict[tuple[str, bool], type[InjectedSession]] = {
+    ("described", False): InjectedSession,
+    ("described", True): TracedSession,
+    ("observed", False): ObservedSession,
+    ("observed", True): ObservedTracedSession,
+    ("own", False): OwnLoopSession,
+    ("own", True): OwnLoopTracedSession,
 }
 
 
@@ -78,4 +114,7 @@ def session_of(pipe: Any, patch: PatchState, denoiser: str, loop: Loop) -> Injec
     """A session for one denoiser of a pipeline without PAG."""
     assert patch.host is not None
     derived = derive(uncompiled(getattr(pipe, denoiser))).is_derived
-    return _KINDS[patch.host.is_observed, derived](pipe, patch, denoiser, loop)
+    whose = "observed" if patch.host.is_observed else "described"
+    if whose == "described" and not is_loop_of(patch.original_class, patch.described):
+        whose = "own"
+    return _KINDS[whose, derived](pipe, patch, denoiser, loop)

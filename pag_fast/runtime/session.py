@@ -8,6 +8,7 @@ forwards the model is as diffusers made it.
 
 from __future__ import annotations
 
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..models.registry import COND, PERTURBED, UNCOND, denoiser_name, uncompiled
@@ -21,21 +22,21 @@ from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward, Views
-from .frames import calling_pipeline, nobody_writes
+from .frames import calling_frame, nobody_writes
 from .graphs import Graphs
-from .guided import Guided
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
 from .parallelism import share
 from .row_decision import RowDecision, align_residuals
 from .stock_passes import OnTop, StockPasses
 from .undoing import undo_after_error, undo_all
+from .warming import Warming
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
 
 
-class Session(Guided):
+class Session(Warming):
     """The state of one running call, for one denoiser of a pipeline that has PAG.
 
     Attributes:
@@ -62,8 +63,8 @@ class Session(Guided):
         self._graphs: Graphs | None = None
         self._pass = ""
         self._locals: dict[str, Any] = {}
-        self._looked_ahead: set[Any] = set()
         self._views: Views = {}
+        self._loop: CodeType | None = None  # what has turned PAG on
 
     # ---- the life of the call ----
 
@@ -85,7 +86,10 @@ class Session(Guided):
         self._graphs = self.patch.graphs(
             denoiser, self.installed.state, self.installed.invariants.values(), [model]
         )
-        self.pag, self.cfg = True, cfg
+        # a subclass may run its denoiser in front of this loop and behind it, and another one
+        pipe, frame = calling_frame()
+        self._loop = frame.f_code if frame is not None and pipe is self.pipe else None
+        self.pag, self.cfg, self.unit = True, cfg, 0
         self._tell_unshared()
 
     def _tell_unshared(self) -> None:
@@ -104,7 +108,11 @@ class Session(Guided):
         self._graphs = None
         if whole:
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
-        if self.pag and whole and not self.steps and not getattr(self.pipe, "_interrupt", False):
+        # a picture of strength 0 has no steps
+        expected = not getattr(self.pipe, "_interrupt", False) and getattr(
+            self.pipe, "_num_timesteps", True
+        )
+        if self.pag and whole and expected and not self.steps:
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"
@@ -122,11 +130,15 @@ class Session(Guided):
         # what a hook in the middle of our forward runs is nobody's
         if not self.pag or self.running_forward:
             return False
-        pipe, found = calling_pipeline()
-        if pipe is not self.pipe:
+        pipe, frame = calling_frame()
+        if frame is None or pipe is not self.pipe or not self.in_loop(frame):
             return False
-        self._locals = found
+        self._locals = frame.f_locals
         return True
+
+    def in_loop(self, frame: FrameType) -> bool:
+        """Whether the frame of a call of the pipeline is that of its denoising loop."""
+        return self._loop is None or frame.f_code is self._loop
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
@@ -242,7 +254,13 @@ class Session(Guided):
     def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
         if not self.unit:
-            self.unit = rows // (3 if self.cfg else 2)
+            branches = 3 if self.cfg else 2
+            self.unit = rows // branches
+            if not self.unit:
+                raise ValueError(
+                    f"The denoiser was called with {rows} rows, fewer than the {branches} branches "
+                    "of this call: there should be a row of latents for each picture."
+                )
         slabs, rest = divmod(rows, self.unit) if self.unit else (0, 1)
         if not rest and slabs == 3:
             return UNCOND, COND, PERTURBED
@@ -295,46 +313,6 @@ class Session(Guided):
     def begin_step(self) -> None:
         if self.patch.compilation is not None:
             self.patch.compilation.before_step()
-
-    def _warm(
-        self,
-        forward: Forward,
-        call: Call,
-        layout: tuple[str, ...],
-        frames: int,
-        found: Findings,
-        *,
-        dropped: bool,
-        without: Call | None = None,
-    ) -> None:
-        """Compile now, not then, what a later step needs.
-
-        Where this step drops the perturbed branch that is the model with it, else without:
-        ``without`` are the arguments that the loop itself gives, if it knows nothing of the branch.
-        Strides of theirs, such as of a timestep that is one number for all rows, tell graphs apart.
-        """
-        compilation, latents, full = self.patch.compilation, latents_of(call), len(layout)
-        assert compilation is not None
-        key = latents.shape, latents.dtype, full
-        if key in compilation.warmed or key in self._looked_ahead:
-            return
-        self._looked_ahead.add(key)
-        if self._difference is None and all(runs != dropped for runs in self._ahead(call)):
-            return
-        compilation.warmed.add(key)
-        counted = self.patch.steps.copy()
-        other = dict(call)
-        if not dropped:
-            rows = full - len(self.installed.branches)
-            if without is None:
-                without = change_rows(other, latents.shape[0], frames, full, rows)
-            other = dict(without)
-            layout = layout[:rows]
-        if self.installed.runs is not None:
-            self.installed.mark_tokens(other, layout)
-        self._prepare(other, layout, frames, found, same=False, step=self.forwards - 1)
-        self._run(forward, other, found)
-        self.patch.steps = counted
 
     # ---- the combination ----
 

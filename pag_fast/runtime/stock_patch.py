@@ -12,7 +12,7 @@ from ..pipelines.registry import denoiser_names, describe_pipeline
 from .basic_state import BasicState
 from .entry import Entry
 from .forwards import Forward
-from .frames import calling_pipeline, know_loops
+from .frames import calling_frame, diffusers_class, know_loops, runs_loop
 from .stock_passes import StockPasses
 from .undoing import undo_all
 
@@ -37,6 +37,7 @@ class StockSession:
         self._model: Any = uncompiled(model)
         self._passes = StockPasses(patch, pipe, model, guidance)
         self._locals: dict[str, Any] = {}
+        self._class = diffusers_class(pipe)
         self._running_forward = False
 
     def owns(self) -> bool:
@@ -44,9 +45,12 @@ class StockSession:
         # what a hook in the middle of our forward runs is nobody's
         if self._running_forward:
             return False
-        pipe, found = calling_pipeline()
-        self._locals = found if pipe is self.pipe else {}
-        return pipe is self.pipe
+        pipe, frame = calling_frame()
+        self._locals = {}
+        if frame is None or pipe is not self.pipe or not runs_loop(frame, self._class):
+            return False
+        self._locals = frame.f_locals
+        return True
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, on what its loop has given it."""

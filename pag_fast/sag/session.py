@@ -12,7 +12,7 @@ from ..ops import reference
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
-from ..runtime.frames import calling_pipeline, nobody_writes
+from ..runtime.frames import calling_frame, diffusers_class, nobody_writes, runs_loop
 from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
@@ -106,7 +106,10 @@ class SagSession:
         # what a hook in the middle of our forward runs is nobody's
         if self._shared is None or self._running_forward:
             return False
-        return calling_pipeline()[0] is self.pipe
+        pipe, frame = calling_frame()
+        if frame is None or pipe is not self.pipe:
+            return False
+        return runs_loop(frame, diffusers_class(pipe))
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A guided or a degraded pass, from its arguments to its output."""
