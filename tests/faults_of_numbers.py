@@ -143,7 +143,7 @@ NUMBERS = [
         f"{_PROCESSORS}rows.py",
         "(total - len(self.branches) * unit, 0)",
         "(total - unit, 0)",
-        _NAIVE,
+        tests_of("perturbations_branches", "several_branches"),
     ),
     Fault(
         "spread takes the last rows",

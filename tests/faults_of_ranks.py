@@ -8,8 +8,8 @@ _PLACEMENT, _RANKS = "pag_fast/parallel/placement.py", "pag_fast/parallel/ranks.
 _ON_RANKS, _AHEAD = "pag_fast/runtime/on_ranks.py", "pag_fast/runtime/ahead.py"
 
 
-def _tests(select: str) -> tuple[str, ...]:
-    return "tests/distributed/test_ranks.py", "-k", select
+def _tests(file: str, select: str) -> tuple[str, ...]:
+    return f"tests/distributed/test_{file}.py", "-k", select
 
 
 RANKS = [
@@ -18,34 +18,34 @@ RANKS = [
         _PLACEMENT,
         "return x[start * unit : (stop + 1) * unit]",
         "return x[: (stop - start + 1) * unit]",
-        _tests("pag_pipelines and 2"),
+        _tests("ranks", "pag_pipelines and 2"),
     ),
     Fault(
         "ranks do not compare their latents",
         _RANKS,
         "of_step = [latents, *(",
         "of_step = [*(",
-        _tests("differ_raise"),
+        _tests("ranks_agree", "differ_raise"),
     ),
     Fault(
         "ranks compare nothing behind the first step",
         _RANKS,
         "differs = (notes != notes[0]).any(0)",
         "differs = torch.zeros(3, dtype=torch.bool)",
-        _tests("callback_sets_apart"),
+        _tests("ranks_agree", "callback_sets_apart"),
     ),
     Fault(
         "uncond ahead has cond's kept conditioning",
         _ON_RANKS,
         "state.context = UNCOND",
         "pass",
-        _tests("other_pipelines and 2"),
+        _tests("ranks", "other_pipelines and 2"),
     ),
     Fault(
         "what ran ahead is handed out for another prompt",
         _AHEAD,
         "return _alike(x, source[name])",
         "return True",
-        _tests("negative_prompt"),
+        _tests("ranks", "negative_prompt"),
     ),
 ]

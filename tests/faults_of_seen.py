@@ -30,14 +30,14 @@ SEEN = [
         _TRACE,
         "found.append(value.cpu().numpy().tobytes())",
         "pass",
-        tests_of("derived_models", "a_trace_for_each_size"),
+        tests_of("derived_models_patched", "a_trace_for_each_size"),
     ),
     Fault(
         "a trace draws random numbers",
         _TRACE,
         "with torch.random.fork_rng(indices, device_type=kind), eager:",
         "with eager:",
-        tests_of("derived_models", "random_numbers"),
+        tests_of("derived_models_patched", "random_numbers"),
     ),
     Fault(
         "tokens that were put in order stay so",

@@ -26,7 +26,7 @@ STOCK = [
         _PASSES,
         "if whole: return found.why(whole[0])",
         "pass",
-        tests_of("stock_guidance", "hook_that_nobody"),
+        tests_of("stock_guidance_work", "hook_that_nobody"),
     ),
     Fault(
         "a window of steps is open at its ends",

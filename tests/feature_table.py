@@ -49,8 +49,8 @@ EVIDENCE: dict[str, tuple[tuple[str, str], ...]] = {
         ("test_parity", "test_patched_equals_stock"),
         ("test_hosts", "test_equals_three_separate_forwards"),
     ),
-    "IP-Adapter": (("test_features", "test_ip_adapter"),),
-    "LoRA": (("test_features", "test_lora"), ("test_feature_table", "test_lora")),
+    "IP-Adapter": (("test_features_adapters", "test_ip_adapter"),),
+    "LoRA": (("test_features_adapters", "test_lora"), ("test_feature_table", "test_lora")),
 }
 # what tests call models by that are no pipelines
 _CASES = {

@@ -15,11 +15,7 @@ from torch.utils._pytree import tree_leaves
 import pag_fast
 from pag_fast import CompileConfig
 from pag_fast.models.registry import repeated_blocks
-from pag_fast.runtime.compilation import (
-    Compilation,
-    _check_compiler,
-    _repeated,
-)
+from pag_fast.runtime.compilation import Compilation, _repeated
 from pag_fast.sharing.plan import compiled_call
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"
@@ -296,56 +292,3 @@ def test_cuda_graphs_hand_out_copies_and_mark_steps(monkeypatch):
     for out, copied in returned:
         for x, y in zip(tree_leaves(out), tree_leaves(copied), strict=True):
             assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compile": "fast"}, "compile must be True, False or a CompileConfig; got 'fast'"),
-        ({"compile": 1}, "compile must be True, False or a CompileConfig; got 1"),
-    ],
-)
-def test_bad_option(options, message):
-    with pytest.raises(ValueError, match=message):
-        pag_fast.patch(build(UNET), **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"regional": "yes"}, "regional must be True or False; got 'yes'"),
-        ({"backend": "fastest"}, "Unknown backend 'fastest': choose one of .*inductor"),
-        ({"cuda_graphs": True, "backend": "eager"}, "cuda_graphs needs backend='inductor'"),
-    ],
-)
-def test_bad_config(options, message):
-    with pytest.raises(ValueError, match=message):
-        CompileConfig(**options)
-
-
-def test_models_that_cannot_be_compiled(snapshot):
-    pipe = build(UNET)
-    pipe.unet.train()
-    before = snapshot(pipe)
-    with pytest.raises(ValueError, match=r"in training mode and is not compiled: call \.eval\(\)"):
-        pag_fast.patch(pipe, compile=True)
-    assert snapshot(pipe) == before
-    pipe.unet.eval()
-    pipe.unet.mid_block._hf_hook = object()
-    with pytest.raises(ValueError, match="hooks move or cast the weights of mid_block"):
-        pag_fast.patch(pipe, compile=True)
-    assert not hasattr(pipe, "_pag_fast")
-
-
-def test_no_compiler(monkeypatch):
-    from torch._inductor import cpp_builder
-
-    def none():
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    pipe = pag_fast.patch(build(UNET), compile=True)
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none was found: install"):
-        latents(pipe, call_kwargs(UNET, pipe))
-    with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device, and the pipeline is on"):
-        _check_compiler("cpu", CompileConfig(cuda_graphs=True))

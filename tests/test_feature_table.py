@@ -12,10 +12,10 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
+from random_adapters import _add_lora, _model
 from recorded import RecordingCapture
 from shallow import build as shallow
 from shallow import least
-from test_features import _add_lora, _model
 from tiny_hosts import HOSTS, call_kwargs, latents
 from torch._dynamo.utils import counters
 
@@ -72,10 +72,10 @@ def test_the_table_is_up_to_date():
 def test_a_cell_without_a_test_is_empty(monkeypatch):
     """The table follows the tests' parameters: Lumina 2's LoRA is here alone."""
     before = feature_table.cells()["Lumina-Image 2.0"]
-    monkeypatch.setitem(feature_table.EVIDENCE, "LoRA", (("test_features", "test_lora"),))
+    monkeypatch.setitem(feature_table.EVIDENCE, "LoRA", (("test_features_adapters", "test_lora"),))
     after = feature_table.cells()["Lumina-Image 2.0"]
     assert before["LoRA"] == "✓" and after == {**before, "LoRA": ""}
-    monkeypatch.setitem(feature_table.EVIDENCE, "LoRA", (("test_features", "test_gone"),))
+    monkeypatch.setitem(feature_table.EVIDENCE, "LoRA", (("test_features_adapters", "test_gone"),))
     with pytest.raises(AttributeError):
         feature_table.cells()
 

@@ -1,4 +1,4 @@
-"""A guider's model in other hands: threads, pipelines, other guiders, copies, caches."""
+"""A guider's model in other hands: threads, pipelines, other guiders, copies."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import copy
 import pickle
 import threading
 
-import diffusers
 import pytest
 import tiny_hosts
 import torch
-from modular import ALWAYS, SLG_ALWAYS, STEPS, case, denoise, differences, perturbed, slow, snapshot
+from modular import ALWAYS, SLG_ALWAYS, STEPS, case, denoise, differences, snapshot
 from numerics import relative
 
 import pag_fast
-from pag_fast.runtime.entry import Entry
 
 guiders = pytest.importorskip("pag_fast.guiders", exc_type=ImportError)
 
 PAG, SLG = guiders.PerturbedAttentionGuidance, guiders.SkipLayerGuidance
 SD3 = "StableDiffusion3Pipeline"
-SCALES = {"guidance_scale": 7.5, "scale": 2.8}
 
 
 def stock_forward(setup):
@@ -287,71 +284,3 @@ def test_what_is_captured_in_the_middle_of_a_pass_does_nothing_later(guider):
     assert relative(stock_forward(setup), stock) < 1e-6
     assert max(differences(denoise(setup, guider), expected)) < 1e-6
     assert relative(stock_forward(setup), stock) < 1e-6
-
-
-# ---- what others have put on the model ----
-
-
-def test_a_cache_that_knows_no_passes_is_refused():
-    setup = case("sd3")
-    config = diffusers.PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-    )
-    diffusers.hooks.apply_pyramid_attention_broadcast(setup.model, config)
-    before = snapshot(setup.model)
-    with pytest.raises(ValueError, match="PyramidAttentionBroadcast keeps one output for all"):
-        denoise(setup, PAG(**ALWAYS))
-    assert snapshot(setup.model) == before
-
-
-@pytest.mark.parametrize("where", ["model", "block", "forward"])
-def test_what_is_not_known_sees_every_module_run(where):
-    setup, calls, guider = case("sd3"), [], PAG(**ALWAYS)
-    block = setup.model.transformer_blocks[1]
-    original = block.forward
-
-    def hook(*args, **kwargs):
-        calls.append(1)
-
-    def forward(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    if where == "forward":
-        block.forward = forward
-    else:
-        (block if where == "block" else setup.model).register_forward_pre_hook(hook)
-    result = denoise(setup, guider)
-    assert len(calls) == 3 * STEPS
-    expected = slow(setup, perturbed(setup, None), active=range(STEPS), **SCALES)
-    assert max(differences(result, expected)) < 1e-5
-    (warning,) = guider._warned
-    assert warning.startswith("The perturbed pass runs as a whole: ")
-
-
-def test_rows_that_a_hook_in_front_of_the_model_changes():
-    """Cond's forward had another input behind the hook, though the same in front of it."""
-    setup, count = case("sd3"), []
-
-    def hook(model, args, kwargs):
-        count.append(1)
-        sample = kwargs["hidden_states"]
-        return args, {**kwargs, "hidden_states": sample + 0.25 * (len(count) % 3)}
-
-    setup.model.register_forward_pre_hook(hook, with_kwargs=True)
-    result = denoise(setup, PAG(**ALWAYS))
-    count.clear()
-    expected = slow(setup, perturbed(setup, None), active=range(STEPS), **SCALES)
-    assert max(differences(result, expected)) < 1e-5
-
-
-def test_a_guider_that_is_done_has_no_entry_on_the_model():
-    setup = case("sd3")
-    entries = []
-    denoise(
-        setup,
-        PAG(**ALWAYS),
-        before_pass=lambda *_: entries.append(vars(setup.model).get("_compiled_call_impl")),
-    )
-    assert all(isinstance(entry, Entry) for entry in entries)
-    assert "_compiled_call_impl" not in vars(setup.model)

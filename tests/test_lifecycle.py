@@ -1,4 +1,4 @@
-"""What a patched pipeline does in each of its states: patched, running, in a forward, failed."""
+"""What a patched pipeline does in each of its states: running, in a forward, copied, compiled."""
 
 from __future__ import annotations
 
@@ -10,87 +10,13 @@ import weakref
 
 import diffusers
 import pytest
-import shallow
-import tiny
-import tiny_hosts
 import torch
-from numerics import observing, relative
+from numerics import relative
+from states import CONTROL, FLUX, NAMES, PAG, SAG, SD, _build, _callback, _in_forward, _patch, _run
 
 import pag_fast
 from pag_fast.fusion.packed_linears import _WHOLES
 from pag_fast.runtime.entry import Entry
-from pag_fast.runtime.injected import InjectedSession
-from pag_fast.runtime.installation import Installation
-from pag_fast.runtime.session import Session
-
-SD, PAG, FLUX = "StableDiffusionPipeline", "StableDiffusionPAGPipeline", "FluxPipeline"
-SAG, CONTROL = "StableDiffusionSAGPipeline", "StableDiffusionControlNetPipeline"
-NAMES = pytest.mark.parametrize("name", [SD, PAG])
-
-
-class Injected(Exception):
-    pass
-
-
-def _build(name):
-    if name == SAG:
-        parts = dict(shallow.build(SD).components)
-        pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-    return shallow.build(name)
-
-
-def _run(pipe, **extra):
-    name = type(pipe).__name__
-    module = tiny if name in tiny.PIPELINES else tiny_hosts
-    kwargs = module.call_kwargs(SD if name == SAG else name, pipe, **extra)
-    return pipe(**kwargs).images
-
-
-def _patch(pipe, **options):
-    name = type(pipe).__name__
-    if name == SAG:
-        return pag_fast.patch(pipe, **options)
-    if name == FLUX:
-        options.setdefault("layers", [r"single_transformer_blocks\.1\."])
-    options.setdefault("layers", "mid")
-    if name != PAG:
-        options.setdefault("pag_scale", 2.0)
-    return pag_fast.patch(pipe, **options)
-
-
-def _callback(run, step=0):
-    def callback(pipe, i, t, tensors):
-        if i == step:
-            run()
-        return {}
-
-    return {"callback_on_step_end": callback}
-
-
-def _inner(pipe):
-    return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
-
-
-def _in_forward(pipe, run):
-    """A call in the middle of whose first forward ``run`` is called."""
-    seen = []
-
-    @observing
-    def hook(*_):
-        if not seen:
-            seen.append(1)
-            handle.remove()  # a copy of the model would have the hook, too
-            run()
-
-    handle = _inner(pipe).register_forward_hook(hook)
-    try:
-        return _run(pipe)
-    finally:
-        handle.remove()
-        assert seen
-
 
 # ---- unpatch, patch and patched while a call runs ----
 
@@ -329,136 +255,6 @@ def test_a_replaced_controlnet_is_let_go_at_the_next_call():
     del old
     gc.collect()
     assert gone() is None
-
-
-# ---- errors ----
-
-
-@pytest.mark.parametrize("where", ["enter_denoiser", "_combined", "_run", "forward", "combine"])
-@NAMES
-def test_an_error_anywhere(name, where, snapshot, monkeypatch):
-    error = KeyboardInterrupt if name == SD else Injected
-    pipe = _patch(_build(name))
-    expected, before = _run(pipe), snapshot(pipe)
-    kind = InjectedSession if name == SD else Session
-    if where == "combine" and name == SD:
-        kind, where = InjectedSession, "predictions"
-
-    def fail(*args, **kwargs):
-        raise error("injected")
-
-    with monkeypatch.context() as context, pytest.raises(error, match="injected"):
-        context.setattr(kind, where, fail)
-        _run(pipe)
-    assert snapshot(pipe) == before
-    assert pipe._pag_fast.session is None
-    assert torch.equal(_run(pipe), expected)
-    pag_fast.unpatch(pipe)
-    assert "_compiled_call_impl" not in vars(pipe.unet)
-
-
-UNDOING = [(Installation, "left"), (Installation, "forget"), (Session, "end")]
-
-
-@pytest.mark.parametrize(("kind", "method"), UNDOING, ids=lambda x: str(getattr(x, "__name__", x)))
-@NAMES
-def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, monkeypatch):
-    pipe = _patch(_build(name))
-    expected, before = _run(pipe), snapshot(pipe)
-    own = getattr(kind, method)
-
-    def fail(self, *args, **kwargs):
-        own(self, *args, **kwargs)
-        raise RuntimeError("in undoing")
-
-    @observing
-    def first(*_):
-        raise Injected("injected")
-
-    handle = _inner(pipe).register_forward_hook(first)
-    with monkeypatch.context() as context:
-        context.setattr(kind, method, fail)
-        with pytest.raises(Injected):
-            _run(pipe)
-        handle.remove()
-        with pytest.raises(RuntimeError, match="in undoing"):
-            _run(pipe)
-    assert snapshot(pipe) == before
-    assert torch.equal(_run(pipe), expected)
-
-
-def test_unpatching_goes_on_when_a_part_of_it_fails(monkeypatch):
-    pipe = _patch(_build(CONTROL))
-    _run(pipe)
-    fusions, released = [x for _, x in pipe._pag_fast._fusions.values()], []
-    release = type(fusions[0]).release
-
-    def fail(self):
-        raise RuntimeError("in undoing")
-
-    def recorded(self):
-        released.append(self)
-        release(self)
-
-    with monkeypatch.context() as context, pytest.raises(RuntimeError, match="in undoing"):
-        context.setattr(Installation, "release", fail)
-        context.setattr(type(fusions[0]), "release", recorded)
-        pag_fast.unpatch(pipe)
-    assert released == fusions
-    assert type(pipe) is diffusers.StableDiffusionControlNetPipeline
-    for model in (pipe.unet, pipe.controlnet):
-        assert "_compiled_call_impl" not in vars(model)
-
-
-# ---- failing patches ----
-
-BAD = {
-    "layers": {"layers": ["nothing"]},
-    "option": {"layers": "mid", "pag_scale": float("nan")},
-    "compiler": {"layers": "mid", "compile": pag_fast.CompileConfig(backend="eager")},
-    "mode": {"layers": "mid", "rescale": 0.5, "rescale_mode": "nonsense"},
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "bad"), [*[(SD, bad) for bad in BAD], (PAG, "compiler"), (CONTROL, "compiler")]
-)
-def test_a_failing_patch_leaves_the_earlier_one(name, bad, snapshot, monkeypatch):
-    def fail(*args, **kwargs):
-        raise Injected("injected")
-
-    # nothing else in this test compiles anything
-    monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    pipe = _patch(_build(name))
-    expected, before, state = _run(pipe), snapshot(pipe), pipe._pag_fast
-    with pytest.raises(Exception, match=r"."):
-        pag_fast.patch(pipe, **BAD[bad])
-    assert pipe._pag_fast is state
-    assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
-    assert snapshot(pipe) == before
-    assert relative(_run(pipe), expected) < 1e-5
-    with pytest.raises(Exception, match=r"."), pag_fast.patched(pipe, **BAD[bad]):
-        pass
-    assert pipe._pag_fast is state
-    assert relative(_run(pipe), expected) < 1e-5
-    pag_fast.unpatch(pipe)
-    assert "_compiled_call_impl" not in vars(pipe.unet)
-
-
-def test_a_failing_compilation_leaves_nothing_compiled(monkeypatch):
-    """Two models to compile, and the second fails."""
-    pipe = _build(CONTROL)
-    expected = _run(pipe)
-
-    def fail(*args, **kwargs):
-        raise Injected("injected")
-
-    monkeypatch.setattr(pipe.controlnet, "compile", fail)
-    with pytest.raises(Injected):
-        pag_fast.patch(pipe, "mid", compile=pag_fast.CompileConfig(backend="eager"))
-    assert not hasattr(pipe, "_pag_fast")
-    assert vars(pipe.unet).get("_compiled_call_impl") is None
-    assert torch.equal(_run(pipe), expected)
 
 
 # ---- what others capture in the middle of our forward ----

@@ -1,16 +1,9 @@
-"""What a call does is observed: its arguments, its passes, its steps, its guidance.
-
-The truth is a stock pipeline whose scheduler is handed ``noise + s·(cond − perturbed)``, both from
-forwards of their own: nothing in it knows of passes, arguments or CFG scales.
-"""
+"""What a call does is observed: its passes, its steps, its guidance."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import re
-import textwrap
 from typing import Any
 
 import diffusers
@@ -19,74 +12,31 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
+from observed_steps import (
+    COG,
+    FLUX,
+    HUNYUAN,
+    LUMINA,
+    QWEN,
+    SCALE,
+    SD,
+    SD3,
+    WAN,
+    XL,
+    _built,
+    _layers,
+    _model,
+    _run,
+    slow_steps,
+)
 from tiny_hosts import HOSTS
 
 import pag_fast
 from pag_fast.models.layer_names import resolve
 
-SD, XL, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline"
-SD3, WAN, QWEN = "StableDiffusion3Pipeline", "WanPipeline", "QwenImagePipeline"
-LUMINA, COG, HUNYUAN = "Lumina2Pipeline", "CogVideoXPipeline", "HunyuanVideoPipeline"
-SCALE = 3.0
 TRUE_CFG = [FLUX, "FluxImg2ImgPipeline", "FluxInpaintPipeline", HUNYUAN]
 APART = [*TRUE_CFG, WAN]
 EVERY = [SD, XL, SD3, COG, "LTXPipeline", *APART]
-
-
-@functools.cache
-def _built(name):
-    return tiny_hosts.build(name)
-
-
-def _model(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
-def _layers(name):
-    return HOSTS[name].layers["middle"]
-
-
-def _run(pipe, name, **extra):
-    steps = extra.pop("steps", 3)
-    kwargs = {**tiny_hosts.call_kwargs(name, pipe, steps=steps), **extra}
-    return tiny_hosts.latents(pipe, {k: v for k, v in kwargs.items() if v is not None})
-
-
-@contextlib.contextmanager
-def slow_steps(pipe, name, scale=SCALE):
-    """``pipe`` with PAG at its scheduler; yields the number of steps so far, in a list."""
-    model, scheduler, spec = _model(pipe), pipe.scheduler, HOSTS[name]
-    own, own_step, calls, steps = model.forward, scheduler.step, [], [0]
-    attentions = list(resolve(model, _layers(name)).values())
-    sign = -1.0 if name == LUMINA else 1.0  # it turns predictions round
-
-    def forward(*args, **kwargs):
-        call = {**dict(zip(tiny_hosts.inspect_parameters(model), args, strict=False)), **kwargs}
-        out = own(**call)
-        calls.append((call, out[0]))
-        return out
-
-    def step(noise, t, sample, *args, **kwargs):
-        call, prediction = calls[0]  # diffusers runs cond first
-        calls.clear()
-        steps[0] += 1
-        inputs = call["sample" if "sample" in call else "hidden_states"]
-        frames = inputs.shape[2] if "sample" in call and inputs.ndim == 5 else 1
-        if inputs.shape[0] == 2 * sample.shape[0]:
-            rows = inputs.shape[0]
-            call = {k: tiny_hosts.rows_of(k, v, rows, frames, 2, 1) for k, v in call.items()}
-            prediction = prediction.chunk(2)[1]
-        lengths, image = tiny_hosts.text_and_image(name, call)
-        with tiny_hosts.perturbing(attentions, spec.text, lengths, image), torch.no_grad():
-            difference = prediction - own(**call)[0]
-        noise = noise + sign * scale * difference.to(noise.dtype)
-        return own_step(noise, t, sample, *args, **kwargs)
-
-    model.forward, scheduler.step = forward, functools.wraps(own_step)(step)
-    try:
-        yield steps
-    finally:
-        del model.forward, scheduler.step
 
 
 def _check(pipe, name, *, differs=True, **extra):
@@ -203,136 +153,6 @@ def test_cfg_turned_off_in_the_middle(name):
 
     inputs = {"callback_on_step_end_tensor_inputs": names.get(name, [])}
     _check(pipe, name, steps=4, callback_on_step_end=callback, **inputs)
-
-
-# ---- arguments: subclasses and decorators ----
-
-
-def _source(base, *changes):
-    """The class's own loop, copied into a function, with changes."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(base.__call__)))
-    source = source[source.index("def __call__") :]
-    for old, new in changes:
-        source, found = re.subn(old, new, source)
-        assert found, old
-    space = dict(vars(inspect.getmodule(base)))
-    exec(compile("from __future__ import annotations\n" + source, "<copied>", "exec"), space)
-    return torch.no_grad()(space[re.search(r"def (\w+)", source)[1]])
-
-
-def _super(base):
-    class Sub(base):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs)
-
-    return Sub
-
-
-def _by_name(base):
-    class Sub(base):
-        def __call__(self, extra=None, **kwargs):
-            self.seen = extra
-            return base.__call__(self, **kwargs)
-
-    return Sub
-
-
-def _defaults(base):
-    class Sub(base):
-        def __call__(self, guidance_scale=5.0, true_cfg_scale=5.0, **kwargs):
-            cfg = HOSTS[base.__name__].cfg
-            scale = guidance_scale if cfg == "guidance_scale" else true_cfg_scale
-            return super().__call__(**{**kwargs, cfg: scale})
-
-    return Sub
-
-
-def _wrapped(base):
-    def decorator(function):
-        @functools.wraps(function)
-        def wrapper(*args, **kwargs):
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    class Sub(base):
-        __call__ = decorator(decorator(base.__call__))
-
-    return Sub
-
-
-def _hidden(base):
-    def decorator(function):
-        return lambda this, *args, **kwargs: function(this, *args, **kwargs)
-
-    class Sub(base):
-        @decorator
-        def __call__(self, **kwargs):
-            return super().__call__(**kwargs)
-
-    return Sub
-
-
-def _copied(base, *changes):
-    return type("Sub", (base,), {"__call__": _source(base, *changes)})
-
-
-def _renamed(base):
-    """Another variable counts the steps, and ``i`` is something else."""
-    return _copied(
-        base,
-        (r"\bi\b(?!f)", "number"),
-        (r"(\n    )(device = self\._execution_device)", r"\1i = 7\1\2"),
-    )
-
-
-def _other_function(base):
-    return _copied(base, (r"def __call__", "def generate"))
-
-
-SUBCLASSES = [_super, _by_name, _defaults, _wrapped, _hidden]
-LOOPS = [_copied, _renamed, _other_function]
-
-
-def _as(pipe, make):
-    made = make(type(pipe))(**pipe.components, **_more(pipe))
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def _more(pipe):
-    parameters = inspect.signature(type(pipe).__init__).parameters
-    return {k: False for k in ("requires_safety_checker", "add_watermarker") if k in parameters}
-
-
-@pytest.mark.parametrize("make", [*SUBCLASSES, *LOOPS])
-@pytest.mark.parametrize("name", [SD, FLUX, WAN])
-def test_subclasses(name, make):
-    pipe = _built(name)
-    with slow_steps(pipe, name):
-        truth = _run(pipe, name)
-    made = _as(pipe, make)
-    with pag_fast.patched(made, _layers(name), pag_scale=SCALE, strict=True):
-        extra = {HOSTS[name].cfg: None} if make is _defaults else {}
-        assert relative(_run(made, name, **extra), truth) < 1e-5
-        assert sum(made._pag_fast.steps.values()) == 3
-
-
-@pytest.mark.skipif(QWEN not in HOSTS, reason=f"this diffusers has no {QWEN} that fits")
-@pytest.mark.parametrize("make", [*SUBCLASSES, *LOOPS])
-def test_subclasses_where_the_scale_has_to_be_known(make):
-    pipe = _built(QWEN)
-    attentions = list(resolve(pipe.transformer, _layers(QWEN)).values())
-    with tiny_hosts.slow_pag(pipe, QWEN, attentions, SCALE, 5.0):
-        truth = _run(pipe, QWEN)
-    made = _as(pipe, make)
-    extra = {HOSTS[QWEN].cfg: None} if make is _defaults else {}
-    with pag_fast.patched(made, _layers(QWEN), pag_scale=SCALE, strict=True):
-        if make in LOOPS:  # nobody knows what its variables mean
-            with pytest.raises(ValueError, match="call the pipeline's own __call__"):
-                _run(made, QWEN, **extra)
-        else:
-            assert relative(_run(made, QWEN, **extra), truth) < 1e-5
 
 
 # ---- steps ----

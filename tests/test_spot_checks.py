@@ -10,9 +10,9 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
-from test_sag import _build as build_sag
-from test_sag import _kwargs as sag_kwargs
 from tiny import PIPELINES, build, call_kwargs, latents
+from tiny_sag import _build as build_sag
+from tiny_sag import _kwargs as sag_kwargs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

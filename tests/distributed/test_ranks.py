@@ -1,11 +1,9 @@
-"""Branches on ranks: the picture of one process, the same bits on all, or a ``ValueError``."""
+"""Branches on ranks: the picture of one process, the same bits on all, and what runs where."""
 
 from __future__ import annotations
 
 import os
-import time
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import tiny
 import tiny_hosts
 import torch
 from PIL import Image
+from rank_cases import FLUX, SD3, SDXL, Case, build, check, draw, module_of
 
 import pag_fast
 from examples.ranks.draw import main as draw_example
@@ -24,19 +23,6 @@ from pag_fast.analysis.counter import FlopCounter
 from pag_fast.analysis.ranks import rank_costs
 from pag_fast.runtime.compatibility_origins import row_wise
 from pag_fast.tools.load import emoji
-
-
-@dataclass(frozen=True)
-class Case:
-    """One picture: a pipeline, what is different in its call, its patch and its denoiser."""
-
-    pipeline: str
-    call: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-
-
-SDXL, SD3, FLUX = "StableDiffusionXLPAGPipeline", "StableDiffusion3PAGPipeline", "FluxPipeline"
 
 PAG = [
     Case(SDXL),
@@ -83,29 +69,6 @@ OPTIONS = [
 ]
 
 
-def module_of(name: str) -> Any:
-    return tiny if name in tiny.PIPELINES else tiny_hosts
-
-
-def build(mesh: Any, case: Case) -> Any:
-    """The pipeline, patched, on ranks where there is a mesh."""
-    module, options = module_of(case.pipeline), dict(case.options)
-    specs = tiny.PIPELINES if module is tiny else tiny_hosts.HOSTS
-    if "branches" not in options:
-        options.setdefault("layers", specs[case.pipeline].layers["middle"])
-    place = None if mesh is None else mesh["branch"]
-    return pag_fast.patch(module.build(case.pipeline, **case.model), mesh=place, **options)
-
-
-def draw(mesh: Any, case: Case, **more: Any) -> torch.Tensor:
-    """The latents of one call."""
-    pipe, module = build(mesh, case), module_of(case.pipeline)
-    kwargs = module.call_kwargs(case.pipeline, pipe, **case.call)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "pag_fast")
-        return module.latents(pipe, {**kwargs, **more})
-
-
 def draw_all(mesh: Any, cases: list[Case]) -> list[torch.Tensor]:
     return [draw(mesh, case) for case in cases]
 
@@ -115,12 +78,6 @@ def compare(size: int, cases: list[Case]) -> None:
     ranks = processes.run(size, draw_all, cases)
     for case, wanted, *found in zip(cases, whole, *ranks, strict=True):
         check(case.pipeline, wanted, found)
-
-
-def check(name: str, wanted: torch.Tensor, found: list[torch.Tensor]) -> None:
-    assert all(torch.equal(x, found[0]) for x in found), f"{name}: ranks differ"
-    error = (found[0] - wanted).norm() / wanted.norm()
-    assert error <= 2e-6, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -265,130 +222,6 @@ def test_explain_says_what_runs_where() -> None:
     ]
     assert all(rank["flops"] > 0 for rank in ranks)
     assert "branches on ranks" in text and "on the slowest rank, one process over it 1." in text
-
-
-# ---- ranks that do not agree, and what is refused ----
-
-
-def raised(mesh: Any, case: Case, **more: Any) -> str:
-    try:
-        draw(mesh, case, **more)
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
-
-
-def disagree(mesh: Any) -> dict[str, str]:
-    rank = mesh.get_rank()
-    seed = torch.Generator().manual_seed(rank)
-    wide = {"height": 32, "width": 16 if rank else 32}
-    return {
-        "latents or timesteps": raised(mesh, Case(SDXL), generator=seed),
-        "prompts or other conditioning": raised(mesh, Case(SDXL, {"seed": rank})),
-        "latents' size or dtype": raised(mesh, Case(SD3), **wide),
-        "number of steps": raised(mesh, Case(SD3, {"steps": 2 + rank})),
-        "perturbed layers": raised(mesh, Case(SD3, options={"layers": f"blocks.{1 + rank}"})),
-    }
-
-
-def test_ranks_that_differ_raise_on_all() -> None:
-    for found in processes.run(2, disagree):
-        for what, message in found.items():
-            assert "do not draw the same picture" in message and what in message, message
-
-
-def shifted(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    rank = torch.distributed.get_rank()
-    return {"latents": kwargs["latents"] + rank} if step == 1 else {}
-
-
-def test_latents_that_a_callback_sets_apart() -> None:
-    case = Case(SDXL, {"steps": 4})
-    for message in processes.run(2, raise_later, case):
-        assert "they differ in latents or timesteps" in message
-
-
-def raise_later(mesh: Any, case: Case) -> str:
-    return raised(mesh, case, callback_on_step_end=shifted)
-
-
-def wait(mesh: Any) -> tuple[str, float]:
-    def fail(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if mesh.get_rank() == 1:
-            raise KeyError("of a callback")
-        return {}
-
-    start = time.monotonic()
-    try:
-        draw(mesh, Case(SD3, {"steps": 3}), callback_on_step_end=fail)
-    except (KeyError, RuntimeError) as error:
-        kind = type(error).__name__
-        time.sleep(0 if kind == "RuntimeError" else 4)
-        return kind, time.monotonic() - start
-    return "nothing", 0.0
-
-
-def test_a_rank_that_has_raised_is_waited_for_until_the_timeout() -> None:
-    (first, waited), (second, _) = processes.run(2, wait, timeout=2, barrier=False)
-    assert (first, second) == ("RuntimeError", "KeyError")
-    assert waited < 30
-
-
-def refusals(mesh: Any) -> dict[str, str]:
-    """What is raised by patch, by what is wrong, on a mesh of 2 × 1."""
-    branch, found = mesh["branch"], {}
-    lone = torch.distributed.device_mesh.DeviceMesh("cpu", [0, 1])
-    options: dict[str, tuple[str, dict[str, Any]]] = {
-        "2 dimensions": (SDXL, {"mesh": mesh}),
-        "has 1": (SDXL, {"mesh": mesh["other"]}),
-        "one without a name": (SDXL, {"mesh": lone}),
-        "DeviceMesh": (SDXL, {"mesh": 2}),
-        "leave out graphs": (SDXL, {"mesh": branch, "graphs": True}),
-        "nobody has described": ("HunyuanVideo15Pipeline", {"mesh": branch}),
-    }
-    for wrong, (name, more) in options.items():
-        try:
-            pag_fast.patch(module_of(name).build(name), **more)
-        except ValueError as error:
-            found[wrong] = str(error)
-    pipe = build(mesh, Case(SDXL))
-    pipe.unet.mid_block.register_forward_hook(lambda *_: None)  # of somebody else's
-    try:
-        pipe(**tiny.call_kwargs(SDXL, pipe))
-    except ValueError as error:
-        found["would see some of the rows"] = str(error)
-    return found
-
-
-def test_refusals_are_sentences() -> None:
-    for found in processes.run(2, refusals, shape={"branch": 2, "other": 1}):
-        assert len(found) == 7
-        for what, message in found.items():
-            assert what in message and message.endswith("."), message
-
-
-def test_a_mesh_needs_a_process_group() -> None:
-    with pytest.raises(ValueError, match=r'one dimension of a torch DeviceMesh.*\["branch"\]'):
-        build({"branch": "nothing"}, Case(SDXL))
-
-
-def too_many(mesh: Any) -> str:
-    return raised(mesh, Case("Flux2Pipeline"))
-
-
-def test_a_rank_too_many() -> None:
-    for message in processes.run(3, too_many):
-        assert "cond and perturbed for 3 ranks: use a mesh of 2." in message
-
-
-def draw_two(mesh: Any) -> torch.Tensor:
-    return draw(mesh, Case(SD3, {"seed": mesh["data"].get_local_rank()}))
-
-
-def test_two_groups_draw_a_picture_each() -> None:
-    found = processes.run(4, draw_two, shape={"data": 2, "branch": 2})
-    for seed in (0, 1):
-        check(f"seed {seed}", draw(None, Case(SD3, {"seed": seed})), found[2 * seed :][:2])
 
 
 # ---- the example ----

@@ -1,0 +1,45 @@
+"""Tiny models for the tests of compatibility, somebody else's wrapper, and what is found there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import tiny
+import tiny_hosts
+import torch
+from torch import nn
+
+from pag_fast.runtime.compatibility import Answer, look
+
+WEIGHTS = Answer.WEIGHTS_APART | Answer.NOTHING_KEPT
+CACHE = Answer.UNSHARED | Answer.KEEP_ROWS | Answer.MAY_SKIP
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def _unet() -> Any:
+    return tiny.unet().eval()
+
+
+def _flux() -> Any:
+    return tiny_hosts.flux().eval()
+
+
+def _answers(model: nn.Module, **options: Any) -> dict[str, Answer]:
+    return {finding.what: finding.answer for finding in look(model, **options)}
+
+
+def _wrap(module: nn.Module) -> None:
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]

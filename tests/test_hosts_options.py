@@ -1,0 +1,200 @@
+"""PAG added to pipelines that have none: other guidance, layers and perturbations, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from built_hosts import FLUX, SD, SD3, _model, _pipe
+from numerics import observing, relative
+from sweep.spec import photo
+from tiny_hosts import HOSTS, build, call_kwargs, latents
+
+import pag_fast
+from pag_fast.ops import reference
+
+
+def test_cogvideox_decides_on_its_scale_behind_the_model():
+    """So the difference goes into uncond and cond: for a constant scale that is the same."""
+    name = "CogVideoXPipeline"
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    with pag_fast.patched(pipe, layers):
+        constant = latents(pipe, call_kwargs(name, pipe))
+        dynamic = latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
+        host = pipe._pag_fast.host
+        pipe._pag_fast.host = dataclasses.replace(host, scale=lambda *_: None)
+        assert relative(latents(pipe, call_kwargs(name, pipe)), constant) < 1e-5
+    assert relative(dynamic, constant) > 1e-3
+
+
+def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
+    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    skip["skip_layer_guidance_start"] = 0.0
+    skip["skip_layer_guidance_scale"] = 20.0
+    with pag_fast.patched(pipe, layers):
+        plain = latents(pipe, call_kwargs(SD3, pipe))
+        both = latents(pipe, call_kwargs(SD3, pipe, **skip))
+        assert dict(pipe._pag_fast.steps) == {"shared": 4, "stock guidance resumed": 1}
+    assert relative(both, plain) > 1e-4
+
+
+@pytest.mark.parametrize("mode", [None, "cfg", "full", "partial", "snf"])
+def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
+    """Its own term, ``k·(cond − skipped)``, is added to what PAG's guidance makes of the others."""
+    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    rescale = {"rescale_mode": mode} if mode else {}
+    if mode not in (None, "snf"):
+        rescale["rescale"] = 0.7
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    skip |= {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_scale": 20.0}
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, **rescale):
+        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(SD3, pipe, steps=2, **skip))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    # diffusers skips no layers in the first step
+    _, three, skipped = predicted
+    uncond, cond, perturbed = three.chunk(3)
+    truth = reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **rescale)
+    assert relative(combined[1], truth) > 1e-3
+    assert relative(combined[1], truth + 20.0 * (cond - skipped)) < 1e-5
+
+
+def test_an_adapter_in_a_perturbed_layer_is_refused(snapshot):
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = build(FLUX)
+    block = pipe.transformer.transformer_blocks[1].attn
+    block.set_processor(FluxIPAdapterAttnProcessor(16, 16))
+    pag_fast.patch(pipe, "^transformer_blocks.1")
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="runs FluxIPAdapterAttnProcessor, whose arithmetic"):
+        latents(pipe, call_kwargs(FLUX, pipe))
+    assert snapshot(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pag_scale": -1.0}, "pag_scale must be a number of at least 0, and finite; got -1.0"),
+        ({"pag_adaptive_scale": True}, "pag_adaptive_scale must be a number"),
+        ({"layers": "blocks.77"}, "matches none of the 6 self-attention layers of FluxT"),
+    ],
+)
+def test_bad_options(options, message, snapshot):
+    pipe = _pipe(FLUX)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=message):
+        pag_fast.patch(pipe, **options)
+    assert snapshot(pipe) == before
+
+
+def test_a_pag_pipeline_takes_its_scale_in_the_call():
+    pipe = tiny.build("StableDiffusionPAGPipeline")
+    with pytest.raises(ValueError, match="takes it in every call"):
+        pag_fast.patch(pipe, pag_scale=2.0)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
+def test_rescale_modes(name, mode):
+    """What reaches the scheduler, against the op on what the model has predicted."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    rescale = {} if mode == "snf" else {"rescale": 0.7}
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
+        # in front of the session's own hook, which combines
+        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(name, pipe, steps=1))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    if name == SD:
+        uncond, cond, perturbed = predicted[0].chunk(3)
+    else:
+        (cond, perturbed), uncond = predicted[0].chunk(2), predicted[1]
+    plain, truth = (
+        reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **options)
+        for options in ({}, {"rescale_mode": mode, **rescale})
+    )
+    assert relative(truth, plain) > 1e-4
+    assert relative(combined[0], truth) < 1e-5
+
+
+def test_guidance_is_rescaled_once():
+    pipe, name = _pipe(SD), SD
+    twice = pytest.raises(ValueError, match=r"guidance_rescale=0\.5 and the patch rescale_mode")
+    with pag_fast.patched(pipe, rescale_mode="full", rescale=0.7), twice:
+        latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.5))
+    name = "CogVideoXPipeline"
+    pipe = _pipe(name)
+    with pag_fast.patched(pipe, HOSTS[name].layers["middle"], rescale_mode="partial", rescale=0.7):
+        latents(pipe, call_kwargs(name, pipe))
+        with pytest.raises(ValueError, match="scale of CFG has to be known"):
+            latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
+
+
+def test_layers_can_be_changed_between_calls():
+    pipe = _pipe(SD)
+    with pag_fast.patched(pipe, "mid"):
+        mid = latents(pipe, call_kwargs(SD, pipe))
+        pipe.set_pag_applied_layers("up_blocks.2")
+        up = latents(pipe, call_kwargs(SD, pipe))
+        with pytest.raises(ValueError, match="matches none"):
+            pipe.set_pag_applied_layers("sideways")
+    with pag_fast.patched(pipe, "up_blocks.2"):
+        assert torch.equal(latents(pipe, call_kwargs(SD, pipe)), up)
+    assert relative(up, mid) > 1e-4
+
+
+@pytest.mark.skipif("Flux2KleinKVPipeline" not in HOSTS, reason="this diffusers has no FLUX.2")
+def test_keys_that_are_kept_from_step_to_step_are_refused(snapshot):
+    """FLUX.2 Klein keeps those of its reference pictures, without the perturbed rows."""
+    name = "Flux2KleinKVPipeline"
+    pipe = build(name)
+    pag_fast.patch(pipe, HOSTS[name].layers["middle"])
+    before = snapshot(pipe)
+    picture = photo()
+    with pytest.raises(ValueError, match="keeps keys and values of its reference pictures"):
+        latents(pipe, call_kwargs(name, pipe, image=picture))
+    assert snapshot(pipe) == before
+
+
+_OF_BLOCKS = [("Flux2Pipeline", "shuffle"), ("ZImagePipeline", "shuffle")]
+_OF_BLOCKS += [("ZImagePipeline", "skip"), ("WanVACEPipeline", "skip")]
+
+
+@pytest.mark.parametrize(("name", "how"), [case for case in _OF_BLOCKS if case[0] in HOSTS])
+def test_blocks_with_one_stream_or_code_between_them(name, how):
+    """As with branches apart, and beside a prompt of another length as alone."""
+    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pictures = []
+    for share, batch in ((True, 1), (False, 1), (True, HOSTS[name].batches[-1])):
+        with pag_fast.patched(pipe, layers, perturbation=how, share_branches=share):
+            kwargs = call_kwargs(name, pipe, batch=batch)
+            if batch > 1:
+                kwargs["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
+            else:
+                whole = call_kwargs(name, pipe, batch=HOSTS[name].batches[-1])
+                kwargs |= {k: x[:1] for k, x in whole.items() if k.endswith("prompt_embeds")}
+            pictures.append(latents(pipe, kwargs)[:1])
+    assert relative(pictures[0], pictures[1]) < 1e-5
+    assert relative(pictures[2], pictures[0]) < 1e-5
