@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from shallow_cards import shallow_card
 
-from benchmarks import roofline
-from benchmarks.roofline import CHIPS, Op, Rates, Step
+from benchmarks import roofline, roofline_steps
+from benchmarks.roofline_steps import CHIPS, Op, Rates, Step
 from pag_fast.analysis.kernel_counts import launch_counts
 from pag_fast.analysis.ledger import entry
 from pag_fast.analysis.published import CARDS
@@ -31,7 +31,7 @@ of_dev = pytest.mark.skipif(
 
 @functools.cache
 def _steps(pipeline):
-    return roofline.steps(pipeline)
+    return roofline_steps.steps(pipeline)
 
 
 def _block(page, name):
@@ -65,9 +65,9 @@ def test_a_stale_page_is_noticed():
 def test_steps_are_those_of_the_ledger_and_the_launch_counts(monkeypatch):
     pipeline = "StableDiffusionControlNetPAGPipeline"
     monkeypatch.setitem(CARDS, pipeline, shallow_card(pipeline))
-    roofline._denoiser.cache_clear()
-    steps, cost, counts = roofline.steps(pipeline), entry(pipeline).cost, launch_counts(pipeline)
-    roofline._denoiser.cache_clear()
+    roofline_steps._denoiser.cache_clear()
+    steps, cost, counts = roofline_steps.steps(pipeline), entry(pipeline).cost, launch_counts(pipeline)
+    roofline_steps._denoiser.cache_clear()
     assert (steps.stock.flops, steps.first, steps.least) == (cost.stock, cost.patched, cost.bound)
     assert (len(steps.stock.ops), steps.stock.moved) == (counts.stock, counts.stock_bytes)
     assert (len(steps.patched.ops), steps.patched.moved) == (counts.patched, counts.patched_bytes)
@@ -99,7 +99,7 @@ def test_an_op_takes_the_longer_of_its_two_times():
         "convolutions": 0,
         "attention": 0,
         "norms": 0,
-        roofline.REST: 2 / 3,
+        roofline_steps.REST: 2 / 3,
     }
 
 
@@ -111,7 +111,7 @@ def test_chips_attain_less_than_their_peak():
 
 def test_published_times_are_above_the_floor():
     """A time below it would mean that the floor or the citation is wrong."""
-    known = [p for p in roofline.PUBLISHED if p.pipeline in QUICK]
+    known = [p for p in roofline_steps.PUBLISHED if p.pipeline in QUICK]
     assert known
     for published in known:
         chip = next(chip for chip in CHIPS if chip.name == published.chip)
