@@ -13,16 +13,16 @@ SD3, LUMINA = "StableDiffusion3Pipeline", "Lumina2Pipeline"
 
 
 @functools.lru_cache(maxsize=2)
-def _pipe(name):
+def built_host(name):
     return build(name)
 
 
-def _model(pipe):
+def denoiser_of(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-def _slow(pipe, name, layers, kwargs, pag_scale=3.0):
-    attentions = list(resolve(_model(pipe), layers).values())
+def slow(pipe, name, layers, kwargs, pag_scale=3.0):
+    attentions = list(resolve(denoiser_of(pipe), layers).values())
     scale = HOSTS[name].cfg_scale(kwargs)
     with slow_pag(pipe, name, attentions, pag_scale, scale):
         return latents(pipe, kwargs)

@@ -79,7 +79,7 @@ def joined():
     return Joined()
 
 
-def _owns_storages(parameters):
+def owns_storages(parameters):
     storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parameters}
     sizes = [p.numel() * p.element_size() for p in parameters]
     return list(storages.values()) == sizes

@@ -22,19 +22,19 @@ SCALE = 3.0
 
 
 @functools.cache
-def _built(name):
+def built_once(name):
     return tiny_hosts.build(name)
 
 
-def _model(pipe):
+def denoiser_of(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-def _layers(name):
+def layers_of(name):
     return HOSTS[name].layers["middle"]
 
 
-def _run(pipe, name, **extra):
+def run_call(pipe, name, **extra):
     steps = extra.pop("steps", 3)
     kwargs = {**tiny_hosts.call_kwargs(name, pipe, steps=steps), **extra}
     return tiny_hosts.latents(pipe, {k: v for k, v in kwargs.items() if v is not None})
@@ -43,9 +43,9 @@ def _run(pipe, name, **extra):
 @contextlib.contextmanager
 def slow_steps(pipe, name, scale=SCALE):
     """``pipe`` with PAG at its scheduler; yields the number of steps so far, in a list."""
-    model, scheduler, spec = _model(pipe), pipe.scheduler, HOSTS[name]
+    model, scheduler, spec = denoiser_of(pipe), pipe.scheduler, HOSTS[name]
     own, own_step, calls, steps = model.forward, scheduler.step, [], [0]
-    attentions = list(resolve(model, _layers(name)).values())
+    attentions = list(resolve(model, layers_of(name)).values())
     sign = -1.0 if name == LUMINA else 1.0  # it turns predictions round
 
     def forward(*args, **kwargs):

@@ -9,7 +9,7 @@ from tiny import call_kwargs, latents
 import pag_fast
 
 
-def _assert_parity(pipe, name, tolerance=1e-5, **kwargs):
+def assert_parity(pipe, name, tolerance=1e-5, **kwargs):
     stock = latents(pipe, call_kwargs(name, pipe, **kwargs))
     with pag_fast.patched(pipe):
         patched = latents(pipe, call_kwargs(name, pipe, **kwargs))
@@ -20,6 +20,6 @@ def _assert_parity(pipe, name, tolerance=1e-5, **kwargs):
     return steps
 
 
-def _patched(pipe, name, layers=None, **kwargs):
+def patched_build(pipe, name, layers=None, **kwargs):
     with pag_fast.patched(pipe, layers):
         return latents(pipe, call_kwargs(name, pipe, **kwargs))

@@ -41,7 +41,7 @@ EVERYWHERE = [
 
 
 @functools.cache
-def _pipe(name):
+def perturbed_pipe(name):
     return build(name)
 
 
@@ -49,7 +49,7 @@ def _size(name):
     return {"height": 32, "width": 64} if name == SANA else SIZE
 
 
-def _kwargs(name, pipe, **change):
+def picture_kwargs(name, pipe, **change):
     return call_kwargs(name, pipe, **{**_size(name), **change})
 
 
@@ -62,15 +62,15 @@ def _names(pipe, layers, how):
     return names
 
 
-def _both(name, branches, *, cfg=True, layers=None, **options):
+def both_pictures(name, branches, *, cfg=True, layers=None, **options):
     """Final latents: patched, and naively; and what the patch counted."""
-    pipe = _pipe(name)
+    pipe = perturbed_pipe(name)
     try:
         if layers is not None:
             pag_fast.patch(pipe, layers, perturbation=branches[0].perturbation, **options)
         else:
             pag_fast.patch(pipe, branches=branches, **options)
-        patched = latents(pipe, _kwargs(name, pipe, cfg=cfg))
+        patched = latents(pipe, picture_kwargs(name, pipe, cfg=cfg))
         steps = dict(pipe._pag_fast.steps)
     finally:
         pag_fast.unpatch(pipe)
@@ -80,5 +80,5 @@ def _both(name, branches, *, cfg=True, layers=None, **options):
         for branch, scale in zip(branches, scales, strict=True)
     ]
     with naive(pipe, name, written, GRIDS, cfg):
-        expected = latents(pipe, _kwargs(name, pipe, cfg=cfg, pag_scale=sum(scales)))
+        expected = latents(pipe, picture_kwargs(name, pipe, cfg=cfg, pag_scale=sum(scales)))
     return patched, expected, steps

@@ -14,7 +14,7 @@ FAMILIES = [
 ]
 
 
-def _model(pipe):
+def denoiser_of(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
@@ -23,14 +23,14 @@ def _lora_layers(model):
     return [n for n in ("to_q", "to_k", "to_v", "add_k_proj") if n in names]
 
 
-def _add_lora(model):
+def add_lora(model):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=2, target_modules=_lora_layers(model), init_lora_weights=False)
     inject_adapter_in_model(config, model)
 
 
-def _with_ip_adapter(pipe, dim=12, tokens=4):
+def with_ip_adapter(pipe, dim=12, tokens=4):
     """Load an IP-Adapter of random weights, made for the pipeline's UNet."""
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 

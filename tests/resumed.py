@@ -19,7 +19,7 @@ SKIP = {
 
 
 @functools.lru_cache(maxsize=4)
-def _pipe(name):
+def resumed_pipe(name):
     return tiny_hosts.build(name) if name == SD3 else tiny_ltx2.build(name)
 
 
@@ -29,11 +29,11 @@ def _kwargs(name, pipe, **more):
     return tiny_ltx2.call_kwargs(name, **more)
 
 
-def _latents(name, pipe, **more):
+def resumed_latents(name, pipe, **more):
     made = tiny_hosts if name == SD3 else tiny_ltx2
     return made.latents(pipe, _kwargs(name, pipe, **more))
 
 
-def _patched(name, pipe, **options):
+def patched_guidance(name, pipe, **options):
     without_pag = {"layers": "blocks.1", "pag_scale": 0.0} if name == SD3 else {}
     return pag_fast.patched(pipe, **without_pag, **options)

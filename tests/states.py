@@ -16,7 +16,7 @@ SAG, CONTROL = "StableDiffusionSAGPipeline", "StableDiffusionControlNetPipeline"
 NAMES = pytest.mark.parametrize("name", [SD, PAG])
 
 
-def _build(name):
+def build_pipe(name):
     if name == SAG:
         parts = dict(shallow.build(SD).components)
         pipe = diffusers.StableDiffusionSAGPipeline(**parts, requires_safety_checker=False)
@@ -25,14 +25,14 @@ def _build(name):
     return shallow.build(name)
 
 
-def _run(pipe, **extra):
+def run_pipe(pipe, **extra):
     name = type(pipe).__name__
     module = tiny if name in tiny.PIPELINES else tiny_hosts
     kwargs = module.call_kwargs(SD if name == SAG else name, pipe, **extra)
     return pipe(**kwargs).images
 
 
-def _patch(pipe, **options):
+def patch_pipe(pipe, **options):
     name = type(pipe).__name__
     if name == SAG:
         return pag_fast.patch(pipe, **options)
@@ -44,7 +44,7 @@ def _patch(pipe, **options):
     return pag_fast.patch(pipe, **options)
 
 
-def _callback(run, step=0):
+def with_callback(run, step=0):
     def callback(pipe, i, t, tensors):
         if i == step:
             run()
@@ -53,11 +53,11 @@ def _callback(run, step=0):
     return {"callback_on_step_end": callback}
 
 
-def _inner(pipe):
+def inner(pipe):
     return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
 
 
-def _in_forward(pipe, run):
+def in_forward(pipe, run):
     """A call in the middle of whose first forward ``run`` is called."""
     seen = []
 
@@ -68,9 +68,9 @@ def _in_forward(pipe, run):
             handle.remove()  # a copy of the model would have the hook, too
             run()
 
-    handle = _inner(pipe).register_forward_hook(hook)
+    handle = inner(pipe).register_forward_hook(hook)
     try:
-        return _run(pipe)
+        return run_pipe(pipe)
     finally:
         handle.remove()
         assert seen

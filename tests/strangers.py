@@ -18,24 +18,24 @@ CACHE = Answer.UNSHARED | Answer.KEEP_ROWS | Answer.MAY_SKIP
 
 
 @pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
+def no_gradients() -> Any:
     with torch.no_grad():
         yield
 
 
-def _unet() -> Any:
+def unet() -> Any:
     return tiny.unet().eval()
 
 
-def _flux() -> Any:
+def flux() -> Any:
     return tiny_hosts.flux().eval()
 
 
-def _answers(model: nn.Module, **options: Any) -> dict[str, Answer]:
+def answers_of(model: nn.Module, **options: Any) -> dict[str, Answer]:
     return {finding.what: finding.answer for finding in look(model, **options)}
 
 
-def _wrap(module: nn.Module) -> None:
+def wrap(module: nn.Module) -> None:
     own = module.forward
 
     @functools.wraps(own)

@@ -28,7 +28,7 @@ from diffusers.hooks import (
 )
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energy_guidance_hook
-from strangers import CACHE, WEIGHTS, _answers, _flux, _no_gradients, _unet, _wrap  # noqa: F401
+from strangers import CACHE, WEIGHTS, answers_of, flux, no_gradients, unet, wrap  # noqa: F401
 from torch import nn
 
 from pag_fast.runtime.compatibility import UNKNOWN, Answer, Compatibility, look, refuse
@@ -96,33 +96,33 @@ def test_caches(what: str, config: Any, answer: Answer, apart: Answer) -> None:
         pytest.skip(f"this diffusers has no {what}")
     model = tiny_hosts.cogvideox().eval()
     model.enable_cache(config())
-    assert _answers(model) == {what: answer}
-    assert _answers(model, passes_apart=True) == {what: apart}
+    assert answers_of(model) == {what: answer}
+    assert answers_of(model, passes_apart=True) == {what: apart}
     model.disable_cache()
     assert look(model) == ()
 
 
 def test_layerwise_casting() -> None:
-    model = _flux()
+    model = flux()
     model.enable_layerwise_casting(torch.bfloat16, torch.float32)
-    assert _answers(model) == {"layerwise casting": WEIGHTS}
+    assert answers_of(model) == {"layerwise casting": WEIGHTS}
 
 
 @older.newest(older.GROUP_OFFLOADING)
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offloading(kind: str) -> None:
-    model = _flux()
+    model = flux()
     cpu = torch.device("cpu")
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     apply_group_offloading(model, cpu, cpu, offload_type=kind, **blocks)
-    assert _answers(model) == {"group offloading": WEIGHTS}
+    assert answers_of(model) == {"group offloading": WEIGHTS}
 
 
 def test_layer_skip_and_smoothed_energy() -> None:
-    model = _flux()
+    model = flux()
     apply_layer_skip(model, LayerSkipConfig([1], fqn="transformer_blocks"))
-    assert _answers(model) == {"layer skipping": Answer.UNSHARED | Answer.MAY_SKIP}
-    model = _flux()
+    assert answers_of(model) == {"layer skipping": Answer.UNSHARED | Answer.MAY_SKIP}
+    model = flux()
     hook = AttentionProcessorSkipHook(lambda *a, **k: None, skip_attention_scores=True)
     attention = model.transformer_blocks[1].attn
     HookRegistry.check_if_exists_or_initialize(attention).register_hook(hook, "skip")
@@ -132,7 +132,7 @@ def test_layer_skip_and_smoothed_energy() -> None:
     energy = SmoothedEnergyGuidanceConfig([1], fqn="transformer_blocks")
     _apply_smoothed_energy_guidance_hook(model, energy, 1.0)
     answer = Answer.UNSHARED | Answer.WEIGHTS_APART
-    assert _answers(model) == {"smoothed energy guidance": answer}
+    assert answers_of(model) == {"smoothed energy guidance": answer}
 
 
 class _Hook(diffusers.hooks.ModelHook):
@@ -140,7 +140,7 @@ class _Hook(diffusers.hooks.ModelHook):
 
 
 def test_hook_of_a_user_in_a_registry() -> None:
-    model = _flux()
+    model = flux()
     HookRegistry.check_if_exists_or_initialize(model.proj_out).register_hook(_Hook(), "mine")
     (finding,) = look(model)
     assert finding.answer == UNKNOWN and finding.where == "proj_out" and "_Hook" in finding.what
@@ -164,26 +164,26 @@ def test_split_inference_is_refused() -> None:
 
 
 def test_accelerate_offloading() -> None:
-    model = _unet()
+    model = unet()
     cpu_offload(model, torch.device("cpu"))
-    answers = _answers(model)
+    answers = answers_of(model)
     assert answers == {
         "offloading of accelerate, layer by layer": WEIGHTS,
         "offloaded weights": WEIGHTS,
         **({"a device map": Answer.WEIGHTS_APART} if "a device map" in answers else {}),
     }
     remove_hook_from_module(model, recurse=True)
-    model = _unet()
+    model = unet()
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    assert _answers(model) == {"a device map": Answer.WEIGHTS_APART}
+    assert answers_of(model) == {"a device map": Answer.WEIGHTS_APART}
 
 
 @pytest.mark.parametrize("chained", [False, True])
 def test_offloading_of_whole_models(chained: bool) -> None:
-    model = _unet()
+    model = unet()
     hook: Any = CpuOffload("cpu")
     add_hook_to_module(model, SequentialHook(hook, ModelHook()) if chained else hook)
-    assert _answers(model) == {"offloading of whole models": Answer.WEIGHTS_APART}
+    assert answers_of(model) == {"offloading of whole models": Answer.WEIGHTS_APART}
     remove_hook_from_module(model)
     assert look(model) == ()
 
@@ -193,18 +193,18 @@ class _Watching(ModelHook):
 
 
 def test_unknown_hook_of_accelerate_and_a_wrapper_on_top_and_below() -> None:
-    model = _unet()
+    model = unet()
     add_hook_to_module(model.mid_block, _Watching())
     (finding,) = look(model)
     assert finding.answer == UNKNOWN and "_Watching" in finding.what
     for below in (True, False):
-        model = _unet()
+        model = unet()
         if below:
-            _wrap(model.mid_block)
+            wrap(model.mid_block)
         add_hook_to_module(model.mid_block, ModelHook())
         if not below:
             assert look(model) == ()  # the base class does nothing
-            _wrap(model.mid_block)
+            wrap(model.mid_block)
         (finding,) = look(model)
         assert finding.answer == UNKNOWN and finding.what.startswith("a forward replaced by")
 
@@ -213,6 +213,6 @@ def test_mixed_precision_of_accelerate() -> None:
     from accelerate import Accelerator
 
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(
-        _unet(), evaluation_mode=True
+        unet(), evaluation_mode=True
     )
-    assert _answers(model) == {"mixed precision of accelerate": WEIGHTS}
+    assert answers_of(model) == {"mixed precision of accelerate": WEIGHTS}

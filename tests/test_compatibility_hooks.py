@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from strangers import WEIGHTS, _answers, _flux, _no_gradients, _unet, _wrap  # noqa: F401
+from strangers import WEIGHTS, answers_of, flux, no_gradients, unet, wrap  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -63,7 +63,7 @@ UNKNOWNS = {
     "hook": lambda m: m.register_forward_hook(lambda _, args, out: None),
     "partial hook": lambda m: m.register_forward_hook(functools.partial(lambda *a: None)),
     "object as a hook": lambda m: m.register_forward_hook(_Cached(lambda *a: None)),
-    "wrapped forward": _wrap,
+    "wrapped forward": wrap,
     "bound forward": _bound,
     "object as a forward": lambda m: setattr(m, "forward", _Cached(m.forward)),
     "partial": lambda m: setattr(m, "forward", functools.partial(_Cached(m.forward))),
@@ -74,7 +74,7 @@ UNKNOWNS = {
 @pytest.mark.parametrize("how", UNKNOWNS)
 @pytest.mark.parametrize("where", ["", "mid_block", "mid_block.attentions.0.proj_in"])
 def test_what_is_unknown_runs_unshared(how: str, where: str) -> None:
-    model = _unet()
+    model = unet()
     watch = Compatibility()
     assert watch.look(model) == ()
     UNKNOWNS[how](model.get_submodule(where))
@@ -90,7 +90,7 @@ def test_what_is_unknown_runs_unshared(how: str, where: str) -> None:
 
 
 def test_function_put_on_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, watch = _unet(), Compatibility()
+    model, watch = unet(), Compatibility()
     assert watch.look(model) == ()
     cls: Any = type(model.mid_block)
     own = cls.forward
@@ -115,17 +115,17 @@ def test_wrapper_module_and_renamed_classes() -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.module(*args, **kwargs)
 
-    model = _unet()
+    model = unet()
     model.mid_block = Wrapper(model.mid_block)
     assert [f.answer for f in look(model)] == [UNKNOWN]
-    model = _unet()
+    model = unet()
     base: Any = type(model.mid_block)
     model.mid_block.__class__ = type("Renamed", (base,), {})
     assert look(model) == ()
 
 
 def test_global_hook() -> None:
-    model, watch = _unet(), Compatibility()
+    model, watch = unet(), Compatibility()
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
         assert combined(watch.look(model)) == UNKNOWN == combined(look(model))
@@ -140,12 +140,12 @@ class _Twice(Replacement):
 
 
 def test_our_own_replacements_are_none_of_others() -> None:
-    model: Any = _unet()
+    model: Any = unet()
     model.mid_block.forward = _Twice(BranchState(), model.mid_block)
     assert look(model) == ()
     add_hook_to_module(model.mid_block, ModelHook())  # captures ours
     assert look(model) == ()
-    _wrap(model.conv_in)
+    wrap(model.conv_in)
     ours = _Twice(BranchState(), model.conv_in)
     ours.displace(vars(model.conv_in)["forward"])
     model.conv_in.forward = ours  # on top of another's
@@ -153,7 +153,7 @@ def test_our_own_replacements_are_none_of_others() -> None:
 
 
 def test_what_is_said_to_be_row_wise() -> None:
-    model: Any = _unet()
+    model: Any = unet()
     block = model.mid_block
     block.register_forward_hook(row_wise(lambda *a: None))
     block.register_forward_pre_hook(row_wise(functools.partial(lambda *a: None)))
@@ -177,7 +177,7 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_entry_of_a_patched_model_and_that_of_another() -> None:
-    model: Any = _unet()
+    model: Any = unet()
     model._compiled_call_impl = _Twice(BranchState(), model)
     assert look(model) == ()
     model._compiled_call_impl = _Cached(model._call_impl)
@@ -191,7 +191,7 @@ def test_entry_of_a_patched_model_and_that_of_another() -> None:
 def test_adapters_are_fine() -> None:
     from peft import LoraConfig
 
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     assert watch.look(model) == ()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "proj_out"]))
     model.eval()
@@ -199,7 +199,7 @@ def test_adapters_are_fine() -> None:
 
 
 def test_freeu_and_fused_projections_are_fine() -> None:
-    model = _unet()
+    model = unet()
     model.enable_freeu(0.9, 0.2, 1.2, 1.4)
     model.fuse_qkv_projections()
     assert look(model) == ()
@@ -211,14 +211,14 @@ class _Double(nn.Module):
 
 
 def test_computed_weights() -> None:
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     assert watch.look(model) == ()
     parametrize.register_parametrization(model.proj_out, "weight", _Double())
-    assert _answers(model) == {"a parametrized weight": WEIGHTS}
+    assert answers_of(model) == {"a parametrized weight": WEIGHTS}
     assert combined(watch.look(model)) == WEIGHTS
-    model = _flux()
+    model = flux()
     torch.nn.utils.weight_norm(model.proj_out)
-    assert _answers(model) == {"a normalised or pruned weight": WEIGHTS}
+    assert answers_of(model) == {"a normalised or pruned weight": WEIGHTS}
 
 
 class _Packed(torch.Tensor):
@@ -228,16 +228,16 @@ class _Packed(torch.Tensor):
 
 
 def test_quantized_weights() -> None:
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     assert watch.look(model) == ()
     packed = model.proj_out.weight.data.as_subclass(_Packed)  # as torchao's quantize_ does
     model.proj_out.weight = nn.Parameter(packed, requires_grad=False)
-    assert _answers(model) == {"quantized layers": WEIGHTS}
+    assert answers_of(model) == {"quantized layers": WEIGHTS}
     assert combined(watch.look(model)) == WEIGHTS
-    model = _flux()
+    model = flux()
     cls = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
     model.proj_out.__class__ = cls
-    assert _answers(model) == {"quantized layers": WEIGHTS}
+    assert answers_of(model) == {"quantized layers": WEIGHTS}
 
 
 # ---- processors ----
@@ -255,7 +255,7 @@ class _Derived(diffusers.models.attention_processor.AttnProcessor2_0):
 
 @pytest.mark.parametrize("processor", [_Store, _Derived])
 def test_unknown_processor(processor: Any) -> None:
-    model, watch = _unet(), Compatibility()
+    model, watch = unet(), Compatibility()
     assert watch.look(model) == ()
     model.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(processor())
     (finding,) = look(model)
@@ -264,14 +264,14 @@ def test_unknown_processor(processor: Any) -> None:
 
 
 def test_processors_that_are_known() -> None:
-    model: Any = _unet()
+    model: Any = unet()
     cls = type("CrossFrameAttnProcessor2_0", (), {"__module__": "diffusers.pipelines"})
     model.mid_block.attentions[0].transformer_blocks[0].attn1.processor = cls()
     with pytest.raises(ValueError, match="set_default_attn_processor"):
         refuse(look(model))
-    model = _flux()
+    model = flux()
     if hasattr(model, "set_attention_backend"):
         model.set_attention_backend("native")
-        assert set(_answers(model).values()) == {Answer.FINE}
+        assert set(answers_of(model).values()) == {Answer.FINE}
     model.transformer_blocks[0].attn.processor._parallel_config = object()
-    assert "context parallelism" in _answers(model)
+    assert "context parallelism" in answers_of(model)

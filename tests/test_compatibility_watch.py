@@ -16,7 +16,7 @@ import older
 import pytest
 import torch
 from diffusers.hooks.layer_skip import TransformerBlockSkipHook as LayerSkip
-from strangers import CACHE, WEIGHTS, _answers, _flux, _no_gradients, _unet, _wrap  # noqa: F401
+from strangers import CACHE, WEIGHTS, answers_of, flux, no_gradients, unet, wrap  # noqa: F401
 from torch import nn
 
 from pag_fast.runtime.compatibility import (
@@ -34,7 +34,7 @@ from pag_fast.runtime.compatibility import (
 
 
 def test_surroundings() -> None:
-    model, watch = _unet(), Compatibility()
+    model, watch = unet(), Compatibility()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert {f.what: f.answer for f in watch.look(model)} == {"torch.autocast": WEIGHTS}
     torch.use_deterministic_algorithms(True)
@@ -58,11 +58,11 @@ def test_surroundings() -> None:
 
 
 def test_compiled_parts_are_fine() -> None:
-    model: Any = _unet()
+    model: Any = unet()
     model.mid_block.forward = torch.compile(model.mid_block.forward, backend="eager")
     model.conv_in.compile(backend="eager")
-    assert _answers(model) == {"torch.compile": Answer.FINE}
-    _wrap(model.conv_out)
+    assert answers_of(model) == {"torch.compile": Answer.FINE}
+    wrap(model.conv_out)
     model.conv_out.forward = torch.compile(model.conv_out.forward, backend="eager")
     assert combined(look(model)) == UNKNOWN
 
@@ -71,7 +71,7 @@ def test_compiled_parts_are_fine() -> None:
 
 
 def test_watch_sees_what_comes_and_goes() -> None:
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     assert watch.look(model) == ()
     model.enable_cache(diffusers.FirstBlockCacheConfig(0.2))
     assert combined(watch.look(model)) == CACHE
@@ -90,19 +90,19 @@ def test_watch_sees_what_comes_and_goes() -> None:
     handle.remove()
     assert watch.look(model) == ()
     block.attn.to_q = nn.Linear(16, 16)
-    _wrap(block.attn.to_q)  # of a module that came later, in the place of its like
+    wrap(block.attn.to_q)  # of a module that came later, in the place of its like
     assert [f.where for f in watch.look(model)] == ["transformer_blocks.0.attn.to_q"]
 
 
 def test_watch_sees_a_hook_go_from_below_another_and_a_mark_on_the_model() -> None:
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     model.enable_cache(diffusers.FirstBlockCacheConfig(0.2))
     registry = model.transformer_blocks[0]._diffusers_hook
     registry.register_hook(LayerSkip(dropout=1.0), "above")
     assert [f.what for f in watch.look(model)][:2] == ["FirstBlockCache", "layer skipping"]
     registry.remove_hook("fbc_leader_block_hook", recurse=False)
     assert watch.look(model)[0].what == "layer skipping"
-    model = _flux()
+    model = flux()
     assert watch.look(model) == ()
     model._parallel_config = object()
     assert [f.what for f in watch.look(model)] == ["context parallelism"]
@@ -115,19 +115,19 @@ def test_watch_looks_again_only_when_something_changed(monkeypatch: pytest.Monke
     looked = []
     own = compatibility.attached
     monkeypatch.setattr(compatibility, "attached", lambda *a, **k: looked.append(a) or own(*a, **k))
-    model, watch = _flux(), Compatibility()
+    model, watch = flux(), Compatibility()
     model.enable_cache(diffusers.FirstBlockCacheConfig(0.2))
     first = watch.look(model)
     with model.cache_context("cond"):
         assert watch.look(model) == first == watch.look(model)
     assert len(looked) == 1
-    _wrap(model.proj_out)
+    wrap(model.proj_out)
     watch.look(model)
     assert len(looked) == 2
 
 
 def test_watch_does_not_hold_the_model() -> None:
-    model, watch = _unet(), Compatibility()
+    model, watch = unet(), Compatibility()
     watch.look(model)
     gone = weakref.ref(model)
     del model

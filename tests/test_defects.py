@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from numerics import relative
-from parity import _patched
+from parity import patched_build
 from slow import FixedJoint, FixedSana
 from tiny import PIPELINES, SIZE, build, call_kwargs, latents
 
@@ -22,7 +22,7 @@ def test_b1_b2_sd35_dual_attention_and_qk_norm(cfg):
     pipe = build(name, sd35=True)
     with pytest.raises(AttributeError):
         latents(pipe, call_kwargs(name, pipe, cfg=cfg))
-    patched = _patched(pipe, name, cfg=cfg)
+    patched = patched_build(pipe, name, cfg=cfg)
     pipe.set_pag_applied_layers(["blocks.1"], (FixedJoint(3), FixedJoint(2)))
     assert relative(patched, latents(pipe, call_kwargs(name, pipe, cfg=cfg))) < 1e-5
 
@@ -33,7 +33,7 @@ def test_b2_qk_norm_outside_dual_blocks(cfg):
     name, layer = "StableDiffusion3PAGPipeline", r"blocks\.4\."
     pipe = build(name, sd35=True, pag_applied_layers=layer)
     stock = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
-    patched = _patched(pipe, name, cfg=cfg)
+    patched = patched_build(pipe, name, cfg=cfg)
     pipe.set_pag_applied_layers(layer, (FixedJoint(3), FixedJoint(2)))
     fixed = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
     assert relative(patched, fixed) < 1e-5
@@ -49,7 +49,7 @@ def test_b8_hunyuan_with_size_conditioning_without_cfg(batch):
     pipe = build(name, meta_size=True)
     with pytest.raises(RuntimeError):
         latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=False))
-    patched = _patched(pipe, name, batch=batch, cfg=False)
+    patched = patched_build(pipe, name, batch=batch, cfg=False)
     forward = pipe.transformer.forward
 
     def mended(hidden_states, *args, **kwargs):
@@ -66,7 +66,7 @@ def test_hunyuan_with_size_conditioning(batch):
     name = "HunyuanDiTPAGPipeline"
     pipe = build(name, meta_size=True)
     stock = latents(pipe, call_kwargs(name, pipe, batch=batch))
-    assert relative(_patched(pipe, name, batch=batch), stock) < 1e-5
+    assert relative(patched_build(pipe, name, batch=batch), stock) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_b14_free_noise():
     name = "AnimateDiffPAGPipeline"
     pipe = _with_free_noise()
     stock = latents(pipe, call_kwargs(name, pipe, num_frames=4))
-    assert relative(_patched(pipe, name, num_frames=4), stock) < 1e-5
+    assert relative(patched_build(pipe, name, num_frames=4), stock) < 1e-5
 
 
 def test_b14_split_inference_is_refused(snapshot):
@@ -167,7 +167,7 @@ def test_b16_sana_qk_norm(cfg):
     name, layer = "SanaPAGPipeline", r"transformer_blocks\.2\."
     pipe = build(name, qk_norm="rms_norm_across_heads", pag_applied_layers=layer)
     stock = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
-    patched = _patched(pipe, name, cfg=cfg)
+    patched = patched_build(pipe, name, cfg=cfg)
     pipe.set_pag_applied_layers(layer, (FixedSana(3), FixedSana(2)))
     fixed = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
     assert relative(patched, fixed) < 1e-5

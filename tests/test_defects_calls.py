@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from diffusers.pipelines.pag.pipeline_pag_sd import rescale_noise_cfg
 from numerics import relative
-from parity import _patched
+from parity import patched_build
 from slow import separate_forwards
 from tiny import build, call_kwargs, latents
 
@@ -52,7 +52,7 @@ def test_b4_guess_mode(cfg, batch, pag_scale):
     if cfg:
         with pytest.raises(RuntimeError):
             latents(pipe, call_kwargs(name, pipe, guess_mode=True, **options))
-    assert relative(_patched(pipe, name, guess_mode=True, **options), expected) < 1e-5
+    assert relative(patched_build(pipe, name, guess_mode=True, **options), expected) < 1e-5
 
 
 _RESCALING = [
@@ -68,8 +68,8 @@ _RESCALING = [
 def test_guidance_rescale_equals_stock(name):
     pipe = build(name)
     stock = latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.7))
-    assert relative(_patched(pipe, name, guidance_rescale=0.7), stock) < 1e-5
-    assert relative(_patched(pipe, name), stock) > 1e-3
+    assert relative(patched_build(pipe, name, guidance_rescale=0.7), stock) < 1e-5
+    assert relative(patched_build(pipe, name), stock) > 1e-3
 
 
 def test_b5_inpaint_with_guidance_rescale():
@@ -77,7 +77,7 @@ def test_b5_inpaint_with_guidance_rescale():
     pipe = build(name)
     with pytest.raises(UnboundLocalError):
         latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.7))
-    patched = _patched(pipe, name, guidance_rescale=0.7)
+    patched = patched_build(pipe, name, guidance_rescale=0.7)
 
     def combine(noise, cfg, g, t):
         out, cond = PAGMixin._apply_perturbed_attention_guidance(pipe, noise, cfg, g, t, True)
@@ -127,7 +127,7 @@ def test_b7_pixart_with_adaptive_scale(adaptive):
     pipe = build(name)
     with pytest.raises(RuntimeError, match="ambiguous"):
         latents(pipe, call_kwargs(name, pipe, batch=2, pag_adaptive_scale=adaptive))
-    patched = _patched(pipe, name, batch=2, steps=4, pag_adaptive_scale=adaptive)
+    patched = patched_build(pipe, name, batch=2, steps=4, pag_adaptive_scale=adaptive)
     pipe._get_pag_scale = lambda t: PAGMixin._get_pag_scale(pipe, t.flatten()[0])
     stock = latents(pipe, call_kwargs(name, pipe, batch=2, steps=4, pag_adaptive_scale=adaptive))
     assert relative(patched, stock) < 1e-5
@@ -170,7 +170,7 @@ def test_b18_inpaint_from_image_latents():
     image = torch.randn(1, 4, 8, 8)
     with pytest.raises(AttributeError):
         latents(pipe, call_kwargs(name, pipe, image=image))
-    patched = _patched(pipe, name, image=image)
+    patched = patched_build(pipe, name, image=image)
     # the masked image plays no part in a 4-channel UNet: give stock any
     extra = {"image": image, "masked_image_latents": torch.zeros(1, 4, 8, 8)}
     assert relative(patched, latents(pipe, call_kwargs(name, pipe, **extra))) < 1e-5
@@ -187,7 +187,7 @@ def test_b19_watermark_on_latents_is_kept():
     pipe.watermark = Watermark()
     stock = latents(pipe, call_kwargs(name, pipe))
     assert relative(stock, plain) > 1e-2
-    assert relative(_patched(pipe, name), stock) < 1e-5
+    assert relative(patched_build(pipe, name), stock) < 1e-5
 
 
 @pytest.mark.parametrize("keep", [1, 2], ids=["cond", "cond-perturbed"])

@@ -135,9 +135,9 @@ def test_predicted_rows_are_the_rows_that_run():
 
 
 def test_an_ip_adapter_is_explained_too():
-    from random_adapters import _with_ip_adapter
+    from random_adapters import with_ip_adapter
 
-    pipe = pag_fast.patch(_with_ip_adapter(shallow.build("StableDiffusionPAGPipeline")))
+    pipe = pag_fast.patch(with_ip_adapter(shallow.build("StableDiffusionPAGPipeline")))
     assert pag_fast.explain(pipe, **SIZE).flops
 
 

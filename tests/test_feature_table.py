@@ -12,7 +12,7 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
-from random_adapters import _add_lora, _model
+from random_adapters import add_lora, denoiser_of
 from recorded import RecordingCapture
 from shallow import build as shallow
 from shallow import least
@@ -87,7 +87,7 @@ def test_lora(name):
     pipe = (tiny_hosts if own else tiny).build(name)
     layers = HOSTS[name].layers["middle"] if own else None
     plain = latents(pipe, _calls(name, pipe))
-    _add_lora(_model(pipe))
+    add_lora(denoiser_of(pipe))
     stock = latents(pipe, _calls(name, pipe))
     assert relative(stock, plain) > 1e-3, "the adapter makes no difference"
     truth = _slow(pipe, name, layers) if own else stock
@@ -99,7 +99,7 @@ def test_lora(name):
 
 def _slow(pipe, name, layers):
     kwargs = call_kwargs(name, pipe)
-    attentions = list(resolve(_model(pipe), layers).values())
+    attentions = list(resolve(denoiser_of(pipe), layers).values())
     with tiny_hosts.slow_pag(pipe, name, attentions, 3.0, HOSTS[name].cfg_scale(kwargs)):
         return latents(pipe, kwargs)
 

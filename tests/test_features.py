@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
-from parity import _assert_parity
-from random_adapters import FAMILIES, _model
+from parity import assert_parity
+from random_adapters import FAMILIES, denoiser_of
 from shallow import LAYERS, build, family
 from tiny import PIPELINES, call_kwargs, latents
 
@@ -72,7 +72,7 @@ def test_channels_last(name):
         pipe.unet.to(memory_format=torch.channels_last)
         if PIPELINES[name].controlnet:
             pipe.controlnet.to(memory_format=torch.channels_last)
-    _assert_parity(pipe, name)
+    assert_parity(pipe, name)
 
 
 def test_free_u():
@@ -80,14 +80,14 @@ def test_free_u():
     for layers in PIPELINES[name].layers.values():
         pipe = tiny.build(name, pag_applied_layers=layers)
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-        _assert_parity(pipe, name)
+        assert_parity(pipe, name)
 
 
 @pytest.mark.parametrize("name", [n for n in PIPELINES if PIPELINES[n].controlnet])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_several_controlnets(name, cfg):
     pipe = build(name, controlnets=2, pag_applied_layers=LAYERS[family(name)]["middle"])
-    assert _assert_parity(pipe, name, cfg=cfg, batch=2) == {"shared": 4}
+    assert assert_parity(pipe, name, cfg=cfg, batch=2) == {"shared": 4}
 
 
 @pytest.mark.parametrize("layers", ["default", "middle", "last", "all"])
@@ -110,7 +110,7 @@ def test_controlnet_runs_without_the_perturbed_rows(cfg, layers):
 @pytest.mark.parametrize("name", [n for n in PIPELINES if PIPELINES[n].mask])
 def test_inpainting_unets(name, in_channels):
     pipe = build(name, in_channels=in_channels)
-    _assert_parity(pipe, name, batch=2)
+    assert_parity(pipe, name, batch=2)
 
 
 # the loops differ by pipeline, the formula and the rows do not: one of each kind has every scale
@@ -135,7 +135,7 @@ def test_adaptive_scale_drops_the_branch_at_zero(name, adaptive, cfg):
     pipe = build(name)
     kwargs = {"pag_adaptive_scale": adaptive, "cfg": cfg, "steps": 4}
     stock = latents(pipe, call_kwargs(name, pipe, **kwargs))
-    model, rows = _model(pipe), []
+    model, rows = denoiser_of(pipe), []
 
     @observing
     def look(module, args, kwargs, out):
@@ -186,7 +186,7 @@ def test_other_schedulers(kind):
     name = "StableDiffusionXLPAGPipeline"
     pipe = build(name)
     pipe.scheduler = getattr(diffusers, kind)()
-    _assert_parity(pipe, name, steps=3, pag_adaptive_scale=0.003)
+    assert_parity(pipe, name, steps=3, pag_adaptive_scale=0.003)
 
 
 def test_siblings_from_pipe_share_modules_and_stay_stock():

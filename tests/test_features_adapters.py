@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from numerics import observing, relative
-from parity import _assert_parity
-from random_adapters import FAMILIES, UNETS, _add_lora, _model, _with_ip_adapter
+from parity import assert_parity
+from random_adapters import FAMILIES, UNETS, add_lora, denoiser_of, with_ip_adapter
 from shallow import LAYERS, build, family
 from tiny import PIPELINES, SIZE, call_kwargs, latents
 
@@ -21,10 +21,10 @@ import pag_fast
 def test_lora(name, cfg):
     pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     plain = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
-    _add_lora(_model(pipe))
+    add_lora(denoiser_of(pipe))
     stock = latents(pipe, call_kwargs(name, pipe, cfg=cfg))
     assert relative(stock, plain) > 1e-3
-    _assert_parity(pipe, name, cfg=cfg)
+    assert_parity(pipe, name, cfg=cfg)
 
 
 def test_lora_scale_and_loading_between_calls():
@@ -38,7 +38,7 @@ def test_lora_scale_and_loading_between_calls():
         CLIPTextConfig(hidden_size=12, num_attention_heads=2, num_hidden_layers=1)
     )
     latents(pipe, call_kwargs(name, pipe))
-    _add_lora(pipe.unet)
+    add_lora(pipe.unet)
     pictures = []
     for scale in (1.0, 0.3):
         kwargs = {"cross_attention_kwargs": {"scale": scale}}
@@ -54,7 +54,7 @@ def test_fused_projections(name):
     pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     before = latents(pipe, call_kwargs(name, pipe))
     pipe.unet.fuse_qkv_projections()
-    _assert_parity(pipe, name)
+    assert_parity(pipe, name)
     pipe.unet.unfuse_qkv_projections()
     assert relative(latents(pipe, call_kwargs(name, pipe)), before) < 1e-5
 
@@ -86,11 +86,11 @@ class QuantizedLinear(torch.nn.Module):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized_linears(name):
     pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
-    for name_, module in list(_model(pipe).named_modules()):
+    for name_, module in list(denoiser_of(pipe).named_modules()):
         for child, linear in list(module.named_children()):
             if type(linear) is torch.nn.Linear and "attn" in name_ and "pool" not in name_:
                 setattr(module, child, QuantizedLinear(linear))
-    assert _assert_parity(pipe, name) == {"shared": 4}
+    assert assert_parity(pipe, name) == {"shared": 4}
 
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
@@ -99,7 +99,7 @@ def test_quantized_linears(name):
 def test_ip_adapter(name, cfg, batch):
     pipe = build(name, pag_applied_layers=LAYERS[family(name)]["middle"])
     plain = latents(pipe, call_kwargs(name, pipe, cfg=cfg, batch=batch))
-    _with_ip_adapter(pipe)
+    with_ip_adapter(pipe)
 
     def embeds():
         generator = torch.Generator().manual_seed(5)
@@ -111,14 +111,14 @@ def test_ip_adapter(name, cfg, batch):
     with pag_fast.patched(pipe):
         patched = latents(pipe, call_kwargs(name, pipe, ip_adapter_image_embeds=embeds(), **kwargs))
         assert dict(pipe._pag_fast.steps) == {"shared": 2}
-        _with_ip_adapter(pipe)  # builds processors without arguments: must not meet ours
+        with_ip_adapter(pipe)  # builds processors without arguments: must not meet ours
     assert relative(patched, stock) < 1e-5
 
 
 def test_an_image_prompt_is_projected_once_per_call():
     """Keys, values and the projection of an IP-Adapter's picture do not depend on the step."""
     name, calls = "StableDiffusionPAGPipeline", []
-    pipe = _with_ip_adapter(build(name))
+    pipe = with_ip_adapter(build(name))
     watched = [m for n, m in pipe.unet.named_modules() if re.search(r"to_[kv]_ip\.0$", n)]
     for module in [*watched, pipe.unet.encoder_hid_proj.image_projection_layers[0]]:
         forward = module.forward
@@ -155,7 +155,7 @@ def test_ip_adapter_masks():
     from diffusers.image_processor import IPAdapterMaskProcessor
 
     name = "StableDiffusionPAGPipeline"
-    pipe = _with_ip_adapter(build(name))
+    pipe = with_ip_adapter(build(name))
     mask = IPAdapterMaskProcessor().preprocess(torch.rand(1, 1, SIZE, SIZE), SIZE, SIZE)
 
     def run():
@@ -179,7 +179,7 @@ def test_ip_adapter_masks():
 def test_attention_processors_of_other_layers_are_kept(name):
     """Only perturbed layers change hands, and only while a call runs."""
     pipe = pag_fast.patch(build(name), LAYERS[family(name)]["last"])
-    model, seen = _model(pipe), []
+    model, seen = denoiser_of(pipe), []
 
     @observing
     def look(*_):

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from joined import _owns_storages
+from joined import owns_storages
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -64,14 +64,14 @@ def test_packed_layers_keep_parameters_values_and_storages(bias):
     after = [p for linear in linears for p in linear.parameters()]
     assert all(a is b for a, b in zip(after, parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(after, values, strict=True))
-    assert _owns_storages(after)
+    assert owns_storages(after)
     linears[1].weight.mul_(2)  # a merged LoRA writes in place
     assert packed.intact() and torch.equal(packed.weight[4:8], 2 * values[2 if bias else 1])
     # a second pipeline with this model finds them joined
     assert _packed(linears).weight is packed.weight
     packed.split()
     assert not packed.intact() and packed.weight is None
-    assert len({p.data_ptr() for p in after}) == len(after) and _owns_storages(after)
+    assert len({p.data_ptr() for p in after}) == len(after) and owns_storages(after)
     assert torch.equal(linears[1].weight, 2 * values[2 if bias else 1])
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_hosts
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from joined import _owns_storages
+from joined import owns_storages
 from launches import CountOps, fusion_of
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
@@ -40,10 +40,10 @@ def test_weights_are_joined_and_found_as_they_were(name):
     stock = latents(pipe, call_kwargs(name, pipe))
     pag_fast.patch(pipe)
     assert relative(latents(pipe, call_kwargs(name, pipe)), stock) < 1e-5
-    assert _wholes(model) and _owns_storages(list(model.parameters()))
+    assert _wholes(model) and owns_storages(list(model.parameters()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     pag_fast.unpatch(pipe)
-    assert not _wholes(model) and _owns_storages(list(model.parameters()))
+    assert not _wholes(model) and owns_storages(list(model.parameters()))
     assert [id(p) for p in model.parameters()] == objects
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(latents(pipe, call_kwargs(name, pipe)), stock)

@@ -8,7 +8,7 @@ import functools
 import pytest
 import tiny
 import torch
-from built_hosts import FLUX, LUMINA, SD, SD3, WAN, _model, _pipe, _slow
+from built_hosts import FLUX, LUMINA, SD, SD3, WAN, built_host, denoiser_of, slow
 from numerics import observing, relative
 from shallow import LAYERS, family, least
 from shallow import build as shallow
@@ -46,7 +46,7 @@ def _of(name, layers):
     # the net of HunyuanDiT has a residual for each long skip of the whole model
     whole = _is_first(name) or name == "HunyuanDiTControlNetPipeline"
     if whole or family(name) not in LAYERS:
-        return _pipe(name), HOSTS[name].layers[layers]
+        return built_host(name), HOSTS[name].layers[layers]
     return _shallow(name), LAYERS[family(name)][layers]
 
 
@@ -58,7 +58,7 @@ def test_equals_three_separate_forwards(name, layers, cfg, batch):
         return latents(pipe, call_kwargs(name, pipe, batch=batch, cfg=cfg))
 
     stock = run()
-    truth = _slow(pipe, name, named, call_kwargs(name, pipe, batch=batch, cfg=cfg))
+    truth = slow(pipe, name, named, call_kwargs(name, pipe, batch=batch, cfg=cfg))
     assert relative(truth, stock) > 1e-3, "PAG makes no difference here"
     with pag_fast.patched(pipe, named, pag_scale=3.0):
         patched = run()
@@ -74,7 +74,7 @@ def test_equals_three_separate_forwards(name, layers, cfg, batch):
 
 @pytest.mark.parametrize("name", [SD, "StableDiffusionControlNetPipeline", FLUX, SD3])
 def test_the_default_layers_and_a_scale_for_each_call(name):
-    pipe = _pipe(name)
+    pipe = built_host(name)
     layers = [r"\.0\."] if name in (FLUX, SD3) else None  # 3 blocks have no thirteenth
 
     def run(**extra):
@@ -95,7 +95,7 @@ def test_the_default_layers_and_a_scale_for_each_call(name):
 @pytest.mark.parametrize("name", [SD, "StableDiffusionImg2ImgPipeline", FLUX, WAN, LUMINA])
 def test_adaptive_scale(name):
     """Diffusers' formula of the scheduler's timesteps, whatever the model is told of them."""
-    pipe = _pipe(name)
+    pipe = built_host(name)
     layers = HOSTS[name].layers["middle"]
     extra = {"strength": 0.5} if "Img2Img" in name else {}
 
@@ -104,7 +104,7 @@ def test_adaptive_scale(name):
 
     latents(pipe, kwargs())
     steps = [float(t) for t in pipe.scheduler.timesteps][-2 if extra else 0 :]
-    truth = _slow(pipe, name, layers, kwargs(), lambda i: max(0.0, 3.0 - 0.01 * (1000 - steps[i])))
+    truth = slow(pipe, name, layers, kwargs(), lambda i: max(0.0, 3.0 - 0.01 * (1000 - steps[i])))
     with pag_fast.patched(pipe, layers, pag_adaptive_scale=0.01):
         patched = latents(pipe, kwargs())
         dropped = pipe._pag_fast.steps["perturbed branch dropped"]
@@ -142,7 +142,7 @@ def test_the_two_denoisers_of_wan():
 @pytest.mark.parametrize("name", [SD, FLUX, LUMINA])
 def test_a_callback_that_changes_the_prompt(name):
     """Copies of the prompt that were made for the perturbed rows follow it."""
-    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
 
     def callback(pipe, step, timestep, tensors):
         tensors["prompt_embeds"] = tensors["prompt_embeds"].roll(1, -1)
@@ -157,7 +157,7 @@ def test_a_callback_that_changes_the_prompt(name):
             callback_on_step_end_tensor_inputs=inputs,
         )
 
-    truth = _slow(pipe, name, layers, kwargs())
+    truth = slow(pipe, name, layers, kwargs())
     with pag_fast.patched(pipe, layers):
         assert relative(latents(pipe, kwargs()), truth) < 1e-5
         unchanged = latents(pipe, call_kwargs(name, pipe))
@@ -171,7 +171,7 @@ def test_nothing_is_left_behind(name, snapshot):
     before = snapshot(pipe)  # some pipelines' first call leaves a registry of diffusers' behind
     pag_fast.patch(pipe, HOSTS[name].layers["middle"])
     patched = latents(pipe, call_kwargs(name, pipe))
-    model = _model(pipe)
+    model = denoiser_of(pipe)
     attention = next(iter(resolve(model, HOSTS[name].layers["middle"]).values()))
     for where in (attention, model):
         between = snapshot(pipe)
@@ -199,7 +199,7 @@ def test_compiled_without_recompiling(name):
     """A graph for the rows that hold cond and, where uncond has a pass of its own, one for that."""
     torch._dynamo.reset()
     pipe, layers = least(name)
-    eager = _slow(pipe, name, layers, call_kwargs(name, pipe))
+    eager = slow(pipe, name, layers, call_kwargs(name, pipe))
     config = CompileConfig(backend="eager")
     before = counters["stats"]["unique_graphs"]
     with pag_fast.patched(pipe, layers, compile=config):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from built_hosts import FLUX, SD, SD3, _model, _pipe
+from built_hosts import FLUX, SD, SD3, built_host, denoiser_of
 from numerics import observing, relative
 from sweep.spec import photo
 from tiny_hosts import HOSTS, build, call_kwargs, latents
@@ -19,7 +19,7 @@ from pag_fast.ops import reference
 def test_cogvideox_decides_on_its_scale_behind_the_model():
     """So the difference goes into uncond and cond: for a constant scale that is the same."""
     name = "CogVideoXPipeline"
-    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
     with pag_fast.patched(pipe, layers):
         constant = latents(pipe, call_kwargs(name, pipe))
         dynamic = latents(pipe, call_kwargs(name, pipe, use_dynamic_cfg=True))
@@ -30,7 +30,7 @@ def test_cogvideox_decides_on_its_scale_behind_the_model():
 
 
 def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
-    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    pipe, layers = built_host(SD3), HOSTS[SD3].layers["middle"]
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
     skip["skip_layer_guidance_start"] = 0.0
     skip["skip_layer_guidance_scale"] = 20.0
@@ -44,7 +44,7 @@ def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
 @pytest.mark.parametrize("mode", [None, "cfg", "full", "partial", "snf"])
 def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
     """Its own term, ``k·(cond − skipped)``, is added to what PAG's guidance makes of the others."""
-    pipe, layers = _pipe(SD3), HOSTS[SD3].layers["middle"]
+    pipe, layers = built_host(SD3), HOSTS[SD3].layers["middle"]
     rescale = {"rescale_mode": mode} if mode else {}
     if mode not in (None, "snf"):
         rescale["rescale"] = 0.7
@@ -57,7 +57,9 @@ def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
         return step(prediction, *args, **kwargs)
 
     with pag_fast.patched(pipe, layers, **rescale):
-        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
+        handle = denoiser_of(pipe).register_forward_hook(
+            observing(lambda *a: predicted.append(a[2][0]))
+        )
         pipe.scheduler.step = recorded
         try:
             latents(pipe, call_kwargs(SD3, pipe, steps=2, **skip))
@@ -94,7 +96,7 @@ def test_an_adapter_in_a_perturbed_layer_is_refused(snapshot):
     ],
 )
 def test_bad_options(options, message, snapshot):
-    pipe = _pipe(FLUX)
+    pipe = built_host(FLUX)
     before = snapshot(pipe)
     with pytest.raises(ValueError, match=message):
         pag_fast.patch(pipe, **options)
@@ -110,7 +112,7 @@ def test_a_pag_pipeline_takes_its_scale_in_the_call():
 @pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
 def test_rescale_modes(name, mode):
     """What reaches the scheduler, against the op on what the model has predicted."""
-    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
     rescale = {} if mode == "snf" else {"rescale": 0.7}
     predicted, combined, step = [], [], pipe.scheduler.step
 
@@ -120,7 +122,9 @@ def test_rescale_modes(name, mode):
 
     with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
         # in front of the session's own hook, which combines
-        handle = _model(pipe).register_forward_hook(observing(lambda *a: predicted.append(a[2][0])))
+        handle = denoiser_of(pipe).register_forward_hook(
+            observing(lambda *a: predicted.append(a[2][0]))
+        )
         pipe.scheduler.step = recorded
         try:
             latents(pipe, call_kwargs(name, pipe, steps=1))
@@ -140,12 +144,12 @@ def test_rescale_modes(name, mode):
 
 
 def test_guidance_is_rescaled_once():
-    pipe, name = _pipe(SD), SD
+    pipe, name = built_host(SD), SD
     twice = pytest.raises(ValueError, match=r"guidance_rescale=0\.5 and the patch rescale_mode")
     with pag_fast.patched(pipe, rescale_mode="full", rescale=0.7), twice:
         latents(pipe, call_kwargs(name, pipe, guidance_rescale=0.5))
     name = "CogVideoXPipeline"
-    pipe = _pipe(name)
+    pipe = built_host(name)
     with pag_fast.patched(pipe, HOSTS[name].layers["middle"], rescale_mode="partial", rescale=0.7):
         latents(pipe, call_kwargs(name, pipe))
         with pytest.raises(ValueError, match="scale of CFG has to be known"):
@@ -153,7 +157,7 @@ def test_guidance_is_rescaled_once():
 
 
 def test_layers_can_be_changed_between_calls():
-    pipe = _pipe(SD)
+    pipe = built_host(SD)
     with pag_fast.patched(pipe, "mid"):
         mid = latents(pipe, call_kwargs(SD, pipe))
         pipe.set_pag_applied_layers("up_blocks.2")
@@ -185,7 +189,7 @@ _OF_BLOCKS += [("ZImagePipeline", "skip"), ("WanVACEPipeline", "skip")]
 @pytest.mark.parametrize(("name", "how"), [case for case in _OF_BLOCKS if case[0] in HOSTS])
 def test_blocks_with_one_stream_or_code_between_them(name, how):
     """As with branches apart, and beside a prompt of another length as alone."""
-    pipe, layers = _pipe(name), HOSTS[name].layers["middle"]
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
     pictures = []
     for share, batch in ((True, 1), (False, 1), (True, HOSTS[name].batches[-1])):
         with pag_fast.patched(pipe, layers, perturbation=how, share_branches=share):

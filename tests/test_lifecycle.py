@@ -12,7 +12,19 @@ import diffusers
 import pytest
 import torch
 from numerics import relative
-from states import CONTROL, FLUX, NAMES, PAG, SAG, SD, _build, _callback, _in_forward, _patch, _run
+from states import (
+    CONTROL,
+    FLUX,
+    NAMES,
+    PAG,
+    SAG,
+    SD,
+    build_pipe,
+    in_forward,
+    patch_pipe,
+    run_pipe,
+    with_callback,
+)
 
 import pag_fast
 from pag_fast.fusion.packed_linears import _WHOLES
@@ -25,8 +37,8 @@ from pag_fast.runtime.entry import Entry
 @pytest.mark.parametrize("what", ["unpatch", "patch", "patched", "end of patched"])
 @NAMES
 def test_a_running_pipeline_is_neither_unpatched_nor_patched(name, what, when, snapshot):
-    pipe = _patch(_build(name))
-    alone, before, seen = _run(pipe), snapshot(pipe), []
+    pipe = patch_pipe(build_pipe(name))
+    alone, before, seen = run_pipe(pipe), snapshot(pipe), []
     state = pipe._pag_fast
 
     def change():
@@ -46,26 +58,30 @@ def test_a_running_pipeline_is_neither_unpatched_nor_patched(name, what, when, s
         context = pag_fast.patched(pipe, "mid", **({} if name == PAG else {"pag_scale": 2.0}))
         context.__enter__()
         state = pipe._pag_fast
-    got = _in_forward(pipe, change) if when == "in a forward" else _run(pipe, **_callback(change))
+    got = (
+        in_forward(pipe, change)
+        if when == "in a forward"
+        else run_pipe(pipe, **with_callback(change))
+    )
     assert seen
     assert relative(got, alone) < 1e-6
     assert pipe._pag_fast is state
     assert snapshot(pipe) == before
-    assert torch.equal(_run(pipe), alone)
+    assert torch.equal(run_pipe(pipe), alone)
 
 
 def test_a_running_sag_pipeline_is_not_unpatched():
-    pipe, seen = _patch(_build(SAG)), []
-    alone = _run(pipe)
+    pipe, seen = patch_pipe(build_pipe(SAG)), []
+    alone = run_pipe(pipe)
 
     def callback(step, timestep, latents):
         with pytest.raises(ValueError, match="is running and cannot be unpatched"):
             pag_fast.unpatch(pipe)
         with pytest.raises(ValueError, match="already running"):
-            _run(pipe)
+            run_pipe(pipe)
         seen.append(step)
 
-    assert torch.equal(_run(pipe, callback=callback), alone)
+    assert torch.equal(run_pipe(pipe, callback=callback), alone)
     assert seen
 
 
@@ -90,43 +106,43 @@ def _saved(x):
     ("name", "way"), [*[(SD, way) for way in COPIES], *[(x, "pickle") for x in (PAG, FLUX, SAG)]]
 )
 def test_a_copy_is_patched_and_its_own(name, way):
-    pipe = _build(name)
-    stock = _run(pipe)
-    _patch(pipe)
-    expected = _run(pipe)
+    pipe = build_pipe(name)
+    stock = run_pipe(pipe)
+    patch_pipe(pipe)
+    expected = run_pipe(pipe)
     twin = COPIES[way](pipe)
     assert type(twin) is type(pipe)
     assert twin._pag_fast is not pipe._pag_fast
-    assert relative(_run(twin), expected) < 1e-5
+    assert relative(run_pipe(twin), expected) < 1e-5
     pag_fast.unpatch(twin)
-    assert relative(_run(twin), stock) < 1e-5
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(twin), stock) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     pag_fast.unpatch(pipe)
-    assert relative(_run(pipe), stock) < 1e-5
+    assert relative(run_pipe(pipe), stock) < 1e-5
 
 
 @pytest.mark.parametrize("when", ["between forwards", "in a forward"])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_made_while_a_call_runs(way, when):
-    pipe = _patch(_build(SD), layers="up")
-    expected, made = _run(pipe), []
+    pipe = patch_pipe(build_pipe(SD), layers="up")
+    expected, made = run_pipe(pipe), []
 
     def take():
         made.append(COPIES[way](pipe))
         made.append(COPIES[way](pipe.unet))
 
     if when == "in a forward":
-        got = _in_forward(pipe, take)
+        got = in_forward(pipe, take)
     else:
         # layers of the call are not the copy's
-        _run(pipe, pag_applied_layers="mid", **_callback(take))
+        run_pipe(pipe, pag_applied_layers="mid", **with_callback(take))
         got = expected
     assert relative(got, expected) < 1e-6
-    assert relative(_run(made[0]), expected) < 1e-5
+    assert relative(run_pipe(made[0]), expected) < 1e-5
     if len(made) > 1:
         assert not isinstance(vars(made[1]).get("_compiled_call_impl"), Entry)
         assert relative(_forward(made[1]), _forward(pipe.unet)) < 1e-6
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
 
 
 def _forward(unet, rows=1):
@@ -138,48 +154,48 @@ def _forward(unet, rows=1):
 
 @NAMES
 def test_layers_of_a_call_are_not_a_copys(name):
-    pipe = _build(name)
-    _patch(pipe, layers="up")
-    expected, made = _run(pipe), []
+    pipe = build_pipe(name)
+    patch_pipe(pipe, layers="up")
+    expected, made = run_pipe(pipe), []
     users = list(pipe.pag_applied_layers)
-    take = _callback(lambda: made.append(pickle.loads(pickle.dumps(pipe))))
-    _run(pipe, pag_applied_layers=["mid"], **take)
+    take = with_callback(lambda: made.append(pickle.loads(pickle.dumps(pipe))))
+    run_pipe(pipe, pag_applied_layers=["mid"], **take)
     assert list(pipe.pag_applied_layers) == list(made[0].pag_applied_layers) == users
-    assert relative(_run(made[0]), expected) < 1e-5
-    stock = _build(name)
+    assert relative(run_pipe(made[0]), expected) < 1e-5
+    stock = build_pipe(name)
     assert getattr(pag_fast.unpatch(made[0]), "pag_applied_layers", None) == getattr(
         stock, "pag_applied_layers", None
     )
     # what a callback chooses is for the calls that follow, whatever this one has named
-    choose = _callback(lambda: pipe.set_pag_applied_layers(["mid"]))
-    _run(pipe, pag_applied_layers=["down"], **choose)
+    choose = with_callback(lambda: pipe.set_pag_applied_layers(["mid"]))
+    run_pipe(pipe, pag_applied_layers=["down"], **choose)
     assert list(pipe.pag_applied_layers) == ["mid"]
 
 
 @NAMES
 def test_a_saved_pipeline_is_stocks(name, tmp_path):
-    pipe, stock = _build(name), _build(name)
-    expected = _run(stock)
-    _patch(pipe)
-    _run(pipe)
+    pipe, stock = build_pipe(name), build_pipe(name)
+    expected = run_pipe(stock)
+    patch_pipe(pipe)
+    run_pipe(pipe)
     pipe.save_pretrained(tmp_path)
     missing = {part: x for part, x in stock.components.items() if x is None}
     there = getattr(diffusers, name).from_pretrained(tmp_path, **missing)
     there.set_progress_bar_config(disable=True)
     assert type(there) is getattr(diffusers, name)
-    assert relative(_run(there), expected) < 1e-6
+    assert relative(run_pipe(there), expected) < 1e-6
     saved = {f.name for f in tmp_path.rglob("*.json")}
     assert "model_index.json" in saved
     assert "pag_fast" not in (tmp_path / "model_index.json").read_text("utf-8")
 
 
 def test_a_setting_that_cannot_be_pickled_is_named():
-    pipe = _patch(_build(SD), schedule=pag_fast.Schedule(per_step=lambda step: 1.0))
-    expected = _run(pipe)
+    pipe = patch_pipe(build_pipe(SD), schedule=pag_fast.Schedule(per_step=lambda step: 1.0))
+    expected = run_pipe(pipe)
     for way in (pickle.dumps, _saved):
         with pytest.raises(ValueError, match=r"per_step=.* cannot be pickled"):
             way(pipe)
-    assert torch.equal(_run(pipe), expected)
+    assert torch.equal(run_pipe(pipe), expected)
 
 
 # ---- compiled and replaced models ----
@@ -193,18 +209,18 @@ def _as_compiled(module):
 @NAMES
 def test_a_model_compiled_while_patched(name):
     """Real compilers: test_compile.py."""
-    pipe = _build(name)
-    stock = _run(pipe)
-    _patch(pipe)
-    expected = _run(pipe)
+    pipe = build_pipe(name)
+    stock = run_pipe(pipe)
+    patch_pipe(pipe)
+    expected = run_pipe(pipe)
     _as_compiled(pipe.unet)
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
     pag_fast.unpatch(pipe)
     # the user's own is back
     assert not isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
     assert vars(pipe.unet)["_compiled_call_impl"] is not None
-    assert relative(_run(pipe), stock) < 1e-5
+    assert relative(run_pipe(pipe), stock) < 1e-5
 
 
 BYPASSES = {
@@ -216,26 +232,26 @@ BYPASSES = {
 @pytest.mark.parametrize("how", BYPASSES)
 @NAMES
 def test_a_model_that_passes_us_by_in_the_middle_of_a_call_is_told(name, how):
-    pipe = _patch(_build(name))
-    expected = _run(pipe)
+    pipe = patch_pipe(build_pipe(name))
+    expected = run_pipe(pipe)
     with pytest.warns(UserWarning, match="the unet was compiled or replaced during the call"):
-        _run(pipe, steps=3, **_callback(lambda: BYPASSES[how](pipe)))
-    assert relative(_run(pipe), expected) < 1e-5
-    strict = _patch(_build(name), strict=True)
+        run_pipe(pipe, steps=3, **with_callback(lambda: BYPASSES[how](pipe)))
+    assert relative(run_pipe(pipe), expected) < 1e-5
+    strict = patch_pipe(build_pipe(name), strict=True)
     with pytest.raises(ValueError, match="compiled or replaced during the call"):
-        _run(strict, steps=3, **_callback(lambda: BYPASSES[how](strict)))
-    assert relative(_run(strict), expected) < 1e-5
+        run_pipe(strict, steps=3, **with_callback(lambda: BYPASSES[how](strict)))
+    assert relative(run_pipe(strict), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", [SD, PAG, SAG])
 def test_a_replaced_model_is_let_go_at_the_next_call(name):
-    pipe = _patch(_build(name))
-    expected, old = _run(pipe), pipe.unet
+    pipe = patch_pipe(build_pipe(name))
+    expected, old = run_pipe(pipe), pipe.unet
     parameters = list(old.parameters())
     joined = any(w.contains(p) for w in list(_WHOLES.values()) for p in parameters)
     assert joined or name == SAG
     pipe.unet = copy.deepcopy(old)
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     assert "_compiled_call_impl" not in vars(old)
     assert not any(w.contains(p) for w in list(_WHOLES.values()) for p in parameters)
     assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
@@ -246,10 +262,10 @@ def test_a_replaced_model_is_let_go_at_the_next_call(name):
 
 
 def test_a_replaced_controlnet_is_let_go_at_the_next_call():
-    pipe = _patch(_build(CONTROL))
-    expected, old = _run(pipe), pipe.controlnet
+    pipe = patch_pipe(build_pipe(CONTROL))
+    expected, old = run_pipe(pipe), pipe.controlnet
     pipe.controlnet = copy.deepcopy(old)
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     assert "_compiled_call_impl" not in vars(old)
     gone = weakref.ref(old)
     del old
@@ -263,21 +279,21 @@ def test_a_replaced_controlnet_is_let_go_at_the_next_call():
 @NAMES
 def test_captured_processors_do_not_stay(name, snapshot):
     """Whoever reads processors in our forward and sets them afterwards sets ours."""
-    pipe = _build(name)
-    stock, before = _run(pipe), snapshot(pipe)
-    _patch(pipe)
-    expected, held = _run(pipe), []
+    pipe = build_pipe(name)
+    stock, before = run_pipe(pipe), snapshot(pipe)
+    patch_pipe(pipe)
+    expected, held = run_pipe(pipe), []
     attentions = [m for m in pipe.unet.modules() if hasattr(m, "get_processor")]
 
     def capture():
         held.extend((m, m.processor) for m in attentions)
 
-    _in_forward(pipe, capture)
+    in_forward(pipe, capture)
     for module, processor in held:
         module.processor = processor
-    assert relative(_run(pipe), expected) < 1e-6
+    assert relative(run_pipe(pipe), expected) < 1e-6
     for module, processor in held:
         module.processor = processor
     pag_fast.unpatch(pipe)
     assert snapshot(pipe) == before
-    assert torch.equal(_run(pipe), stock)
+    assert torch.equal(run_pipe(pipe), stock)

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from numerics import observing, relative
-from states import CONTROL, NAMES, PAG, SD, _build, _inner, _patch, _run
+from states import CONTROL, NAMES, PAG, SD, build_pipe, inner, patch_pipe, run_pipe
 
 import pag_fast
 from pag_fast.runtime.entry import Entry
@@ -26,8 +26,8 @@ class Injected(Exception):
 @NAMES
 def test_an_error_anywhere(name, where, snapshot, monkeypatch):
     error = KeyboardInterrupt if name == SD else Injected
-    pipe = _patch(_build(name))
-    expected, before = _run(pipe), snapshot(pipe)
+    pipe = patch_pipe(build_pipe(name))
+    expected, before = run_pipe(pipe), snapshot(pipe)
     kind = InjectedSession if name == SD else Session
     if where == "combine" and name == SD:
         kind, where = InjectedSession, "predictions"
@@ -37,10 +37,10 @@ def test_an_error_anywhere(name, where, snapshot, monkeypatch):
 
     with monkeypatch.context() as context, pytest.raises(error, match="injected"):
         context.setattr(kind, where, fail)
-        _run(pipe)
+        run_pipe(pipe)
     assert snapshot(pipe) == before
     assert pipe._pag_fast.session is None
-    assert torch.equal(_run(pipe), expected)
+    assert torch.equal(run_pipe(pipe), expected)
     pag_fast.unpatch(pipe)
     assert "_compiled_call_impl" not in vars(pipe.unet)
 
@@ -51,8 +51,8 @@ UNDOING = [(Installation, "left"), (Installation, "forget"), (Session, "end")]
 @pytest.mark.parametrize(("kind", "method"), UNDOING, ids=lambda x: str(getattr(x, "__name__", x)))
 @NAMES
 def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, monkeypatch):
-    pipe = _patch(_build(name))
-    expected, before = _run(pipe), snapshot(pipe)
+    pipe = patch_pipe(build_pipe(name))
+    expected, before = run_pipe(pipe), snapshot(pipe)
     own = getattr(kind, method)
 
     def fail(self, *args, **kwargs):
@@ -63,21 +63,21 @@ def test_the_first_error_wins_and_undoing_goes_on(name, kind, method, snapshot, 
     def first(*_):
         raise Injected("injected")
 
-    handle = _inner(pipe).register_forward_hook(first)
+    handle = inner(pipe).register_forward_hook(first)
     with monkeypatch.context() as context:
         context.setattr(kind, method, fail)
         with pytest.raises(Injected):
-            _run(pipe)
+            run_pipe(pipe)
         handle.remove()
         with pytest.raises(RuntimeError, match="in undoing"):
-            _run(pipe)
+            run_pipe(pipe)
     assert snapshot(pipe) == before
-    assert torch.equal(_run(pipe), expected)
+    assert torch.equal(run_pipe(pipe), expected)
 
 
 def test_unpatching_goes_on_when_a_part_of_it_fails(monkeypatch):
-    pipe = _patch(_build(CONTROL))
-    _run(pipe)
+    pipe = patch_pipe(build_pipe(CONTROL))
+    run_pipe(pipe)
     fusions, released = [x for _, x in pipe._pag_fast._fusions.values()], []
     release = type(fusions[0]).release
 
@@ -117,26 +117,26 @@ def test_a_failing_patch_leaves_the_earlier_one(name, bad, snapshot, monkeypatch
 
     # nothing else in this test compiles anything
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    pipe = _patch(_build(name))
-    expected, before, state = _run(pipe), snapshot(pipe), pipe._pag_fast
+    pipe = patch_pipe(build_pipe(name))
+    expected, before, state = run_pipe(pipe), snapshot(pipe), pipe._pag_fast
     with pytest.raises(Exception, match=r"."):
         pag_fast.patch(pipe, **BAD[bad])
     assert pipe._pag_fast is state
     assert isinstance(vars(pipe.unet)["_compiled_call_impl"], Entry)
     assert snapshot(pipe) == before
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     with pytest.raises(Exception, match=r"."), pag_fast.patched(pipe, **BAD[bad]):
         pass
     assert pipe._pag_fast is state
-    assert relative(_run(pipe), expected) < 1e-5
+    assert relative(run_pipe(pipe), expected) < 1e-5
     pag_fast.unpatch(pipe)
     assert "_compiled_call_impl" not in vars(pipe.unet)
 
 
 def test_a_failing_compilation_leaves_nothing_compiled(monkeypatch):
     """Two models to compile, and the second fails."""
-    pipe = _build(CONTROL)
-    expected = _run(pipe)
+    pipe = build_pipe(CONTROL)
+    expected = run_pipe(pipe)
 
     def fail(*args, **kwargs):
         raise Injected("injected")
@@ -146,4 +146,4 @@ def test_a_failing_compilation_leaves_nothing_compiled(monkeypatch):
         pag_fast.patch(pipe, "mid", compile=pag_fast.CompileConfig(backend="eager"))
     assert not hasattr(pipe, "_pag_fast")
     assert vars(pipe.unet).get("_compiled_call_impl") is None
-    assert torch.equal(_run(pipe), expected)
+    assert torch.equal(run_pipe(pipe), expected)

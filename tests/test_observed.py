@@ -23,10 +23,10 @@ from observed_steps import (
     SD3,
     WAN,
     XL,
-    _built,
-    _layers,
-    _model,
-    _run,
+    built_once,
+    denoiser_of,
+    layers_of,
+    run_call,
     slow_steps,
 )
 from tiny_hosts import HOSTS
@@ -42,12 +42,12 @@ EVERY = [SD, XL, SD3, COG, "LTXPipeline", *APART]
 def _check(pipe, name, *, differs=True, **extra):
     """Patched against the truth, with the same arguments; returns how its steps ran."""
     if differs:
-        stock = _run(pipe, name, **extra)
+        stock = run_call(pipe, name, **extra)
     with slow_steps(pipe, name):
-        truth = _run(pipe, name, **extra)
+        truth = run_call(pipe, name, **extra)
     assert not differs or relative(truth, stock) > 1e-3, "PAG makes no difference here"
-    with pag_fast.patched(pipe, _layers(name), pag_scale=SCALE, strict=True):
-        assert relative(_run(pipe, name, **extra), truth) < 1e-5
+    with pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE, strict=True):
+        assert relative(run_call(pipe, name, **extra), truth) < 1e-5
         return dict(pipe._pag_fast.steps)
 
 
@@ -67,7 +67,7 @@ def _same_values(kwargs):
 @pytest.mark.parametrize("name", EVERY)
 def test_negative_prompts(name, how):
     """The uncond pass is uncond, whatever its prompt is; without CFG there is none."""
-    pipe = _built(name)
+    pipe = built_once(name)
     kwargs = tiny_hosts.call_kwargs(name, pipe)
     extra: dict[str, Any] = {}
     if how == "none":
@@ -81,7 +81,7 @@ def test_negative_prompts(name, how):
 
 def test_a_negative_prompt_that_is_the_beginning_of_the_prompt():
     """A view: both begin at one place of one storage."""
-    pipe = _built(WAN)
+    pipe = built_once(WAN)
     text = tiny_hosts.call_kwargs(WAN, pipe)["prompt_embeds"]
     _check(pipe, WAN, prompt_embeds=text, negative_prompt_embeds=text[:, :3])
 
@@ -92,7 +92,7 @@ def test_a_negative_prompt_that_is_the_beginning_of_the_prompt():
 )
 def test_negative_prompts_where_guidance_is_normalised(name, how):
     """There PAG goes into cond, by the CFG scale of the call."""
-    pipe = _built(name)
+    pipe = built_once(name)
     kwargs = tiny_hosts.call_kwargs(name, pipe)
     cfg = 5.0
     if how == "none":
@@ -105,17 +105,17 @@ def test_negative_prompts_where_guidance_is_normalised(name, how):
         kwargs["generator"].manual_seed(0)
         return tiny_hosts.latents(pipe, kwargs)
 
-    attentions = list(resolve(_model(pipe), _layers(name)).values())
+    attentions = list(resolve(denoiser_of(pipe), layers_of(name)).values())
     with tiny_hosts.slow_pag(pipe, name, attentions, SCALE, cfg):
         truth = run()
     assert relative(truth, run()) > 1e-3
-    with pag_fast.patched(pipe, _layers(name), pag_scale=SCALE, strict=True):
+    with pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE, strict=True):
         assert relative(run(), truth) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxInpaintPipeline"])
 def test_image_to_image_begins_late(name):
-    assert sum(_check(_built(name), name, steps=4, strength=0.5).values()) == 2
+    assert sum(_check(built_once(name), name, steps=4, strength=0.5).values()) == 2
 
 
 def test_skip_layer_guidance_and_pag():
@@ -123,26 +123,26 @@ def test_skip_layer_guidance_and_pag():
     for stop in (1.0, 0.5):
         skip = {"skip_guidance_layers": [1], "skip_layer_guidance_scale": 4.0}
         window = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": stop}
-        _check(_built(SD3), SD3, steps=4, **skip, **window)
+        _check(built_once(SD3), SD3, steps=4, **skip, **window)
 
 
 def test_dynamic_cfg():
-    _check(_built(COG), COG, use_dynamic_cfg=True)
+    _check(built_once(COG), COG, use_dynamic_cfg=True)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_rescale(rescale):
-    pipe = _built(SD)
-    attentions = list(resolve(pipe.unet, _layers(SD)).values())
+    pipe = built_once(SD)
+    attentions = list(resolve(pipe.unet, layers_of(SD)).values())
     with tiny_hosts.slow_pag(pipe, SD, attentions, SCALE, 5.0):
-        truth = _run(pipe, SD, guidance_rescale=rescale)
-    with pag_fast.patched(pipe, _layers(SD), pag_scale=SCALE, strict=True):
-        assert relative(_run(pipe, SD, guidance_rescale=rescale), truth) < 1e-5
+        truth = run_call(pipe, SD, guidance_rescale=rescale)
+    with pag_fast.patched(pipe, layers_of(SD), pag_scale=SCALE, strict=True):
+        assert relative(run_call(pipe, SD, guidance_rescale=rescale), truth) < 1e-5
 
 
 @pytest.mark.parametrize("name", [SD, XL, WAN])
 def test_cfg_turned_off_in_the_middle(name):
-    pipe = _built(name)
+    pipe = built_once(name)
     names = {SD: ["prompt_embeds"], XL: ["prompt_embeds", "add_text_embeds", "add_time_ids"]}
 
     def callback(pipe, i, t, tensors):
@@ -168,7 +168,7 @@ def test_schedulers(name, scheduler):
     cls = getattr(diffusers, f"{scheduler}Scheduler")
     counts = (1, 3) if scheduler != "PNDM" else (4,)  # its Runge-Kutta steps need more
     if name == SD:
-        pipe = _built(SD)
+        pipe = built_once(SD)
         before, pipe.scheduler = pipe.scheduler, cls()
         try:
             for steps in counts:
@@ -188,7 +188,7 @@ def test_schedulers(name, scheduler):
 
 @pytest.mark.parametrize("name", [FLUX, SD3])
 def test_two_forwards_a_step_of_flow_matching(name):
-    pipe = _built(name)
+    pipe = built_once(name)
     before, pipe.scheduler = pipe.scheduler, diffusers.FlowMatchHeunDiscreteScheduler()
     pipe.scheduler.config.use_dynamic_shifting = False
     own = pipe.scheduler.set_timesteps
@@ -197,7 +197,7 @@ def test_two_forwards_a_step_of_flow_matching(name):
     try:
         if accepts == {False} and name == FLUX:
             with pytest.raises(ValueError, match="sigmas"):
-                _run(pipe, name)
+                run_call(pipe, name)
             return
         _check(pipe, name)
     finally:
@@ -206,7 +206,7 @@ def test_two_forwards_a_step_of_flow_matching(name):
 
 @pytest.mark.parametrize("name", [SD, FLUX, WAN])
 def test_one_step_and_interruption(name):
-    pipe = _built(name)
+    pipe = built_once(name)
     assert sum(_check(pipe, name, steps=1, differs=False).values()) == 1
 
     def callback(pipe, i, t, tensors):
@@ -217,22 +217,22 @@ def test_one_step_and_interruption(name):
 
 
 def test_an_end_before_the_end():
-    ran = _check(_built(XL), XL, steps=4, denoising_end=0.5)
+    ran = _check(built_once(XL), XL, steps=4, denoising_end=0.5)
     assert sum(ran.values()) == 2
 
 
 @pytest.mark.parametrize("name", [SD, FLUX])
 def test_an_error_in_the_middle_and_another_call(name):
-    pipe = _built(name)
+    pipe = built_once(name)
 
     def fail(pipe, i, t, tensors):
         raise RuntimeError("in the middle")
 
-    with pag_fast.patched(pipe, _layers(name), pag_scale=SCALE):
-        expected = _run(pipe, name)
+    with pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE):
+        expected = run_call(pipe, name)
         with pytest.raises(RuntimeError, match="in the middle"):
-            _run(pipe, name, callback_on_step_end=fail)
-        assert torch.equal(_run(pipe, name), expected)
+            run_call(pipe, name, callback_on_step_end=fail)
+        assert torch.equal(run_call(pipe, name), expected)
 
 
 # ---- precision ----
@@ -241,18 +241,18 @@ def test_an_error_in_the_middle_and_another_call(name):
 @pytest.mark.parametrize("name", [WAN, FLUX, HUNYUAN, SD])
 def test_half_precision_loses_no_more_than_stock_does(name):
     """Latents that are fp32 are guided in fp32."""
-    wide, narrow = _built(name), tiny_hosts.build(name, dtype=torch.bfloat16)
+    wide, narrow = built_once(name), tiny_hosts.build(name, dtype=torch.bfloat16)
 
     def error(run):
         return relative(run(narrow).double(), run(wide).double())
 
     def patched(pipe):
-        with pag_fast.patched(pipe, _layers(name), pag_scale=SCALE, strict=True):
-            return _run(pipe, name)
+        with pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE, strict=True):
+            return run_call(pipe, name)
 
     def slow(pipe):
         with slow_steps(pipe, name):
-            return _run(pipe, name)
+            return run_call(pipe, name)
 
     assert error(patched) < 1.5 * error(slow)
 
@@ -267,7 +267,7 @@ def test_what_the_scheduler_is_handed_is_as_wide_as_its_latents(name):
         return own(noise, t, sample, *args, **kwargs)
 
     pipe.scheduler.step = functools.wraps(own)(step)
-    pag_fast.patch(pipe, _layers(name), pag_scale=SCALE)
-    _run(pipe, name)
+    pag_fast.patch(pipe, layers_of(name), pag_scale=SCALE)
+    run_call(pipe, name)
     narrow = torch.bfloat16
     assert seen == [(torch.float32, torch.float32) if name == WAN else (narrow, narrow)] * 3

@@ -11,7 +11,7 @@ import pytest
 import tiny_hosts
 import torch
 from numerics import relative
-from observed_steps import FLUX, QWEN, SCALE, SD, WAN, _built, _layers, _run, slow_steps
+from observed_steps import FLUX, QWEN, SCALE, SD, WAN, built_once, layers_of, run_call, slow_steps
 from tiny_hosts import HOSTS
 
 import pag_fast
@@ -118,28 +118,28 @@ def _more(pipe):
 @pytest.mark.parametrize("make", [*SUBCLASSES, *LOOPS])
 @pytest.mark.parametrize("name", [SD, FLUX, WAN])
 def test_subclasses(name, make):
-    pipe = _built(name)
+    pipe = built_once(name)
     with slow_steps(pipe, name):
-        truth = _run(pipe, name)
+        truth = run_call(pipe, name)
     made = _as(pipe, make)
-    with pag_fast.patched(made, _layers(name), pag_scale=SCALE, strict=True):
+    with pag_fast.patched(made, layers_of(name), pag_scale=SCALE, strict=True):
         extra = {HOSTS[name].cfg: None} if make is _defaults else {}
-        assert relative(_run(made, name, **extra), truth) < 1e-5
+        assert relative(run_call(made, name, **extra), truth) < 1e-5
         assert sum(made._pag_fast.steps.values()) == 3
 
 
 @pytest.mark.skipif(QWEN not in HOSTS, reason=f"this diffusers has no {QWEN} that fits")
 @pytest.mark.parametrize("make", [*SUBCLASSES, *LOOPS])
 def test_subclasses_where_the_scale_has_to_be_known(make):
-    pipe = _built(QWEN)
-    attentions = list(resolve(pipe.transformer, _layers(QWEN)).values())
+    pipe = built_once(QWEN)
+    attentions = list(resolve(pipe.transformer, layers_of(QWEN)).values())
     with tiny_hosts.slow_pag(pipe, QWEN, attentions, SCALE, 5.0):
-        truth = _run(pipe, QWEN)
+        truth = run_call(pipe, QWEN)
     made = _as(pipe, make)
     extra = {HOSTS[QWEN].cfg: None} if make is _defaults else {}
-    with pag_fast.patched(made, _layers(QWEN), pag_scale=SCALE, strict=True):
+    with pag_fast.patched(made, layers_of(QWEN), pag_scale=SCALE, strict=True):
         if make in LOOPS:  # nobody knows what its variables mean
             with pytest.raises(ValueError, match="call the pipeline's own __call__"):
-                _run(made, QWEN, **extra)
+                run_call(made, QWEN, **extra)
         else:
-            assert relative(_run(made, QWEN, **extra), truth) < 1e-5
+            assert relative(run_call(made, QWEN, **extra), truth) < 1e-5

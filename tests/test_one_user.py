@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from numerics import observing, relative
 from shallow import build
-from users import FLUX, PAG, SD, STEPS, _in_thread, _once, _patched, _run, _sibling
+from users import FLUX, PAG, SD, STEPS, in_thread, patched_on, run_call, run_once, sibling_of
 
 # ---- a stock pipeline on the same model ----
 
@@ -20,17 +20,17 @@ from users import FLUX, PAG, SD, STEPS, _in_thread, _once, _patched, _run, _sibl
 @pytest.mark.parametrize("thread", [False, True], ids=["callback", "thread"])
 def test_a_stock_sibling_in_a_callback(name, thread):
     pipe = build(name)
-    sibling = _sibling(pipe, name)
-    stock, seen = _run(sibling, name), []
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    sibling = sibling_of(pipe, name)
+    stock, seen = run_call(sibling, name), []
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     assert relative(alone, stock) > 1e-3 or name == PAG
 
     def other():
-        run = functools.partial(_run, sibling, name)
-        seen.append(_in_thread(run) if thread else run())
+        run = functools.partial(run_call, sibling, name)
+        seen.append(in_thread(run) if thread else run())
 
-    together = _run(pipe, name, **_once(other, 1))
+    together = run_call(pipe, name, **run_once(other, 1))
     assert torch.equal(seen[0], stock)
     assert torch.equal(together, alone)
 
@@ -38,21 +38,21 @@ def test_a_stock_sibling_in_a_callback(name, thread):
 @pytest.mark.parametrize("name", [SD, FLUX])
 def test_stock_siblings_in_threads_all_the_while(name):
     pipe = build(name)
-    siblings = [_sibling(pipe, name) for _ in range(3)]
-    stock = _run(siblings[0], name)
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    siblings = [sibling_of(pipe, name) for _ in range(3)]
+    stock = run_call(siblings[0], name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     with ThreadPoolExecutor(4) as pool:
-        others = [pool.submit(_run, s, name) for s in siblings]
-        ours = pool.submit(lambda: [_run(pipe, name) for _ in range(3)])
+        others = [pool.submit(run_call, s, name) for s in siblings]
+        ours = pool.submit(lambda: [run_call(pipe, name) for _ in range(3)])
         assert all(torch.equal(x.result(120), stock) for x in others)
         assert all(torch.equal(x, alone) for x in ours.result(120))
 
 
 def test_forwards_of_a_thread_pool_do_not_starve_a_call():
     """Forwards that overlap without end once kept the model from ever being free."""
-    pipe = _patched(build(SD))
-    alone, stop = _run(pipe), threading.Event()
+    pipe = patched_on(build(SD))
+    alone, stop = run_call(pipe), threading.Event()
     source = torch.Generator().manual_seed(0)
     x, text = (torch.randn(s, generator=source) for s in ((1, 4, 8, 8), (1, 5, 12)))
 
@@ -71,7 +71,7 @@ def test_forwards_of_a_thread_pool_do_not_starve_a_call():
     with ThreadPoolExecutor(5) as pool:
         others = [pool.submit(forwards) for _ in range(4)]
         try:
-            ours = pool.submit(_run, pipe).result(60)
+            ours = pool.submit(run_call, pipe).result(60)
         finally:
             stop.set()
         assert all(other.result(60) for other in others)
@@ -82,22 +82,22 @@ def test_forwards_of_a_thread_pool_do_not_starve_a_call():
 def test_a_stock_sibling_inside_a_hook_of_our_forward(name):
     """In the middle of our forward the model is stock for everybody else."""
     pipe = build(name)
-    sibling, seen = _sibling(pipe, name), []
-    stock = _run(sibling, name, steps=1)
+    sibling, seen = sibling_of(pipe, name), []
+    stock = run_call(sibling, name, steps=1)
 
     @observing
     def hook(*_):
         if not seen:
             seen.append(None)
-            seen[0] = _run(sibling, name, steps=1)
+            seen[0] = run_call(sibling, name, steps=1)
 
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     inner = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
     for module in (inner, pipe.unet):
         seen.clear()
         handle = module.register_forward_hook(hook)
-        together = _run(pipe, name)
+        together = run_call(pipe, name)
         handle.remove()
         assert torch.equal(seen[0], stock)
         assert relative(together, alone) < 1e-5
@@ -115,8 +115,8 @@ def test_our_forward_entered_again_by_a_hook_is_nobodys(name):
             return pipe.unet(x, 7, encoder_hidden_states=text).sample
 
     expected, seen, inside = forward(), [], []
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
 
     @observing
     def hook(*_):
@@ -127,7 +127,7 @@ def test_our_forward_entered_again_by_a_hook_is_nobodys(name):
 
     inner = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
     handle = inner.register_forward_hook(hook)
-    together = _run(pipe, name)
+    together = run_call(pipe, name)
     handle.remove()
     assert len(seen) >= STEPS
     assert all(torch.equal(x, expected) for x in seen)
@@ -181,10 +181,10 @@ def test_a_callback_that_runs_the_model_itself(name, kind):
             return pipe.unet(x, 7, encoder_hidden_states=text).sample
 
     expected, seen = forward(), []
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     callback = _callbacks(lambda: seen.append(forward()))[kind]
-    together = _run(pipe, name, callback_on_step_end=callback)
+    together = run_call(pipe, name, callback_on_step_end=callback)
     assert len(seen) == STEPS
     assert all(torch.equal(x, expected) for x in seen)
     assert torch.equal(together, alone)
@@ -204,9 +204,9 @@ def test_a_loop_of_the_users_own_is_stock():
         return x
 
     stock = loop()
-    _patched(pipe)
+    patched_on(pipe)
     assert torch.equal(loop(), stock)
-    _run(pipe)
+    run_call(pipe)
     assert torch.equal(loop(), stock)
 
 
@@ -220,15 +220,15 @@ class _Beside:
     """
 
     def __init__(self, pipe, layers):
-        self.pipe = _sibling(pipe, PAG)
+        self.pipe = sibling_of(pipe, PAG)
         self.pipe.set_pag_applied_layers(layers)
-        self.alone = _run(self.pipe, PAG)
+        self.alone = run_call(self.pipe, PAG)
         self._inside, self._go_on = threading.Event(), threading.Event()
         self._pool = ThreadPoolExecutor(1)
 
     def begin(self, wait=True):
-        waits = _once(lambda: (self._inside.set(), self._go_on.wait(60)))
-        self._result = self._pool.submit(_run, self.pipe, PAG, **waits)
+        waits = run_once(lambda: (self._inside.set(), self._go_on.wait(60)))
+        self._result = self._pool.submit(run_call, self.pipe, PAG, **waits)
         assert not wait or self._inside.wait(60)
 
     def end(self):
@@ -245,18 +245,18 @@ def _left_behind(pipe):
 def test_a_stock_pag_pipeline_beside_ours_on_the_same_layers(name):
     pipe = build(name)
     beside = _Beside(pipe, ["mid"])
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     # it begins first, and ends in the middle of ours
     beside.begin()
-    assert torch.equal(_run(pipe, name, **_once(beside.end, 1)), alone)
+    assert torch.equal(run_call(pipe, name, **run_once(beside.end, 1)), alone)
     assert not _left_behind(pipe)
     # it begins in the middle of ours, and ends last
     beside = _Beside(pipe, ["mid"])
-    assert torch.equal(_run(pipe, name, **_once(beside.begin, 1)), alone)
+    assert torch.equal(run_call(pipe, name, **run_once(beside.begin, 1)), alone)
     beside.end()
     assert not _left_behind(pipe)
-    assert torch.equal(_run(pipe, name), alone)
+    assert torch.equal(run_call(pipe, name), alone)
 
 
 @pytest.mark.parametrize("layers", [["down_blocks.0"], ["up_blocks.0"]], ids=str)
@@ -265,22 +265,22 @@ def test_a_stock_pag_pipeline_beside_ours_on_other_layers_is_refused(name, layer
     """Only that pipeline knows what it has put its processors in the place of."""
     pipe = build(name)
     beside = _Beside(pipe, layers)
-    _patched(pipe, name)
-    alone = _run(pipe, name)
+    patched_on(pipe, name)
+    alone = run_call(pipe, name)
     beside.begin()
     with pytest.raises(ValueError, match="which a PAG pipeline that shares this model has put"):
-        _run(pipe, name)
+        run_call(pipe, name)
     beside.end()
     assert not _left_behind(pipe)
-    assert torch.equal(_run(pipe, name), alone)
+    assert torch.equal(run_call(pipe, name), alone)
 
 
 @pytest.mark.parametrize("layers", [["mid"], ["up_blocks.0"]], ids=str)
 def test_a_stock_pag_pipeline_that_begins_in_the_middle_of_our_forward(layers):
     pipe = build(SD)
     beside = _Beside(pipe, layers)
-    _patched(pipe)
-    alone, begun = _run(pipe), []
+    patched_on(pipe)
+    alone, begun = run_call(pipe), []
 
     def begin(*_):
         if not begun and pipe._pag_fast.session is not None:
@@ -291,23 +291,23 @@ def test_a_stock_pag_pipeline_that_begins_in_the_middle_of_our_forward(layers):
 
     handle = pipe.unet.conv_in.register_forward_hook(observing(begin))
     with pytest.raises(ValueError, match="PAG pipeline that shares this model has"):
-        _run(pipe)
+        run_call(pipe)
     beside.end()
     handle.remove()
     assert begun and not _left_behind(pipe)
-    assert torch.equal(_run(pipe), alone)
+    assert torch.equal(run_call(pipe), alone)
 
 
 def test_processors_that_a_pag_pipeline_has_left_are_told():
     """Stock leaves them where an error ends its call."""
     pipe = build(SD)
-    sibling = _sibling(pipe, PAG)
+    sibling = sibling_of(pipe, PAG)
     sibling.set_pag_applied_layers(["up_blocks.0"])
-    _patched(pipe)
-    alone = _run(pipe)
+    patched_on(pipe)
+    alone = run_call(pipe)
     with pytest.raises(ZeroDivisionError):
-        _run(sibling, PAG, **_once(lambda: 1 / 0))
+        run_call(sibling, PAG, **run_once(lambda: 1 / 0))
     with pytest.raises(ValueError, match="or an error has ended it"):
-        _run(pipe)
+        run_call(pipe)
     pipe.unet.set_attn_processor(AttnProcessor2_0())
-    assert torch.equal(_run(pipe), alone)
+    assert torch.equal(run_call(pipe), alone)

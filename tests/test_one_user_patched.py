@@ -14,7 +14,7 @@ import tiny_hosts
 import torch
 from numerics import relative
 from shallow import SHALLOW, build
-from users import FLUX, PAG, SD, STEPS, _once, _patched, _run, _sibling, _two
+from users import FLUX, PAG, SD, STEPS, patched_on, run_call, run_once, sibling_of, two_patched
 
 import pag_fast
 from pag_fast.runtime import lease as leases
@@ -35,32 +35,32 @@ PAIRS = pytest.mark.parametrize("names", [(SD, SD), (SD, PAG), (PAG, SD), (FLUX,
 
 @PAIRS
 def test_two_patched_pipelines_in_turns_and_nested(names, snapshot):
-    (first, second), alone = _two(names)
+    (first, second), alone = two_patched(names)
     for _ in range(2):
-        assert relative(_run(first, names[0]), alone[0]) < 1e-5
-        assert relative(_run(second, names[1]), alone[1]) < 1e-5
+        assert relative(run_call(first, names[0]), alone[0]) < 1e-5
+        assert relative(run_call(second, names[1]), alone[1]) < 1e-5
     seen = []
-    nested = _once(lambda: seen.append(_run(second, names[1])), 1)
-    assert relative(_run(first, names[0], **nested), alone[0]) < 1e-5
+    nested = run_once(lambda: seen.append(run_call(second, names[1])), 1)
+    assert relative(run_call(first, names[0], **nested), alone[0]) < 1e-5
     assert relative(seen[0], alone[1]) < 1e-5
     # one goes, the other stays
     before = snapshot(first)
     pag_fast.unpatch(second)
-    assert relative(_run(first, names[0]), alone[0]) < 1e-5
+    assert relative(run_call(first, names[0]), alone[0]) < 1e-5
     assert snapshot(first) == before
     pag_fast.unpatch(first)
     assert "_compiled_call_impl" not in vars(_model(first))
-    assert not torch.equal(_run(first, names[0]), alone[0])
+    assert not torch.equal(run_call(first, names[0]), alone[0])
 
 
 @PAIRS
 def test_two_patched_pipelines_in_two_threads(names):
-    pipes, alone = _two(names)
+    pipes, alone = two_patched(names)
     start = threading.Barrier(2)
 
     def run(pipe, name):
         start.wait(60)
-        return [_run(pipe, name) for _ in range(4)]
+        return [run_call(pipe, name) for _ in range(4)]
 
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run, *pair) for pair in zip(pipes, names, strict=True)]
@@ -69,14 +69,14 @@ def test_two_patched_pipelines_in_two_threads(names):
 
 
 def test_a_patched_pipeline_that_nobody_has_any_more_is_let_go():
-    (first, second), alone = _two()
+    (first, second), alone = two_patched()
     model = first.unet
     entry = vars(model)["_compiled_call_impl"]
     assert len(entry.claims) == 2
     del first
     gc.collect()
     assert len(entry.claims) == 1
-    assert torch.equal(_run(second, PAG), alone[1])
+    assert torch.equal(run_call(second, PAG), alone[1])
     del second
     gc.collect()
     assert "_compiled_call_impl" not in vars(model)
@@ -86,16 +86,16 @@ def test_four_kinds_of_users_of_one_unet():
     """PAG, PAG injected, SAG and stock: in turns, nested in one another, and none is left."""
     names = [PAG, SD, "StableDiffusionSAGPipeline"]
     base = tiny.build(PAG)
-    pipes = [_sibling(base, name) for name in names]
+    pipes = [sibling_of(base, name) for name in names]
 
     def run(pipe, name):
         extra = {"sag_scale": 0.7} if "SAG" in name else {}
         if "SAG" in name:
             kwargs = tiny_hosts.call_kwargs(SD, pipe, steps=STEPS)
             return pipe(**kwargs, **extra).images
-        return _run(pipe, name)
+        return run_call(pipe, name)
 
-    stock = run(_sibling(base, SD), SD)
+    stock = run(sibling_of(base, SD), SD)
     alone = []
     for pipe, name in zip(pipes, names, strict=True):
         pag_fast.patch(pipe, **({} if "SAG" in name else {"layers": "mid"}))
@@ -109,9 +109,9 @@ def test_four_kinds_of_users_of_one_unet():
         def nested(seen=seen, outer=outer):
             for i, (pipe, name) in enumerate(zip(pipes, names, strict=True)):
                 seen.append(None if i == outer else run(pipe, name))
-            seen.append(run(_sibling(base, SD), SD))
+            seen.append(run(sibling_of(base, SD), SD))
 
-        together = _run(pipes[outer], names[outer], **_once(nested, 1))
+        together = run_call(pipes[outer], names[outer], **run_once(nested, 1))
         assert torch.equal(together, alone[outer])
         for i, got in enumerate(seen[:3]):
             assert i == outer or torch.equal(got, alone[i]), names[i]
@@ -124,8 +124,8 @@ def test_four_kinds_of_users_of_one_unet():
 def test_a_guider_and_a_patched_pipeline_on_one_unet():
     arming = pytest.importorskip("pag_fast.guiders.arming", exc_type=ImportError)
 
-    pipe = _patched(build(SD))
-    alone, seen = _run(pipe), []
+    pipe = patched_on(build(SD))
+    alone, seen = run_call(pipe), []
 
     class Guider:
         def run(self, below, args, kwargs):
@@ -142,14 +142,14 @@ def test_a_guider_and_a_patched_pipeline_on_one_unet():
         armed.disarm()
 
     other()
-    together = _run(pipe, **_once(other, 1))
+    together = run_call(pipe, **run_once(other, 1))
     assert torch.equal(together, alone)
     assert torch.equal(seen[1], seen[3])
     # one whose loop raised before its forward came: it does not take ours for his
     arming.Armed(pipe.unet, guider.run)
     del guider, other
     gc.collect()
-    assert torch.equal(_run(pipe), alone)
+    assert torch.equal(run_call(pipe), alone)
 
 
 # ---- ControlNets ----
@@ -180,23 +180,23 @@ def test_shared_controlnets(shared):
     first = make(base.controlnet, 1)
     second = make(base.controlnet.nets[0] if shared == "one of two" else base.controlnet, 2)
     third = make(base.controlnet, 3)
-    stock = _run(third, CONTROL)
+    stock = run_call(third, CONTROL)
     alone = []
     for pipe in (first, second):
-        _patched(pipe)
-        alone.append(_run(pipe, CONTROL))
+        patched_on(pipe)
+        alone.append(run_call(pipe, CONTROL))
         pag_fast.unpatch(pipe)
     for pipe in (first, second):
-        _patched(pipe)
+        patched_on(pipe)
     seen = []
-    nested = _once(lambda: seen.extend([_run(second, CONTROL), _run(third, CONTROL)]), 1)
-    assert torch.equal(_run(first, CONTROL, **nested), alone[0])
+    nested = run_once(lambda: seen.extend([run_call(second, CONTROL), run_call(third, CONTROL)]), 1)
+    assert torch.equal(run_call(first, CONTROL, **nested), alone[0])
     assert torch.equal(seen[0], alone[1])
     assert torch.equal(seen[1], stock)
     # stock enters the whole and then its nets: whoever takes them in another order waits for ever
     with ThreadPoolExecutor(3) as pool:
         runs = [
-            pool.submit(lambda p=p: [_run(p, CONTROL) for _ in range(3)])
+            pool.submit(lambda p=p: [run_call(p, CONTROL) for _ in range(3)])
             for p in (first, second, third)
         ]
         for one, expected in zip(runs, [*alone, stock], strict=True):

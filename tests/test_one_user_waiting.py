@@ -10,7 +10,7 @@ import tiny_hosts
 import torch
 from numerics import observing, relative
 from shallow import build, least
-from users import PAG, SD, STEPS, _in_thread, _once, _patched, _run, _sibling, _two
+from users import PAG, SD, STEPS, in_thread, patched_on, run_call, run_once, sibling_of, two_patched
 
 import pag_fast
 from pag_fast.runtime import lease as leases
@@ -18,7 +18,7 @@ from pag_fast.runtime.entry import Entry
 
 
 def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, snapshot):
-    (first, second), alone = _two()
+    (first, second), alone = two_patched()
     monkeypatch.setattr(leases, "PATIENCE", 0.3)
     before, seen = snapshot(first), []
 
@@ -27,36 +27,38 @@ def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, sn
         if not seen:
             seen.append(None)
             with pytest.raises(ValueError) as caught:
-                _in_thread(lambda: _run(second, PAG))
+                in_thread(lambda: run_call(second, PAG))
             seen[0] = str(caught.value)
 
     inner = first.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
     handle = inner.register_forward_hook(hook)
-    together = _run(first)
+    together = run_call(first)
     handle.remove()
     assert f"{PAG} (patched) has waited" in seen[0]
     assert f"{SD} (patched) is running" in seen[0]
     assert relative(together, alone[0]) < 1e-5
     assert snapshot(first) == before
-    assert torch.equal(_run(first), alone[0])
-    assert torch.equal(_run(second, PAG), alone[1])
+    assert torch.equal(run_call(first), alone[0])
+    assert torch.equal(run_call(second, PAG), alone[1])
 
 
 @pytest.mark.parametrize("waits", ["stock", "patched"])
 def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
     """Whoever is stock is named as well."""
     pipe = build(SD)
-    sibling = _sibling(pipe, "StableDiffusionImg2ImgPipeline")
+    sibling = sibling_of(pipe, "StableDiffusionImg2ImgPipeline")
     picture = {"image": torch.zeros(1, 3, 16, 16), "strength": 1.0}
-    _patched(pipe)
-    alone = _run(pipe)
+    patched_on(pipe)
+    alone = run_call(pipe)
     monkeypatch.setattr(leases, "PATIENCE", 0.3)
 
     def stock():
         kwargs = tiny_hosts.call_kwargs("StableDiffusionImg2ImgPipeline", sibling, steps=STEPS)
         return sibling(**{**kwargs, **picture}).images
 
-    outer, inner = (lambda: _run(pipe), stock) if waits == "stock" else (stock, lambda: _run(pipe))
+    outer, inner = (
+        (lambda: run_call(pipe), stock) if waits == "stock" else (stock, lambda: run_call(pipe))
+    )
     seen = []
 
     @observing
@@ -64,7 +66,7 @@ def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
         if not seen:
             seen.append(None)
             with pytest.raises(ValueError) as caught:
-                _in_thread(inner)
+                in_thread(inner)
             seen[0] = str(caught.value)
 
     handle = pipe.unet.mid_block.attentions[0].register_forward_hook(hook)
@@ -72,20 +74,20 @@ def test_waiting_for_or_as_a_stock_pipeline(monkeypatch, waits):
     handle.remove()
     assert "StableDiffusionImg2ImgPipeline" in seen[0]
     assert f"{SD} (patched)" in seen[0]
-    assert torch.equal(_run(pipe), alone)
+    assert torch.equal(run_call(pipe), alone)
 
 
 def test_a_second_call_of_one_pipeline_is_refused():
-    pipe, seen = _patched(build(SD)), []
-    alone = _run(pipe)
+    pipe, seen = patched_on(build(SD)), []
+    alone = run_call(pipe)
 
     def again():
-        for run in (lambda: _run(pipe), lambda: _in_thread(lambda: _run(pipe))):
+        for run in (lambda: run_call(pipe), lambda: in_thread(lambda: run_call(pipe))):
             with pytest.raises(ValueError, match="already running"):
                 run()
         seen.append(1)
 
-    assert torch.equal(_run(pipe, **_once(again)), alone)
+    assert torch.equal(run_call(pipe, **run_once(again)), alone)
     assert seen
     # at the same moment: one runs, the other is refused or runs after it
     start = threading.Barrier(4)
@@ -93,7 +95,7 @@ def test_a_second_call_of_one_pipeline_is_refused():
     def run():
         start.wait(60)
         try:
-            return _run(pipe)
+            return run_call(pipe)
         except ValueError as error:
             return str(error)
 
@@ -121,11 +123,11 @@ def stance(request):
 def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, monkeypatch):
     """``torch.compile(unet)`` is another module, and runs the same ones."""
     raw, layers = least(SD)
-    wrapped = _sibling(raw, unet=torch.compile(raw.unet, backend="eager"))
+    wrapped = sibling_of(raw, unet=torch.compile(raw.unet, backend="eager"))
     pipes, alone = (raw, wrapped), []
     for pipe in pipes:
         pag_fast.patch(pipe, layers, pag_scale=2.0)
-        alone.append(_run(pipe))
+        alone.append(run_call(pipe))
         pag_fast.unpatch(pipe)
     assert relative(*alone) < 1e-5
     for pipe in reversed(pipes) if wrapped_first else pipes:
@@ -134,14 +136,14 @@ def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, m
     assert Entry.of(raw.unet).lease is Entry.of(wrapped.unet).lease
     for pipe, other in (pipes, pipes[::-1]):
         seen = []
-        nested = _once(lambda seen=seen, other=other: seen.append(_run(other)), 1)
-        assert relative(_run(pipe, **nested), alone[0]) < 1e-5
+        nested = run_once(lambda seen=seen, other=other: seen.append(run_call(other)), 1)
+        assert relative(run_call(pipe, **nested), alone[0]) < 1e-5
         assert relative(seen[0], alone[0]) < 1e-5
     start = threading.Barrier(2)
 
     def run(pipe):
         start.wait(60)
-        return [_run(pipe) for _ in range(2)]
+        return [run_call(pipe) for _ in range(2)]
 
     with ThreadPoolExecutor(2) as pool:
         for found in [pool.submit(run, pipe) for pipe in pipes]:
@@ -149,12 +151,12 @@ def test_a_model_and_its_compiled_wrapper_have_one_user(wrapped_first, stance, m
     # forwards of the one wait for those of the other
     with Entry.of(wrapped.unet).alone("somebody"), ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(leases, "PATIENCE", 0.2)
-        waits = pool.submit(_run, raw)
+        waits = pool.submit(run_call, raw)
         with pytest.raises(ValueError, match="for a model that somebody is running"):
             waits.result(60)
     for pipe in pipes:
         pag_fast.unpatch(pipe)
-    assert not relative(_run(raw), alone[0]) < 1e-5
+    assert not relative(run_call(raw), alone[0]) < 1e-5
 
 
 @pytest.mark.parametrize("name", [SD, PAG])
@@ -163,7 +165,7 @@ def test_a_wrapped_model_has_its_methods(name):
     pipe = build(name)
     expected = pipe.unet.attn_processors
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    _patched(pipe, name)
+    patched_on(pipe, name)
     pipe.unet.set_attn_processor(pipe.unet.attn_processors)
     assert pipe.unet.attn_processors == expected
     pag_fast.unpatch(pipe)

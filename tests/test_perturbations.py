@@ -18,9 +18,9 @@ from perturbed_pictures import (
     SD3,
     SIZE,
     XL,
-    _both,
-    _kwargs,
-    _pipe,
+    both_pictures,
+    perturbed_pipe,
+    picture_kwargs,
 )
 from tiny import PIPELINES, build, call_kwargs, latents
 from tiny import unet as tiny_unet
@@ -53,18 +53,20 @@ def _layers(name):
 @pytest.mark.parametrize(("name", "how"), CASES, ids=lambda case: str(case)[:40])
 def test_equals_the_naive_one(name, how):
     branch = Branch(_layers(name), how)
-    patched, expected, steps = _both(name, [branch], layers=_layers(name))
+    patched, expected, steps = both_pictures(name, [branch], layers=_layers(name))
     assert relative(patched, expected) < 1e-5
     assert steps == {"shared": 2}
-    pipe = _pipe(name)
-    assert relative(patched, latents(pipe, _kwargs(name, pipe, pag_scale=0.0))) > 1e-3
+    pipe = perturbed_pipe(name)
+    assert relative(patched, latents(pipe, picture_kwargs(name, pipe, pag_scale=0.0))) > 1e-3
 
 
 @pytest.mark.parametrize(("share", "cfg"), [(True, False), (False, True)])
 @pytest.mark.parametrize("how", EVERYWHERE[3:], ids=str)
 def test_without_cfg_and_unshared(how, share, cfg):
     branch = Branch(["mid"], how)
-    patched, expected, steps = _both(SD, [branch], layers=["mid"], cfg=cfg, share_branches=share)
+    patched, expected, steps = both_pictures(
+        SD, [branch], layers=["mid"], cfg=cfg, share_branches=share
+    )
     assert relative(patched, expected) < 1e-5
     assert steps == {"shared" if share else "not shared": 2}
 
@@ -109,7 +111,7 @@ def test_flops_of_a_layer_next_to_the_identity(how):
 
 def test_explain_predicts_every_perturbation():
     """Without a lower bound, which is the identity's."""
-    pipe = _pipe(SD3)
+    pipe = perturbed_pipe(SD3)
     with pag_fast.patched(pipe, "blocks.2", perturbation="skip"):
         found = pag_fast.explain(pipe, **SIZE)
     assert [predicted.bound for predicted in found.flops] == [0, 0]
@@ -121,37 +123,37 @@ def test_explain_predicts_every_perturbation():
 
 
 def test_soft_identity_between_attention_and_the_identity():
-    pipe = _pipe(SD3)
+    pipe = perturbed_pipe(SD3)
     made = {}
     for how in (SoftIdentity(0.0), SoftIdentity(1.0), SoftIdentity(0.5)):
         with pag_fast.patched(pipe, "blocks.2", perturbation=how):
-            made[how.strength] = latents(pipe, _kwargs(SD3, pipe))
+            made[how.strength] = latents(pipe, picture_kwargs(SD3, pipe))
     # of no strength, the perturbed prediction is cond's, and nothing is added
-    assert relative(made[0.0], latents(pipe, _kwargs(SD3, pipe, pag_scale=0.0))) < 1e-5
+    assert relative(made[0.0], latents(pipe, picture_kwargs(SD3, pipe, pag_scale=0.0))) < 1e-5
     assert relative(made[0.5], made[0.0]) > 1e-3
-    unet = _pipe(SD)
+    unet = perturbed_pipe(SD)
     with pag_fast.patched(unet, "mid", perturbation=SoftIdentity(1.0)):
-        whole = latents(unet, _kwargs(SD, unet))
-    assert relative(whole, latents(unet, _kwargs(SD, unet))) < 1e-5
+        whole = latents(unet, picture_kwargs(SD, unet))
+    assert relative(whole, latents(unet, picture_kwargs(SD, unet))) < 1e-5
 
 
 def test_strengths_by_layer():
     strength = {r"blocks\.2\.": 0.2, "blocks": [0.9, 0.0]}
     branch = Branch([r"blocks\.2\.", r"blocks\.3\."], SoftIdentity(strength))
-    patched, expected, _ = _both(SD3, [branch])
+    patched, expected, _ = both_pictures(SD3, [branch])
     assert relative(patched, expected) < 1e-5
 
 
 @pytest.mark.parametrize("how", [NoisyScores(2.0), ShuffledTokens()], ids=str)
 def test_random_ones_repeat(how):
     """The same seed gives the same picture, another one does not, and every step its own draw."""
-    pipe = _pipe(SD)
+    pipe = perturbed_pipe(SD)
     draw = dataclasses.replace(how, seed=1)
     with pag_fast.patched(pipe, "mid", perturbation=how):
-        first = latents(pipe, _kwargs(SD, pipe))
-        assert torch.equal(latents(pipe, _kwargs(SD, pipe)), first)
+        first = latents(pipe, picture_kwargs(SD, pipe))
+        assert torch.equal(latents(pipe, picture_kwargs(SD, pipe)), first)
     with pag_fast.patched(pipe, "mid", perturbation=draw):
-        assert relative(latents(pipe, _kwargs(SD, pipe)), first) > 1e-3
+        assert relative(latents(pipe, picture_kwargs(SD, pipe)), first) > 1e-3
 
 
 def test_permutations():

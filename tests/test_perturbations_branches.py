@@ -7,7 +7,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from numerics import observing, relative
-from perturbed_pictures import EVERYWHERE, PIXART, SD, SD3, XL, _both, _kwargs, _pipe
+from perturbed_pictures import (
+    EVERYWHERE,
+    PIXART,
+    SD,
+    SD3,
+    XL,
+    both_pictures,
+    perturbed_pipe,
+    picture_kwargs,
+)
 from tiny import PIPELINES, build, call_kwargs, latents
 
 import pag_fast
@@ -46,7 +55,7 @@ SEVERAL = {
 @pytest.mark.parametrize("branches", SEVERAL.values(), ids=SEVERAL)
 def test_several_branches(branches, name):
     """``u + g·(c − u) + Σ sᵢ·(c − pᵢ)``; all share the way to the first fork."""
-    patched, expected, steps = _both(name, branches)
+    patched, expected, steps = both_pictures(name, branches)
     assert relative(patched, expected) < 1e-5
     assert steps == {"shared": 2}
 
@@ -59,31 +68,33 @@ def test_several_branches_of_a_unet(name, share, cfg):
         Branch("down_blocks.1", SoftIdentity(0.5), 2.0),
         Branch(["mid", "up_blocks.1"], BlurredQueries(0.6), 0.5),
     ]
-    patched, expected, _ = _both(name, branches, cfg=cfg, share_branches=share)
+    patched, expected, _ = both_pictures(name, branches, cfg=cfg, share_branches=share)
     assert relative(patched, expected) < 1e-5
 
 
 def test_branches_in_other_orders_are_the_same_picture():
     branches = [Branch("mid", "identity", 1.0), Branch("up_blocks.1", SoftIdentity(0.5), 2.0)]
-    first, _, _ = _both(SD, branches)
-    second, _, _ = _both(SD, branches[::-1])
+    first, _, _ = both_pictures(SD, branches)
+    second, _, _ = both_pictures(SD, branches[::-1])
     assert relative(first, second) < 1e-5
 
 
 def test_a_branch_has_the_calls_scale_unless_it_has_its_own():
-    patched, expected, _ = _both(SD, [Branch("mid", "identity"), Branch("mid", "blur", 3.0)])
+    patched, expected, _ = both_pictures(
+        SD, [Branch("mid", "identity"), Branch("mid", "blur", 3.0)]
+    )
     assert relative(patched, expected) < 1e-5
-    other, _, _ = _both(SD, [Branch("mid", "identity", 1.0), Branch("mid", "blur", 3.0)])
+    other, _, _ = both_pictures(SD, [Branch("mid", "identity", 1.0), Branch("mid", "blur", 3.0)])
     assert relative(patched, other) > 1e-3
 
 
 def test_an_adaptive_scale_lowers_every_branch(monkeypatch):
     """At 1000 − t = 250 and 500: scales 1 and 3 have 0.5 and 2.5, then 0 and 2."""
-    pipe = _pipe(SD)
+    pipe = perturbed_pipe(SD)
     branches = [Branch("mid", "identity", 1.0), Branch("up_blocks.1", "identity", 3.0)]
     seen = []
     with pag_fast.patched(pipe, branches=branches):
-        kwargs = _kwargs(SD, pipe, steps=4, pag_adaptive_scale=0.002)
+        kwargs = picture_kwargs(SD, pipe, steps=4, pag_adaptive_scale=0.002)
         combine = pipe._apply_perturbed_attention_guidance
 
         def look(noise_pred, cfg, guidance_scale, t, *rest):
@@ -103,7 +114,7 @@ def test_an_adaptive_scale_lowers_every_branch(monkeypatch):
 
 def _rows_of_blocks(name, branches):
     """Rows that each transformer block runs on, with CFG and one image."""
-    pipe, rows = _pipe(name), {}
+    pipe, rows = perturbed_pipe(name), {}
     model = getattr(pipe, PIPELINES[name].denoiser)
     handles = [
         module.ff.register_forward_hook(
@@ -114,7 +125,7 @@ def _rows_of_blocks(name, branches):
     ]
     try:
         with pag_fast.patched(pipe, branches=branches):
-            latents(pipe, _kwargs(name, pipe))
+            latents(pipe, picture_kwargs(name, pipe))
             found = pag_fast.explain(pipe, flops=False)
     finally:
         for handle in handles:
@@ -170,9 +181,9 @@ def test_several_branches_share_the_way_to_the_first_fork():
 def test_ip_adapter_masks_know_places(masks):
     """A token's order is not free to choose then: shuffled branches run apart."""
     from diffusers.image_processor import IPAdapterMaskProcessor
-    from random_adapters import _with_ip_adapter
+    from random_adapters import with_ip_adapter
 
-    pipe = _with_ip_adapter(build(SD))
+    pipe = with_ip_adapter(build(SD))
     mask = IPAdapterMaskProcessor().preprocess(torch.rand(1, 1, 16, 16), 16, 16)
     embeds = torch.randn(2, 1, 6)
     extra = {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}} if masks else {}

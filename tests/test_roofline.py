@@ -66,7 +66,11 @@ def test_steps_are_those_of_the_ledger_and_the_launch_counts(monkeypatch):
     pipeline = "StableDiffusionControlNetPAGPipeline"
     monkeypatch.setitem(CARDS, pipeline, shallow_card(pipeline))
     roofline_steps._denoiser.cache_clear()
-    steps, cost, counts = roofline_steps.steps(pipeline), entry(pipeline).cost, launch_counts(pipeline)
+    steps, cost, counts = (
+        roofline_steps.steps(pipeline),
+        entry(pipeline).cost,
+        launch_counts(pipeline),
+    )
     roofline_steps._denoiser.cache_clear()
     assert (steps.stock.flops, steps.first, steps.least) == (cost.stock, cost.patched, cost.bound)
     assert (len(steps.stock.ops), steps.stock.moved) == (counts.stock, counts.stock_bytes)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numerics import observing, relative
 from test_received_attention import Shapes
-from tiny_sag import ATTENTION, DDIM, Injected, _add_lora, _build, _latents
+from tiny_sag import ATTENTION, DDIM, Injected, add_lora, build_sag, sag_latents
 
 import pag_fast
 from pag_fast.analysis.kernel_counts import Launches, counted
@@ -19,15 +19,15 @@ from pag_fast.analysis.kernel_counts import Launches, counted
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_parity(kind, cfg, batch):
-    pipe = _build(DDIM(clip_sample=False, prediction_type=kind))
-    stock = _latents(pipe, batch, cfg)
-    plain = _latents(pipe, batch, cfg, sag_scale=0.0)
+    pipe = build_sag(DDIM(clip_sample=False, prediction_type=kind))
+    stock = sag_latents(pipe, batch, cfg)
+    plain = sag_latents(pipe, batch, cfg, sag_scale=0.0)
     assert relative(plain, stock) > 1e-2
     pag_fast.patch(pipe)
-    first = _latents(pipe, batch, cfg)
+    first = sag_latents(pipe, batch, cfg)
     assert relative(first, stock) < 1e-5
-    assert torch.equal(_latents(pipe, batch, cfg), first)
-    assert relative(_latents(pipe, batch, cfg, sag_scale=0.0), plain) < 1e-5
+    assert torch.equal(sag_latents(pipe, batch, cfg), first)
+    assert relative(sag_latents(pipe, batch, cfg, sag_scale=0.0), plain) < 1e-5
     assert dict(pipe._pag_fast.steps) == {"guided passes": 6, "degraded passes": 4}
 
 
@@ -42,45 +42,45 @@ def test_parity(kind, cfg, batch):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_schedulers(scheduler):
-    pipe = _build(scheduler)
-    stock = _latents(pipe)
-    assert relative(_latents(pag_fast.patch(pipe)), stock) < 1e-5
+    pipe = build_sag(scheduler)
+    stock = sag_latents(pipe)
+    assert relative(sag_latents(pag_fast.patch(pipe)), stock) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(40, 72), (64, 32)])
 def test_sizes(size):
     """Maps that latents are no multiple of."""
-    pipe = _build(whole=True)
+    pipe = build_sag(whole=True)
     kwargs = {"height": size[0], "width": size[1]}
-    stock = _latents(pipe, **kwargs)
-    assert relative(_latents(pag_fast.patch(pipe), **kwargs), stock) < 1e-5
+    stock = sag_latents(pipe, **kwargs)
+    assert relative(sag_latents(pag_fast.patch(pipe), **kwargs), stock) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{"cache_conditioning": False}, {"fewer_launches": False}])
 def test_options(options):
-    pipe = _build()
-    stock = _latents(pipe)
-    assert relative(_latents(pag_fast.patch(pipe, **options)), stock) < 1e-5
+    pipe = build_sag()
+    stock = sag_latents(pipe)
+    assert relative(sag_latents(pag_fast.patch(pipe, **options)), stock) < 1e-5
 
 
 def test_triton_backend(monkeypatch):
     pytest.importorskip("triton")
-    pipe = _build()
+    pipe = build_sag()
     kwargs = {"num_inference_steps": 1}
-    stock = _latents(pipe, **kwargs)
-    assert relative(_latents(pag_fast.patch(pipe, backend="triton"), **kwargs), stock) < 1e-5
+    stock = sag_latents(pipe, **kwargs)
+    assert relative(sag_latents(pag_fast.patch(pipe, backend="triton"), **kwargs), stock) < 1e-5
 
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_lora_scale_reaches_the_guided_pass_alone(cfg):
     """As in stock: then the two passes cannot have text keys in common."""
-    pipe = _build()
-    _add_lora(pipe)
+    pipe = build_sag()
+    add_lora(pipe)
     kwargs = {"cfg": cfg, "cross_attention_kwargs": {"scale": 0.3}}
-    stock = _latents(pipe, **kwargs)
-    assert relative(_latents(pipe, cfg=cfg), stock) > 1e-3
+    stock = sag_latents(pipe, **kwargs)
+    assert relative(sag_latents(pipe, cfg=cfg), stock) > 1e-3
     pag_fast.patch(pipe)
-    assert relative(_latents(pipe, **kwargs), stock) < 1e-5
+    assert relative(sag_latents(pipe, **kwargs), stock) < 1e-5
 
 
 # ---- what is no longer done ----
@@ -90,24 +90,24 @@ def test_lora_scale_reaches_the_guided_pass_alone(cfg):
 def test_no_attention_map(backend):
     def maps(pipe):
         with Shapes() as shapes:
-            _latents(pipe, num_inference_steps=1, height=64, width=80)
+            sag_latents(pipe, num_inference_steps=1, height=64, width=80)
         # 8 × 10 of 32 × 40 latents
         return shapes.has_map(80)
 
-    pipe = _build(whole=True)
+    pipe = build_sag(whole=True)
     assert maps(pipe)
     assert not maps(pag_fast.patch(pipe, backend=backend))
 
 
 def _launches_of(pipe, steps, **kwargs):
     with counted() as found:
-        _latents(pipe, num_inference_steps=steps, **kwargs)
+        sag_latents(pipe, num_inference_steps=steps, **kwargs)
     return found.total
 
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_fewer_launches_a_step(cfg):
-    pipe = _build()
+    pipe = build_sag()
 
     def step(**kwargs):
         # a step in the middle of a call
@@ -116,7 +116,7 @@ def test_fewer_launches_a_step(cfg):
 
     stock, without = step(), step(sag_scale=0.0)
     pag_fast.patch(pipe)
-    _latents(pipe, cfg=cfg)  # weights are packed in the first forward
+    sag_latents(pipe, cfg=cfg)  # weights are packed in the first forward
     patched, patched_without = step(), step(sag_scale=0.0)
     print(f"a step: {stock} stock, {patched} patched; without: {without}, {patched_without}")
     assert patched < 0.8 * stock
@@ -125,7 +125,7 @@ def test_fewer_launches_a_step(cfg):
 
 def test_launches_of_the_degradation():
     """Between the two passes of a step."""
-    pipe = _build()
+    pipe = build_sag()
 
     def between():
         counter, passes = Launches(), []
@@ -144,7 +144,7 @@ def test_launches_of_the_degradation():
             unet.register_forward_pre_hook(observing(before)),
             unet.register_forward_hook(observing(after)),
         ]
-        _latents(pipe)
+        sag_latents(pipe)
         for handle in handles:
             handle.remove()
         return counter.total
@@ -158,7 +158,7 @@ def test_launches_of_the_degradation():
 
 
 def test_text_keys_once_a_call_for_both_passes():
-    pipe, calls = _build(), []
+    pipe, calls = build_sag(), []
     key = pipe.unet.get_submodule(ATTENTION.replace("attn1", "attn2")).to_k
     run = key.forward
 
@@ -167,30 +167,30 @@ def test_text_keys_once_a_call_for_both_passes():
         return run(x)
 
     key.forward = observing(counted)
-    _latents(pipe, num_inference_steps=3)
+    sag_latents(pipe, num_inference_steps=3)
     assert calls == [2, 1] * 3
     pag_fast.patch(pipe)
     for _ in range(2):
         calls.clear()
-        _latents(pipe, num_inference_steps=3)
+        sag_latents(pipe, num_inference_steps=3)
         assert calls == [2]
 
 
 def test_the_timestep_is_embedded_once_a_step():
-    pipe, calls = _build(), []
+    pipe, calls = build_sag(), []
     embedding = pipe.unet.time_embedding
     handle = embedding.linear_1.register_forward_hook(observing(lambda *_: calls.append(0)))
-    _latents(pipe, num_inference_steps=3)
+    sag_latents(pipe, num_inference_steps=3)
     assert len(calls) == 6
     pag_fast.patch(pipe)
     calls.clear()
-    _latents(pipe, num_inference_steps=3)
+    sag_latents(pipe, num_inference_steps=3)
     assert len(calls) == 3
     handle.remove()
 
 
 def test_nothing_is_kept_after_the_last_pass():
-    pipe = pag_fast.patch(_build())
+    pipe = pag_fast.patch(build_sag())
     held = []
 
     def decode(*args, **kwargs):
@@ -203,5 +203,5 @@ def test_nothing_is_kept_after_the_last_pass():
     pipe.vae.decode = decode
     for scale in (0.75, 0.0):
         with pytest.raises(Injected):
-            _latents(pipe, output_type="pt", sag_scale=scale)
+            sag_latents(pipe, output_type="pt", sag_scale=scale)
     assert held and not any(held)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from numerics import relative
-from tiny_sag import ATTENTION, Injected, _build, _latents, _snapshot
+from tiny_sag import ATTENTION, Injected, build_sag, sag_latents, sag_snapshot
 
 import pag_fast
 
@@ -19,11 +19,11 @@ import pag_fast
 @pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["guided", "degraded", "callback", "decode"])
 def test_exceptions_leave_the_pipeline_as_it_was(where, error):
-    pipe = _build()
-    stock = _latents(pipe)
+    pipe = build_sag()
+    stock = sag_latents(pipe)
     processor = pipe.unet.get_submodule(ATTENTION).processor
     pag_fast.patch(pipe)
-    before = _snapshot(pipe)
+    before = sag_snapshot(pipe)
     passes = []
 
     def fail(*_, **__):
@@ -37,38 +37,38 @@ def test_exceptions_leave_the_pipeline_as_it_was(where, error):
         pipe.vae.decode = fail
     in_unet = where in ("guided", "degraded")
     handle = pipe.unet.up_blocks[0].register_forward_pre_hook(fail) if in_unet else None
-    inside = _snapshot(pipe)
+    inside = sag_snapshot(pipe)
     with pytest.raises(error):
-        _latents(pipe, **kwargs)
-    assert _snapshot(pipe) == inside
+        sag_latents(pipe, **kwargs)
+    assert sag_snapshot(pipe) == inside
     if handle is not None:
         handle.remove()
-    assert _snapshot(pipe) == before
+    assert sag_snapshot(pipe) == before
     assert pipe.unet.get_submodule(ATTENTION).processor is processor
-    assert relative(_latents(pipe), stock) < 1e-5
+    assert relative(sag_latents(pipe), stock) < 1e-5
     pag_fast.unpatch(pipe)
-    assert torch.equal(_latents(pipe), stock)
+    assert torch.equal(sag_latents(pipe), stock)
 
 
 def test_stock_leaks_its_processor():
     """What the test above guards against."""
-    pipe = _build()
+    pipe = build_sag()
     pipe.unet.up_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        _latents(pipe)
+        sag_latents(pipe)
     assert type(pipe.unet.get_submodule(ATTENTION).processor).__name__ == "CrossAttnStoreProcessor"
 
 
 def test_heads_are_counted_not_read_from_the_configuration():
     """Stock reshapes the map by ``attention_head_dim``, which UNets may have as a tuple."""
-    pipe = _build(attention_head_dim=(2, 4))
+    pipe = build_sag(attention_head_dim=(2, 4))
     with pytest.raises(TypeError):
-        _latents(pipe)
-    pipe = _build(attention_head_dim=(2, 4))
+        sag_latents(pipe)
+    pipe = build_sag(attention_head_dim=(2, 4))
     pipe.unet.register_to_config(attention_head_dim=4)
-    stock = _latents(pipe)
+    stock = sag_latents(pipe)
     pipe.unet.register_to_config(attention_head_dim=(2, 4))
-    assert relative(_latents(pag_fast.patch(pipe)), stock) < 1e-5
+    assert relative(sag_latents(pag_fast.patch(pipe)), stock) < 1e-5
 
 
 def _with_ip_adapter(pipe, dim=12, tokens=4):
@@ -97,7 +97,7 @@ def _with_ip_adapter(pipe, dim=12, tokens=4):
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "nocfg"])
 def test_ip_adapter(cfg, batch):
     """With CFG stock gives the rows of cond to uncond and cond: mended, that is what we do."""
-    pipe = _with_ip_adapter(_build())
+    pipe = _with_ip_adapter(build_sag())
     torch.manual_seed(5)
     embeds = torch.randn(2 * batch if cfg else batch, 1, 6)
     kwargs = {"ip_adapter_image_embeds": [embeds]}
@@ -108,26 +108,26 @@ def test_ip_adapter(cfg, batch):
         return args, call
 
     handle = pipe.unet.register_forward_pre_hook(mend, with_kwargs=True) if cfg else None
-    expected = _latents(pipe, batch, cfg, **kwargs)
+    expected = sag_latents(pipe, batch, cfg, **kwargs)
     if handle is not None:
         handle.remove()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            stock = _latents(pipe, batch, cfg, **kwargs)
+            stock = sag_latents(pipe, batch, cfg, **kwargs)
         assert relative(stock, expected) > 1e-3
     pag_fast.patch(pipe)
-    before = _snapshot(pipe)
-    assert relative(_latents(pipe, batch, cfg, **kwargs), expected) < 1e-5
+    before = sag_snapshot(pipe)
+    assert relative(sag_latents(pipe, batch, cfg, **kwargs), expected) < 1e-5
     kwargs["ip_adapter_image_embeds"] = [torch.randn_like(embeds)]
-    assert relative(_latents(pipe, batch, cfg, **kwargs), expected) > 1e-3
-    assert _snapshot(pipe) == before
+    assert relative(sag_latents(pipe, batch, cfg, **kwargs), expected) > 1e-3
+    assert sag_snapshot(pipe) == before
 
 
 # ---- callbacks ----
 
 
 def test_a_callback_that_changes_weights_and_latents():
-    pipe = _build()
+    pipe = build_sag()
     key = pipe.unet.get_submodule(ATTENTION.replace("attn1", "attn2")).to_v.weight
     original = key.detach().clone()
 
@@ -138,7 +138,7 @@ def test_a_callback_that_changes_weights_and_latents():
                 latents.mul_(0.9)
 
         try:
-            return _latents(pipe, num_inference_steps=3, callback=callback)
+            return sag_latents(pipe, num_inference_steps=3, callback=callback)
         finally:
             with torch.no_grad():
                 key.copy_(original)
@@ -150,10 +150,10 @@ def test_a_callback_that_changes_weights_and_latents():
 
 
 def test_a_callback_may_not_call_the_pipeline():
-    pipe = pag_fast.patch(_build())
+    pipe = pag_fast.patch(build_sag())
     with pytest.raises(ValueError, match="already running"):
-        _latents(pipe, callback=lambda *_: _latents(pipe))
-    _latents(pipe)
+        sag_latents(pipe, callback=lambda *_: sag_latents(pipe))
+    sag_latents(pipe)
 
 
 # ---- a call checks itself ----
@@ -195,31 +195,31 @@ def test_a_unet_that_a_callback_takes_away_is_told(change, stance):
 
 
 def _take_away(change):
-    expected = _latents(_build(**_BARE), num_inference_steps=3)
-    pipe = pag_fast.patch(_build(**_BARE))
+    expected = sag_latents(build_sag(**_BARE), num_inference_steps=3)
+    pipe = pag_fast.patch(build_sag(**_BARE))
     with pytest.warns(UserWarning, match="compiled or replaced during the call"):
-        found = _latents(pipe, **_in_callback(lambda: change(pipe)))
+        found = sag_latents(pipe, **_in_callback(lambda: change(pipe)))
     if change is not _other_unet:  # whose map stock does not see, either
         assert relative(found, expected) < 1e-5
-    pipe = pag_fast.patch(_build(**_BARE), strict=True)
+    pipe = pag_fast.patch(build_sag(**_BARE), strict=True)
     with pytest.raises(ValueError, match=r"compiled or replaced during the call.*strict=True"):
-        _latents(pipe, **_in_callback(lambda: change(pipe)))
+        sag_latents(pipe, **_in_callback(lambda: change(pipe)))
 
 
 def test_passes_that_do_not_come_are_told():
-    pipe = pag_fast.patch(_build(), strict=True)
+    pipe = pag_fast.patch(build_sag(), strict=True)
     unet = pipe.unet
 
     def other_for_one_step(step, timestep, x):
         pipe.unet = copy.deepcopy(unet) if step == 0 else unet
 
     with pytest.raises(ValueError, match=r"2 of 3 guided passes"):
-        _latents(pipe, callback=other_for_one_step, num_inference_steps=3)
-    _latents(pipe)
+        sag_latents(pipe, callback=other_for_one_step, num_inference_steps=3)
+    sag_latents(pipe)
 
 
 def test_a_call_that_ends_as_it_should_tells_nothing():
-    pipe = pag_fast.patch(_build(diffusers.PNDMScheduler(skip_prk_steps=True)), strict=True)
+    pipe = pag_fast.patch(build_sag(diffusers.PNDMScheduler(skip_prk_steps=True)), strict=True)
     for scale in (0.75, 0.0):
-        _latents(pipe, sag_scale=scale, num_inference_steps=3)
+        sag_latents(pipe, sag_scale=scale, num_inference_steps=3)
     assert not pipe._pag_fast.fallbacks

@@ -11,8 +11,7 @@ import tiny_hosts
 import torch
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
-from tiny_sag import _build as build_sag
-from tiny_sag import _kwargs as sag_kwargs
+from tiny_sag import build_sag, sag_kwargs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,7 +10,7 @@ import tiny_hosts
 import tiny_ltx2
 import torch
 from numerics import observing, relative
-from resumed import LTX2, SD3, _latents, _patched, _pipe
+from resumed import LTX2, SD3, patched_guidance, resumed_latents, resumed_pipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import pag_fast
@@ -39,10 +39,10 @@ def _entered(pipe, fork):
 def test_a_compiled_denoiser_runs_as_it_is():
     torch._dynamo.reset()
     pipe, skipped = tiny_hosts.build(SD3, num_layers=2), {"skip_guidance_layers": [1]}
-    stock = _latents(SD3, pipe, **skipped)
+    stock = resumed_latents(SD3, pipe, **skipped)
     pipe.transformer.compile(backend="eager")
-    with _patched(SD3, pipe), pytest.warns(UserWarning, match="the denoiser is compiled"):
-        assert relative(_latents(SD3, pipe, **skipped), stock) <= 1e-6
+    with patched_guidance(SD3, pipe), pytest.warns(UserWarning, match="the denoiser is compiled"):
+        assert relative(resumed_latents(SD3, pipe, **skipped), stock) <= 1e-6
         assert RESUMED not in pipe._pag_fast.steps
     torch._dynamo.reset()
 
@@ -50,11 +50,11 @@ def test_a_compiled_denoiser_runs_as_it_is():
 def test_blocks_that_are_compiled_one_by_one():
     torch._dynamo.reset()
     pipe, skipped = tiny_hosts.build(SD3, num_layers=3), {"skip_guidance_layers": [1]}
-    stock = _latents(SD3, pipe, **skipped)
+    stock = resumed_latents(SD3, pipe, **skipped)
     for block in pipe.transformer.transformer_blocks:
         block.compile(backend="eager")
-    with _patched(SD3, pipe):
-        assert relative(_latents(SD3, pipe, **skipped), stock) <= 1e-6
+    with patched_guidance(SD3, pipe):
+        assert relative(resumed_latents(SD3, pipe, **skipped), stock) <= 1e-6
         assert dict(pipe._pag_fast.steps) == {RESUMED: 3}
     torch._dynamo.reset()
 
@@ -62,31 +62,31 @@ def test_blocks_that_are_compiled_one_by_one():
 @pytest.mark.parametrize("name", [SD3, LTX2])
 def test_a_hook_that_nobody_knows(name):
     pipe, calls = tiny_hosts.build(SD3) if name == SD3 else tiny_ltx2.build(LTX2), []
-    stock = _latents(name, pipe)
+    stock = resumed_latents(name, pipe)
     block = pipe.transformer.transformer_blocks[0]
     block.register_forward_hook(lambda *_: calls.append(1) and None)
-    with _patched(name, pipe), pytest.warns(UserWarning, match="runs as a whole"):
-        assert torch.equal(_latents(name, pipe), stock)
+    with patched_guidance(name, pipe), pytest.warns(UserWarning, match="runs as a whole"):
+        assert torch.equal(resumed_latents(name, pipe), stock)
         assert RESUMED not in pipe._pag_fast.steps
     forwards = 4 + 3 if name == SD3 else 3 * 3
     assert len(calls) == forwards
-    with _patched(name, pipe, strict=True), pytest.raises(ValueError, match="strict=True"):
-        _latents(name, pipe)
+    with patched_guidance(name, pipe, strict=True), pytest.raises(ValueError, match="strict=True"):
+        resumed_latents(name, pipe)
 
 
 def test_caches_and_offloading_by_group():
     pipe = tiny_ltx2.build(LTX2)
-    stock = _latents(LTX2, pipe)
+    stock = resumed_latents(LTX2, pipe)
     pipe.transformer.enable_group_offload(
         onload_device=torch.device("cpu"), offload_type="leaf_level"
     )
     with pag_fast.patched(pipe), pytest.warns(UserWarning, match="runs as a whole"):
-        assert torch.equal(_latents(LTX2, pipe), stock)
+        assert torch.equal(resumed_latents(LTX2, pipe), stock)
 
 
 def test_a_callback_that_runs_the_model():
     """A forward that is nobody's, in the middle of a call."""
-    pipe = _pipe(LTX2)
+    pipe = resumed_pipe(LTX2)
     calls = []
     handle = pipe.transformer.register_forward_pre_hook(
         observing(lambda _, args, kwargs: calls.append(kwargs)), with_kwargs=True
@@ -97,9 +97,9 @@ def test_a_callback_that_runs_the_model():
             pipe.transformer(**calls[0])
         return tensors
 
-    stock = _latents(LTX2, pipe, callback_on_step_end=callback)
+    stock = resumed_latents(LTX2, pipe, callback_on_step_end=callback)
     with pag_fast.patched(pipe):
-        assert relative(_latents(LTX2, pipe, callback_on_step_end=callback), stock) <= 1e-6
+        assert relative(resumed_latents(LTX2, pipe, callback_on_step_end=callback), stock) <= 1e-6
         assert dict(pipe._pag_fast.steps) == {RESUMED: 3}
     handle.remove()
 
@@ -108,12 +108,12 @@ def test_two_pipelines_with_one_model():
     pipe = tiny_ltx2.build(LTX2)
     other = diffusers.LTX2ImageToVideoPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
-    stock = _latents("LTX2ImageToVideoPipeline", other)
+    stock = resumed_latents("LTX2ImageToVideoPipeline", other)
     pag_fast.patch(pipe)
     pag_fast.patch(other)
-    assert relative(_latents("LTX2ImageToVideoPipeline", other), stock) <= 1e-6
+    assert relative(resumed_latents("LTX2ImageToVideoPipeline", other), stock) <= 1e-6
     pag_fast.unpatch(other)
-    assert torch.equal(_latents("LTX2ImageToVideoPipeline", other), stock)
+    assert torch.equal(resumed_latents("LTX2ImageToVideoPipeline", other), stock)
     assert pipe._pag_fast.steps == {} and isinstance(pipe, diffusers.LTX2Pipeline)
 
 
@@ -124,7 +124,7 @@ def test_blocks_in_front_do_not_run_again():
     pipe = tiny_ltx2.build(LTX2)
     counts = _entered(pipe, 3)
     with pag_fast.patched(pipe):
-        _latents(LTX2, pipe)
+        resumed_latents(LTX2, pipe)
     # cond with uncond, spatio-temporal, isolated modalities: of these three the second
     assert counts == [3 * 2, 3 * 3]
 
@@ -153,7 +153,7 @@ def test_counted_work_is_what_is_predicted(name, pag_scale):
     if pag_scale:  # one product has the time's projections for all blocks, the first ones too
         options["fewer_launches"] = False
     with pag_fast.patched(pipe, **options):
-        _latents(name, pipe)
+        resumed_latents(name, pipe)
     extra = next(kwargs for _, kwargs in calls if kwargs.get(guidance.argument))
     extra = {k: v for k, v in extra.items() if k not in (guidance.argument, "return_dict")}
     changed = [3, 4] if name == SD3 else [3]
@@ -238,7 +238,7 @@ def test_sd35_medium_at_full_size():
 def test_options_and_descriptions():
     assert set(STOCK_PIPELINES) <= set(pag_fast.supported_pipelines())
     assert {n for n, e in BY_NAME.items() if e.stock_guidance} == {SD3, *STOCK_PIPELINES}
-    pipe = _pipe(LTX2)
+    pipe = resumed_pipe(LTX2)
     for options in ({"pag_scale": 1.0}, {"compile": True}):
         with pytest.raises(ValueError, match="LTX2Pipeline gets no PAG"):
             pag_fast.patch(pipe, **options)
@@ -248,23 +248,23 @@ def test_options_and_descriptions():
 
 def test_pag_where_layers_are_named():
     """Its passes are observed then, and its own guidance is resumed beside PAG."""
-    pipe = _pipe(LTX2)
-    stock = _latents(LTX2, pipe)
+    pipe = resumed_pipe(LTX2)
+    stock = resumed_latents(LTX2, pipe)
     warned = pytest.warns(UserWarning, match="does more to the predictions than to weigh them")
     with pag_fast.patched(pipe, r"^transformer_blocks\.1\.attn1"), warned:
         assert pipe.do_perturbed_attention_guidance
-        with_pag = _latents(LTX2, pipe)
+        with_pag = resumed_latents(LTX2, pipe)
         assert pipe._pag_fast.steps["shared"] and pipe._pag_fast.steps[RESUMED]
     assert relative(with_pag, stock) > 1e-4
     with pag_fast.patched(pipe):
-        assert relative(_latents(LTX2, pipe), stock) < 1e-6
-    assert torch.equal(_latents(LTX2, pipe), stock)
+        assert relative(resumed_latents(LTX2, pipe), stock) < 1e-6
+    assert torch.equal(resumed_latents(LTX2, pipe), stock)
 
 
 def test_explained():
-    pipe = _pipe(LTX2)
+    pipe = resumed_pipe(LTX2)
     with pag_fast.patched(pipe):
-        _latents(LTX2, pipe)
+        resumed_latents(LTX2, pipe)
         text = str(pag_fast.explain(pipe))
     assert "spatio-temporal guidance: its forward begins at the first block" in text
     assert f"{RESUMED}" in text
@@ -280,8 +280,8 @@ def test_copies_of_a_patched_pipeline():
     import pickle
 
     pipe = pag_fast.patch(tiny_ltx2.build(LTX2))
-    stock = _latents(LTX2, pipe)
+    stock = resumed_latents(LTX2, pipe)
     for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert torch.equal(_latents(LTX2, twin), stock)
+        assert torch.equal(resumed_latents(LTX2, twin), stock)
         assert twin._pag_fast.steps[RESUMED] == 3
         pag_fast.unpatch(twin)

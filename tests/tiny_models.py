@@ -35,7 +35,7 @@ def unet(**overrides: Any) -> Any:
     return diffusers.UNet2DConditionModel(**{**config, **overrides})
 
 
-_XL_CONFIG = {
+XL_CONFIG = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "transformer_layers_per_block": (1, 1, 2),
     "use_linear_projection": True,
@@ -43,7 +43,7 @@ _XL_CONFIG = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 6 * 4 + 10,
 }
-_XL_UP = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+XL_UP = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
 
 
 def controlnet(xl: bool, **overrides: Any) -> Any:
@@ -57,7 +57,7 @@ def controlnet(xl: bool, **overrides: Any) -> Any:
         **_GROUPS,
     }
     if xl:
-        config.update(_XL_CONFIG)
+        config.update(XL_CONFIG)
     return diffusers.ControlNetModel(**{**config, **overrides})
 
 

@@ -18,7 +18,7 @@ class Injected(Exception):
 
 
 @made_once
-def _build(scheduler=None, *, whole=False, **overrides):
+def build_sag(scheduler=None, *, whole=False, **overrides):
     """With two blocks, or all three of ``tiny.py``."""
     torch.manual_seed(0)
     overrides = overrides if whole else {**TWO_BLOCKS, **overrides}
@@ -36,7 +36,7 @@ def _build(scheduler=None, *, whole=False, **overrides):
     return pipe
 
 
-def _kwargs(batch=1, cfg=True, **extra):
+def sag_kwargs(batch=1, cfg=True, **extra):
     source = torch.Generator().manual_seed(0)
     prompt, negative = torch.randn(2, batch, 5, 12, generator=source)
     return {
@@ -53,11 +53,11 @@ def _kwargs(batch=1, cfg=True, **extra):
     }
 
 
-def _latents(pipe, *args, **kwargs):
-    return pipe(**_kwargs(*args, **kwargs)).images
+def sag_latents(pipe, *args, **kwargs):
+    return pipe(**sag_kwargs(*args, **kwargs)).images
 
 
-def _snapshot(pipe):
+def sag_snapshot(pipe):
     """Everything about a pipeline that a patch could leave behind."""
     seen = {"class": type(pipe), "attributes": {k for k in vars(pipe) if "pag_fast" in k}}
     for name, module in pipe.unet.named_modules():
@@ -71,7 +71,7 @@ def _snapshot(pipe):
     return seen
 
 
-def _add_lora(pipe):
+def add_lora(pipe):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
     torch.manual_seed(3)

@@ -20,14 +20,14 @@ def _module(name):
     return tiny if name in tiny.PIPELINES else tiny_hosts
 
 
-def _run(pipe, name=SD, **extra):
+def run_call(pipe, name=SD, **extra):
     module = _module(name)
     extra.setdefault("steps", STEPS)
     out = pipe(**module.call_kwargs(name, pipe, **extra))
     return out.images
 
 
-def _sibling(pipe, name=SD, **parts):
+def sibling_of(pipe, name=SD, **parts):
     cls = getattr(diffusers, name)
     known = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **parts}
     extra = {"requires_safety_checker": False} if "safety_checker" in known else {}
@@ -42,13 +42,13 @@ def _layer(name):
     return [r"single_transformer_blocks\.1\."] if name == FLUX else ["mid"]
 
 
-def _patched(pipe, name=SD, **options):
+def patched_on(pipe, name=SD, **options):
     if name == PAG:
         return pag_fast.patch(pipe, "mid", **options)
     return pag_fast.patch(pipe, _layer(name), pag_scale=2.0, **options)
 
 
-def _once(callback, step=0):
+def run_once(callback, step=0):
     """A callback that runs ``callback()`` behind one step."""
 
     def on_step_end(pipe, i, t, tensors):
@@ -59,20 +59,20 @@ def _once(callback, step=0):
     return {"callback_on_step_end": on_step_end}
 
 
-def _in_thread(run):
+def in_thread(run):
     """What ``run()`` returns in a thread of its own; its error is raised here."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result(120)
 
 
-def _two(names=(SD, PAG)):
+def two_patched(names=(SD, PAG)):
     first = build(names[0])
-    second = _sibling(first, names[1])
+    second = sibling_of(first, names[1])
     alone = []
     for pipe, name in zip((first, second), names, strict=True):
-        _patched(pipe, name)
-        alone.append(_run(pipe, name))
+        patched_on(pipe, name)
+        alone.append(run_call(pipe, name))
         pag_fast.unpatch(pipe)
     for pipe, name in zip((first, second), names, strict=True):
-        _patched(pipe, name)
+        patched_on(pipe, name)
     return (first, second), alone
