@@ -71,8 +71,8 @@ CALLS = [
     Fault(
         "every forward is that of the pipeline that runs",
         "pag_fast/runtime/session.py",
-        "if frame is None or pipe is not self.pipe or not self.in_loop(frame):",
-        "if frame is None or not self.in_loop(frame):",
+        "if frame is None or pipe is not self.pipe:",
+        "if frame is None:",
         tests_of("one_user", "stock_sibling_in_a_callback"),
     ),
     Fault(
@@ -136,15 +136,15 @@ CALLS = [
     Fault(
         "what runs behind the loop is the loop's",
         "pag_fast/runtime/session.py",
-        "return self._loop is None or frame.f_code is self._loop",
-        "return True",
+        "return LoopCode(frame.f_code) if frame is not None and pipe is self.pipe else ANYWHERE",
+        "return ANYWHERE",
         tests_of("beside_the_loop", "behind_the_call"),
     ),
     Fault(
         "what runs in front of the loop is the loop's",
         "pag_fast/runtime/frames.py",
-        'return "t" not in code.co_varnames or "t" in frame.f_locals',
-        "return True",
+        'if loop.begins and "t" not in local:',
+        "if False:",
         tests_of("beside_the_loop", "in_front_of_the_loop"),
     ),
     Fault(

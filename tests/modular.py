@@ -15,6 +15,7 @@ from copies import made_once
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from numerics import relative
 from slow import FixedJoint
+from tiny_models import XL_CONFIG, XL_UP
 
 from pag_fast.models.layer_names import resolve
 
@@ -76,7 +77,7 @@ def case(name: str, batch: int = 2, **overrides: Any) -> Case:
     sample, time = torch.randn(batch, 4, 8, 8), torch.tensor([500] * batch)
     text = {"encoder_hidden_states": _pair(batch, 5, 12)}
     if name in ("sd", "xl"):
-        config = {**tiny._XL_CONFIG, **tiny._XL_UP} if name == "xl" else {}
+        config = {**XL_CONFIG, **XL_UP} if name == "xl" else {}
         model, fixed = tiny.unet(**config, **overrides), {"timestep": time[0]}
         if name == "sd":
             return Case(tiny.randomise(model), text, fixed, _UNET, sample, "sample")

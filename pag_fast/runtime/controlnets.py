@@ -91,9 +91,8 @@ class ControlNets:
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of the running call."""
-        pipe, frame = calling_frame()
         # PAG may be off in this call: guess mode of the PAG pipelines needs us all the same
-        return frame is not None and pipe is self.session.pipe and self.session.in_loop(frame)
+        return calling_frame(self.session.loop_code)[0] is self.session.pipe
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward without the perturbed rows, in guess mode on the cond rows alone."""

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 # of pipelines whose __call__ is a function of another name, such as one that was copied
@@ -64,18 +64,46 @@ def _pipeline_calls(frame: FrameType | None) -> Iterator[tuple[Any, FrameType, I
         frame = frame.f_back
 
 
-def calling_frame() -> tuple[Any, FrameType | None]:
+class LoopCode(NamedTuple):
+    """Which frame of a pipeline's call is that of its denoising loop.
+
+    Attributes:
+        code: of the loop that is known; ``None``: whatever runs.
+        begins: it has begun once it has a ``t``; what ran in front of that was no part of it.
+        others: other code may be a loop, too, but for a ``__call__`` that runs another one.
+    """
+
+    code: CodeType | None = None
+    begins: bool = False
+    others: bool = False
+
+
+ANYWHERE = LoopCode()
+
+
+def loop_of(described: type) -> LoopCode:
+    """The loop of a class of pipelines, or one that a subclass has put in its place."""
+    code = inspect.unwrap(described.__call__).__code__
+    return LoopCode(code, begins="t" in code.co_varnames, others=True)
+
+
+def calling_frame(loop: LoopCode = ANYWHERE) -> tuple[Any, FrameType | None]:
     """The pipeline whose ``__call__`` is innermost on this thread's stack, and that call's frame.
 
-    ``(None, None)`` without one. A callback that runs the model is not the pipeline's loop: its
-    forwards are nobody's.
+    ``(None, None)`` without one, and where that is not in its loop. A callback that runs the model
+    is not the pipeline's loop: its forwards are nobody's.
     """
     for pipe, frame, inside in _pipeline_calls(sys._getframe(1)):
-        local = frame.f_locals
+        local, code = frame.f_locals, frame.f_code
         for name in _CALLBACKS:
             callback = local[name] if name in local else None  # noqa: SIM401
             if callback is not None and _code(callback) in inside:
                 return None, None
+        if code is loop.code:
+            if loop.begins and "t" not in local:
+                return None, None
+        elif loop.code is not None and (not loop.others or "__call__" in code.co_names):
+            return None, None
         return pipe, frame
     return None, None
 
@@ -83,19 +111,6 @@ def calling_frame() -> tuple[Any, FrameType | None]:
 def calling_pipeline() -> Any:
     """The pipeline of :func:`calling_frame`."""
     return calling_frame()[0]
-
-
-def runs_loop(frame: FrameType, described: type) -> bool:
-    """Whether the frame of a call is that of a denoising loop, and has come to it.
-
-    Args:
-        described: the class of pipelines whose loop is known. A ``__call__`` that runs another one
-            has no loop of its own; what it does in front of that and behind it is its own affair.
-    """
-    code = frame.f_code
-    if code is inspect.unwrap(described.__call__).__code__:
-        return "t" not in code.co_varnames or "t" in frame.f_locals
-    return "__call__" not in code.co_names
 
 
 def is_loop_of(cls: type, described: type) -> bool:

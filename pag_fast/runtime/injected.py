@@ -11,7 +11,6 @@ normalised or rescaled), the pipeline is given ``cond' = cond + d/g``.
 from __future__ import annotations
 
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import call_arguments, nobody_writes, runs_loop
+from .frames import LoopCode, call_arguments, loop_of, nobody_writes
 from .guidance import guided_cond, host_timesteps
 from .loop import Loop, StepClock
 from .observed import SKIP
@@ -71,8 +70,8 @@ class InjectedSession(Session):
         # of all denoisers: a pipeline with two may need only one of them
         return self.loop.step + 1
 
-    def in_loop(self, frame: FrameType) -> bool:
-        return runs_loop(frame, self.patch.described)
+    def _running_loop(self) -> LoopCode:
+        return loop_of(self.patch.described)
 
     def start(self) -> None:
         """The pipeline's call begins."""

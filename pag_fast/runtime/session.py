@@ -8,7 +8,6 @@ forwards the model is as diffusers made it.
 
 from __future__ import annotations
 
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..models.registry import COND, PERTURBED, UNCOND, denoiser_name, uncompiled
@@ -22,7 +21,7 @@ from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
 from .findings import Findings
 from .forwards import Call, Forward, Views
-from .frames import calling_frame, nobody_writes
+from .frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
 from .graphs import Graphs
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
@@ -43,10 +42,12 @@ class Session(Warming):
         freed: the pipeline has offloaded its models at the end of the call.
         pag: the pipeline denoises with PAG: forwards of its denoiser are ours.
         running_forward: a forward of ours is running.
+        loop_code: tells the frames of its denoising loop.
         ranks: the processes that share the rows, if there are several.
     """
 
     _kept: ConditioningCache
+    loop_code = ANYWHERE
     ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
     _above: tuple[InstancePatch, StockPasses] | None = None
@@ -64,7 +65,6 @@ class Session(Warming):
         self._pass = ""
         self._locals: dict[str, Any] = {}
         self._views: Views = {}
-        self._loop: CodeType | None = None  # what has turned PAG on
 
     # ---- the life of the call ----
 
@@ -86,11 +86,14 @@ class Session(Warming):
         self._graphs = self.patch.graphs(
             denoiser, self.installed.state, self.installed.invariants.values(), [model]
         )
-        # a subclass may run its denoiser in front of this loop and behind it, and another one
-        pipe, frame = calling_frame()
-        self._loop = frame.f_code if frame is not None and pipe is self.pipe else None
+        self.loop_code = self._running_loop()
         self.pag, self.cfg, self.unit = True, cfg, 0
         self._tell_unshared()
+
+    def _running_loop(self) -> LoopCode:
+        """The loop that has turned PAG on; a subclass may run its denoiser beside it."""
+        pipe, frame = calling_frame()
+        return LoopCode(frame.f_code) if frame is not None and pipe is self.pipe else ANYWHERE
 
     def _tell_unshared(self) -> None:
         if self.installed.plan.reason and self.patch.config.share_branches:
@@ -130,15 +133,11 @@ class Session(Warming):
         # what a hook in the middle of our forward runs is nobody's
         if not self.pag or self.running_forward:
             return False
-        pipe, frame = calling_frame()
-        if frame is None or pipe is not self.pipe or not self.in_loop(frame):
+        pipe, frame = calling_frame(self.loop_code)
+        if frame is None or pipe is not self.pipe:
             return False
         self._locals = frame.f_locals
         return True
-
-    def in_loop(self, frame: FrameType) -> bool:
-        """Whether the frame of a call of the pipeline is that of its denoising loop."""
-        return self._loop is None or frame.f_code is self._loop
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""

@@ -12,7 +12,7 @@ from ..pipelines.registry import denoiser_names, describe_pipeline
 from .basic_state import BasicState
 from .entry import Entry
 from .forwards import Forward
-from .frames import calling_frame, diffusers_class, know_loops, runs_loop
+from .frames import calling_frame, diffusers_class, know_loops, loop_of
 from .stock_passes import StockPasses
 from .undoing import undo_all
 
@@ -37,7 +37,7 @@ class StockSession:
         self._model: Any = uncompiled(model)
         self._passes = StockPasses(patch, pipe, model, guidance)
         self._locals: dict[str, Any] = {}
-        self._class = diffusers_class(pipe)
+        self._loop_code = loop_of(diffusers_class(pipe))
         self._running_forward = False
 
     def owns(self) -> bool:
@@ -45,9 +45,9 @@ class StockSession:
         # what a hook in the middle of our forward runs is nobody's
         if self._running_forward:
             return False
-        pipe, frame = calling_frame()
+        pipe, frame = calling_frame(self._loop_code)
         self._locals = {}
-        if frame is None or pipe is not self.pipe or not runs_loop(frame, self._class):
+        if frame is None or pipe is not self.pipe:
             return False
         self._locals = frame.f_locals
         return True

@@ -12,7 +12,7 @@ from ..ops import reference
 from ..runtime.entry import Entry
 from ..runtime.findings import Findings
 from ..runtime.forwards import Forward
-from ..runtime.frames import calling_frame, diffusers_class, nobody_writes, runs_loop
+from ..runtime.frames import calling_frame, diffusers_class, loop_of, nobody_writes
 from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
@@ -44,6 +44,7 @@ class SagSession:
         self.awaited: torch.Tensor | None = None
         self._is_degraded = False
         self._schedule = NoiseSchedule(pipe)
+        self._loop_code = loop_of(diffusers_class(pipe))
         self._equality = RowEquality(nobody_writes)
         self._degrades = False
         self._blur: torch.Tensor | None = None
@@ -106,10 +107,7 @@ class SagSession:
         # what a hook in the middle of our forward runs is nobody's
         if self._shared is None or self._running_forward:
             return False
-        pipe, frame = calling_frame()
-        if frame is None or pipe is not self.pipe:
-            return False
-        return runs_loop(frame, diffusers_class(pipe))
+        return calling_frame(self._loop_code)[0] is self.pipe
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A guided or a degraded pass, from its arguments to its output."""

@@ -38,8 +38,10 @@ class RowEquality:
         """
         last, now = self._last.get(context), _conditioning(call)
         self._last[context] = rows, now
-        silent = [x for x, own in now if own == -1 and x is not None]
-        written = bool(silent) and self._are_written(silent, context)
+        silent = False  # a loop, as a comprehension would be a call in every forward
+        for x, own in now:
+            silent = silent or (own == -1 and x is not None)
+        written = silent and self._are_written(now, context)
         if last is None or last[0] != rows or len(last[1]) != len(now) or written:
             return False
         for (before, version), (x, own) in zip(last[1], now, strict=True):
@@ -47,13 +49,13 @@ class RowEquality:
                 return False
         return True
 
-    def _are_written(self, tensors: list[torch.Tensor], context: str) -> bool:
+    def _are_written(self, now: list[tuple[Any, Any]], context: str) -> bool:
         """Whether inference tensors hold something else than in the call before."""
         if self._quiet():
             return False
         known = {id(x): (x, copy) for x, copy in self._copies.get(context, ())}
         pairs, written = [], False
-        for x in tensors:
+        for x in [x for x, own in now if own == -1 and x is not None]:
             before = known.get(id(x))
             if before is None or not torch.equal(*before):
                 before, written = (x, x.clone()), True
