@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class ObservedSession(InjectedSession):
-    """As :class:`InjectedSession`, with passes and rows that :class:`ObservedLoop` sees."""
+    """As :class:`InjectedSession`, with passes and rows that :class:`ObservedLoop` sees.
+
+    Attributes:
+        what: why the loop is looked at, for errors.
+        would: what would help.
+    """
 
     what = "has no description in pag_fast"
     would = "A description can be added, see CONTRIBUTING.md."

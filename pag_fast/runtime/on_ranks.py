@@ -107,6 +107,12 @@ class InjectedOnRanks(OnRanks, InjectedSession):
         undo_all(self._foreseen.forget, partial(super().end, whole=whole))
 
     def _pass_of(self, call: Call) -> str:
+        if self.arguments() is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} runs a loop of its own, and on ranks (mesh=...) it "
+                "is not seen whose rows are cond's: run the loop of the class that it inherits "
+                "from, or patch without mesh."
+            )
         found = super()._pass_of(call)
         self._joined = self._served = None
         if self.host.sequential and found == COND:

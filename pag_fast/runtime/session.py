@@ -112,10 +112,9 @@ class Session(Warming):
         if whole:
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
         # a picture of strength 0 has no steps
-        expected = not getattr(self.pipe, "_interrupt", False) and getattr(
-            self.pipe, "_num_timesteps", True
-        )
-        if self.pag and whole and expected and not self.steps:
+        none = getattr(self.pipe, "_num_timesteps", None) == 0
+        none = none or getattr(self.pipe, "_interrupt", False)
+        if self.pag and whole and not self.steps and not none:
             self.patch.fall_back(
                 f"no forward of the {self.denoiser} was seen in this call: something else runs the "
                 "model, and PAG had no effect"

@@ -8,6 +8,7 @@ from typing import Any
 import processes
 import pytest
 import tiny
+import tiny_hosts
 import torch
 from rank_cases import SD3, SDXL, Case, build, check, draw, module_of
 
@@ -101,12 +102,25 @@ def refusals(mesh: Any) -> dict[str, str]:
         pipe(**tiny.call_kwargs(SDXL, pipe))
     except ValueError as error:
         found["would see some of the rows"] = str(error)
+    try:
+        own_loop(tiny_hosts.build("StableDiffusionPipeline"), branch)
+    except ValueError as error:
+        found["runs a loop of its own"] = str(error)
     return found
+
+
+def own_loop(pipe: Any, branch: Any) -> None:
+    class Own(type(pipe)):  # type: ignore[misc]
+        def __call__(self, text: torch.Tensor) -> None:
+            self.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=text)
+
+    pipe.__class__ = Own
+    pag_fast.patch(pipe, "mid", mesh=branch)(torch.randn(2, 5, 12))
 
 
 def test_refusals_are_sentences() -> None:
     for found in processes.run(2, refusals, shape={"branch": 2, "other": 1}):
-        assert len(found) == 7
+        assert len(found) == 8
         for what, message in found.items():
             assert what in message and message.endswith("."), message
 
