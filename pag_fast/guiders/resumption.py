@@ -69,7 +69,8 @@ class Resumption:
     def begin(self) -> None:
         """Begin a call of a pipeline: what was recorded is of no use, and all is checked anew."""
         self.forget()
-        self._compared = False
+        # places of arguments that were other objects than cond's, of equal values
+        self._equal_so_far: frozenset[int] = frozenset()
         self._usable: bool | None = None
 
     def forget(self) -> None:
@@ -183,9 +184,26 @@ class Resumption:
             return apart
         if self._values is None:
             return "nothing usable was recorded in cond's forward."
-        same = _same(self._inputs, _leaves((args, kwargs)), values=not self._compared)
-        self._compared = True
-        return "" if same else "it was called with other arguments than cond's."
+        return (
+            ""
+            if self._has_conds(_leaves((args, kwargs)))
+            else ("it was called with other arguments than cond's.")
+        )
+
+    def _has_conds(self, now: list[Any]) -> bool:
+        """Whether arguments are those of cond's forward.
+
+        Values are compared, which waits for the device, where another argument than in the steps
+        before is another object than cond's.
+        """
+        others = {
+            at for at, (a, b) in enumerate(zip(self._inputs, now, strict=False)) if a is not b
+        }
+        known = others <= self._equal_so_far
+        same = _same(self._inputs, now, values=not known)
+        if not known:
+            self._equal_so_far = frozenset(others) if same else frozenset()
+        return same
 
     def _is_usable(self) -> bool:
         """Whether a forward may be taken over from another: no dropout, no hooks that expect it."""

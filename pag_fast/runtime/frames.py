@@ -128,10 +128,11 @@ def diffusers_class(pipe: Any) -> type:
 def nobody_writes() -> bool:
     """Whether the loop that calls the model is diffusers' own, and calls nobody back.
 
-    Nobody can write into its tensors then, between two of its forwards.
+    Nobody can write into its tensors then, between two of its forwards; the scheduler could.
     """
-    for _, frame, _ in _pipeline_calls(sys._getframe(1)):
-        own = str(frame.f_globals.get("__name__")).partition(".")[0] == "diffusers"
+    for pipe, frame, _ in _pipeline_calls(sys._getframe(1)):
+        modules = frame.f_globals.get("__name__"), type(getattr(pipe, "scheduler", None)).__module__
+        own = all(str(name).partition(".")[0] == "diffusers" for name in modules)
         local = frame.f_locals
         callbacks = [local[name] for name in _CALLBACKS if name in local]
         return own and bool(callbacks) and callbacks.count(None) == len(callbacks)

@@ -206,6 +206,11 @@ class ConditioningCache:
         self.state.step += 1
         rows, context = (latents.shape[0], self.state.slabs), self.state.context
         before, epoch = self._last.get(context, (None, -1))
+        if not same:
+            # steps with and without the perturbed rows take turns: what both have kept is outdated
+            whose = context.partition(" ")[0]
+            for other in [x for x in self._last if x.partition(" ")[0] == whose]:
+                del self._last[other]
         if not same or rows != before:
             # the state may have been advanced for other invariants of the same model, too
             self._epochs = epoch = max(self._epochs, self.state.epoch) + 1
