@@ -189,4 +189,25 @@ CALLS = [
         "pass",
         tests_of("changed_in_mid_call", "made_to_differ"),
     ),
+    Fault(
+        "what is kept for steps of the other kind stays good",
+        f"{_SHARING}conditioning_cache.py",
+        "del self._last[other]",
+        "pass",
+        tests_of("changed_in_mid_call", "each_kind_of_step"),
+    ),
+    Fault(
+        "a guider's arguments that were equal once are equal for good",
+        "pag_fast/guiders/resumption.py",
+        "known = others <= self._equal_so_far",
+        "known = bool(self._equal_so_far) or not others",
+        tests_of("guiders_whole_passes", "another_prompt"),
+    ),
+    Fault(
+        "several rows of images for a picture are left as they are",
+        f"{_SHARING}arguments.py",
+        "images = _folded(added[",
+        "images = (lambda x, _: x)(added[",
+        tests_of("image_rows", "row_for_each_picture"),
+    ),
 ]

@@ -11,6 +11,7 @@ from tiny_hosts.reference import slow_pag
 from torch import nn
 
 import pag_fast
+from pag_fast import Reuse
 from pag_fast.models.layer_names import resolve
 from pag_fast.sharing.row_equality import RowEquality
 
@@ -163,3 +164,30 @@ def test_without_a_callback_nothing_is_compared(monkeypatch):
         pipe = pag_fast.patch(tiny.build(SD3))
         tiny.latents(pipe, tiny.call_kwargs(SD3, pipe, steps=3))
     assert asked == [False] * 3
+
+
+# ---- steps with and without the perturbed rows ----
+
+
+def _doubled(pipe, step, timestep, tensors):
+    return {"prompt_embeds": 2.0 * tensors["prompt_embeds"]} if step == 1 else {}
+
+
+@pytest.mark.parametrize("reuse", [Reuse(every=3), Reuse(drift=0.5)], ids=["every", "drift"])
+@pytest.mark.parametrize("change", [_doubled, _write("prompt_embeds")], ids=["new", "in place"])
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", SD3, "FluxPipeline", "WanPipeline"])
+def test_what_is_kept_for_each_kind_of_step(name, change, reuse):
+    """A change behind a step of the one kind counts for the next one of the other, too."""
+    module = tiny if name in tiny.PIPELINES else tiny_hosts
+    more = change if isinstance(change, dict) else {
+        "callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]
+    }  # fmt: skip
+    layers = None if module is tiny else tiny_hosts.HOSTS[name].layers["middle"]
+    scale = {} if module is tiny else {"pag_scale": 3.0}
+    found = []
+    for keeps in (True, False):
+        options = {"reuse": reuse, "cache_conditioning": keeps, "strict": True, **scale}
+        pipe = pag_fast.patch(module.build(name), layers, **options)
+        kwargs = module.call_kwargs(name, pipe, steps=6)
+        found.append(module.latents(pipe, {**kwargs, **more}))
+    assert relative(*found) < 1e-5

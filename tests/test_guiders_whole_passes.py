@@ -107,6 +107,41 @@ def test_a_pass_with_other_arguments_runs_in_full():
     assert [m for m in guider._warned if "other arguments" in m]
 
 
+class _OtherPrompt(PAG):
+    """The perturbed pass has another prompt, from one step on."""
+
+    first = 0
+
+    def prepare_inputs(self, data):
+        batches = super().prepare_inputs(data)
+        for batch in batches:
+            if self._step >= self.first and batch.__guidance_identifier__ == "pred_cond_skip":
+                batch.encoder_hidden_states = 2.0 * batch.encoder_hidden_states
+        return batches
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_another_prompt_from_a_step_on(name, first):
+    """Equal arguments in one step do not make those of the next equal."""
+    setup = case(name)
+    guider = _OtherPrompt(5.0, 3.0, perturbed_guidance_layers=setup.layers["several"], **ALWAYS)
+    guider.first = first
+    found = denoise(setup, guider, steps=3)
+    cond, uncond = ({n: pair[i] for n, pair in setup.pairs.items()} for i in (0, 1))
+    x, expected = setup.sample, []
+    for step in range(3):
+        more = {"encoder_hidden_states": 2.0 * cond["encoder_hidden_states"]}
+        with torch.no_grad():
+            c, u = setup(setup.model, x, cond), setup(setup.model, x, uncond)
+            with perturbed(setup, setup.layers["several"])():
+                p = setup(setup.model, x, {**cond, **more} if step >= first else cond)
+        expected.append(u + 5.0 * (c - u) + 3.0 * (c - p))
+        x = x - 0.1 * (expected[-1] if setup.text is not None else expected[-1][:, :4])
+    for ours, truth in zip(found.predictions, expected, strict=True):
+        assert relative(ours, truth) < 1e-5
+
+
 def test_a_pass_of_several_forwards_runs_in_full():
     """Sliding windows: what was recorded last belongs to one window alone."""
     setup, guider = case("sd3"), PAG(**ALWAYS)

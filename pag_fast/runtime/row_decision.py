@@ -15,6 +15,7 @@ from ..sharing.arguments import (
     BLOCK_RESIDUALS,
     MID_RESIDUAL,
     RESIDUALS,
+    are_uneven,
     batched,
     knows_places,
     latents_of,
@@ -104,11 +105,14 @@ class RowDecision:
         if layout[-1] != PERTURBED:
             return None
         full, plan = len(layout), self.installed.plan
+        added = call["added_cond_kwargs"] if "added_cond_kwargs" in call else None  # noqa: SIM401
         reason = ""
         if found.unshared:
             reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
         elif found.recheck and not self.installed.hooks_show:
             reason = "hooks run inside of a compiled model: the branches run apart"
+        elif added and "image_embeds" in added and are_uneven(added["image_embeds"], full * unit):
+            reason = "an IP-Adapter has several rows for each picture: the branches run apart"
         elif plan.shuffled and knows_places(call):
             reason = (
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "

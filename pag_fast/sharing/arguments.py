@@ -111,6 +111,8 @@ def complete_rows(call: dict[str, Any], rows: int, frames: int) -> dict[str, Any
     for name in call:
         value = call[name]
         if name == "added_cond_kwargs" and isinstance(value, dict):
+            if "image_embeds" in value:
+                refuse_uneven(call, rows)
             call[name] = {
                 n: _completed(x, rows, frames) if n in CONDITIONING else x for n, x in value.items()
             }
@@ -184,7 +186,12 @@ def lists_by_row(call: dict[str, Any], rows: int) -> tuple[str, ...]:
 def change_rows(
     call: dict[str, Any], rows: int, frames: int, have: int, want: int
 ) -> dict[str, Any]:
-    """Every batched argument with ``want`` slabs in place of ``have``; residuals are left alone."""
+    """Every batched argument with ``want`` slabs in place of ``have``; residuals are left alone.
+
+    Raises:
+        ValueError: images that cannot be told apart by rows.
+    """
+    refuse_uneven(call, rows)
 
     def change(x: torch.Tensor) -> torch.Tensor:
         return change_level(x, have, want) if x.shape[0] in (rows, rows * frames) else x
@@ -204,8 +211,43 @@ def between_blocks(call: dict[str, Any]) -> bool:
     return any(call.get(name) is not None for name in BLOCK_RESIDUALS)
 
 
+def are_uneven(images: Any, rows: int) -> bool:
+    """Whether image embeddings have more rows than a batch; frames come in inside of the model."""
+    found = images if isinstance(images, list | tuple) else [images]
+    return any(isinstance(x, torch.Tensor) and x.shape[0] > rows for x in found)
+
+
+def refuse_uneven(call: dict[str, Any], rows: int) -> None:
+    """Raises ValueError for images of an IP-Adapter that cannot be told apart by rows."""
+    added = call["added_cond_kwargs"] if "added_cond_kwargs" in call else None  # noqa: SIM401
+    if added and "image_embeds" in added and are_uneven(added["image_embeds"], rows):
+        raise ValueError(
+            "The image embeddings of an IP-Adapter have more rows than the denoiser's batch, as "
+            "there are several for each picture of it, and with masks or frames they cannot be "
+            "told apart here: give ip_adapter_image_embeds one row, which all pictures get, or "
+            "run one picture at a time."
+        )
+
+
+def _folded(images: Any, rows: int) -> Any:
+    """Images of which each row has several, as the attention processors put them together."""
+
+    def fold(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim < 3 or x.shape[0] % rows:
+            return x
+        return x if x.shape[0] == rows else x.reshape(rows, -1, *x.shape[2:])
+
+    return type(images)(map(fold, images)) if isinstance(images, list | tuple) else fold(images)
+
+
 def mend_rows(call: dict[str, Any], rows: int) -> None:
     """Arguments that diffusers hands over with too few or too many rows."""
+    added = call["added_cond_kwargs"] if "added_cond_kwargs" in call else None  # noqa: SIM401
+    if added and "image_embeds" in added and are_uneven(added["image_embeds"], rows):
+        whole = "sample" in call and call["sample"].ndim == 4
+        if whole and not (call.get("cross_attention_kwargs") or {}).get("ip_adapter_masks"):
+            images = _folded(added["image_embeds"], rows)
+            call["added_cond_kwargs"] = {**added, "image_embeds": images}
     cond = call["timestep_cond"] if "timestep_cond" in call else None  # noqa: SIM401
     if cond is not None and cond.shape[0] != rows and rows % cond.shape[0] == 0:
         call["timestep_cond"] = torch.cat([cond] * (rows // cond.shape[0]))
