@@ -197,10 +197,10 @@ CALLS = [
         tests_of("changed_in_mid_call", "each_kind_of_step"),
     ),
     Fault(
-        "a guider's arguments that were equal once are equal for good",
+        "a guider's arguments of one shape are equal",
         "pag_fast/guiders/resumption.py",
-        "known = others <= self._equal_so_far",
-        "known = bool(self._equal_so_far) or not others",
+        "same = _same(self._inputs, now, values=not known)",
+        "same = _same(self._inputs, now, values=False)",
         tests_of("guiders_whole_passes", "another_prompt"),
     ),
     Fault(

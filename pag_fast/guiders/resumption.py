@@ -184,11 +184,9 @@ class Resumption:
             return apart
         if self._values is None:
             return "nothing usable was recorded in cond's forward."
-        return (
-            ""
-            if self._has_conds(_leaves((args, kwargs)))
-            else ("it was called with other arguments than cond's.")
-        )
+        if not self._has_conds(_leaves((args, kwargs))):
+            return "it was called with other arguments than cond's."
+        return ""
 
     def _has_conds(self, now: list[Any]) -> bool:
         """Whether arguments are those of cond's forward.
