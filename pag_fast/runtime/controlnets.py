@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..fusion import Fusion
 from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
 from ..parallel.placement import cut
 from ..sharing.arguments import batched, change_rows, latents_of
@@ -49,12 +50,14 @@ class InstalledControlNets:
             self._entries += [(vars(x.module), "forward", x) for x in kept.values()]
             self.invariants += kept.values()
         self._patches: dict[bool, InstancePatch] = {}
+        self._used: list[Fusion] = []  # in the latest forward
 
     def instance_patch(self, *, fused: bool) -> InstancePatch:
         """What is put on for a forward; ``fused``: with joined weights."""
-        fusions = []
+        fusions: list[Fusion] = []
         if fused and self.patch.config.fewer_launches:
             fusions = [self.patch.fusion(net, self.state) for net in self._eager]
+        self._used = fusions
         for fusion in fusions:
             if fusion.refresh():
                 self._patches.pop(True, None)
@@ -68,10 +71,8 @@ class InstalledControlNets:
     def left(self) -> None:
         """After a forward: what is on the nets then does nothing."""
         self.state.slabs = None
-        for net in self._eager:
-            fusion = self.patch.fusion_of(net)
-            if fusion is not None:
-                fusion.forget()
+        for fusion in self._used:
+            fusion.forget()
 
 
 class ControlNets:

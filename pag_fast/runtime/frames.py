@@ -83,8 +83,8 @@ ANYWHERE = LoopCode()
 
 def loop_of(described: type) -> LoopCode:
     """The loop of a class of pipelines, or one that a subclass has put in its place."""
-    code = inspect.unwrap(described.__call__).__code__
-    return LoopCode(code, begins="t" in code.co_varnames, others=True)
+    code = _code(described.__call__)
+    return LoopCode(code, begins=code is not None and "t" in code.co_varnames, others=True)
 
 
 def calling_frame(loop: LoopCode = ANYWHERE) -> tuple[Any, FrameType | None]:
@@ -115,14 +115,16 @@ def calling_pipeline() -> Any:
 
 def is_loop_of(cls: type, described: type) -> bool:
     """Whether a class of pipelines has the ``__call__`` of the one that is described."""
-    own, known = (inspect.unwrap(kind.__call__) for kind in (cls, described))
-    return getattr(own, "__code__", None) is getattr(known, "__code__", None)
+    return _code(cls.__call__) is _code(described.__call__)
 
 
 def diffusers_class(pipe: Any) -> type:
     """The class of diffusers' that a pipeline is of, or inherits from."""
-    own = (c for c in type(pipe).__mro__ if c.__module__.partition(".")[0] == "diffusers")
-    return next(own, type(pipe))
+    return next((c for c in type(pipe).__mro__ if _is_diffusers(c.__module__)), type(pipe))
+
+
+def _is_diffusers(module: Any) -> bool:
+    return str(module).partition(".")[0] == "diffusers"
 
 
 def nobody_writes() -> bool:
@@ -132,7 +134,7 @@ def nobody_writes() -> bool:
     """
     for pipe, frame, _ in _pipeline_calls(sys._getframe(1)):
         modules = frame.f_globals.get("__name__"), type(getattr(pipe, "scheduler", None)).__module__
-        own = all(str(name).partition(".")[0] == "diffusers" for name in modules)
+        own = all(map(_is_diffusers, modules))
         local = frame.f_locals
         callbacks = [local[name] for name in _CALLBACKS if name in local]
         return own and bool(callbacks) and callbacks.count(None) == len(callbacks)
@@ -154,7 +156,7 @@ def call_arguments(pipe: Any, described: Any) -> dict[str, Any] | None:
     That is right for a subclass that calls ``super()`` or ``Base.__call__(self, …)`` with whatever
     arguments, and for defaults. ``None`` where that code does not run: a loop of the user's own.
     """
-    code = inspect.unwrap(described.__call__).__code__
+    code = _code(described.__call__)
     for found, frame, _ in _pipeline_calls(sys._getframe(1)):
         if found is pipe and frame.f_code is code:
             return dict(frame.f_locals)

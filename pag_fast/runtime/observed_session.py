@@ -81,23 +81,30 @@ class OwnLoopSession(ObservedSession):
     what = "runs a loop of its own"
     would = "Have it run uncond, and cond behind it, as the loops of diffusers do."
 
-    def _is_described(self) -> bool:
-        return self.arguments() is not None
+    # whose loop the forward that runs is of: it is looked up once, when that arrives
+    _kind: type[InjectedSession] = InjectedSession
+
+    def _look(self) -> None:
+        self._kind = ObservedSession if self.arguments() is None else InjectedSession
+
+    def arrives(self, call: Call) -> None:
+        super().arrives(call)
+        self._look()
 
     def _pass_of(self, call: Call) -> str:
-        kind = InjectedSession if self._is_described() else ObservedSession
-        return kind._pass_of(self, call)
+        self._look()
+        return self._kind._pass_of(self, call)
 
     def layout(self, rows: int) -> tuple[str, ...]:
-        kind = InjectedSession if self._is_described() else ObservedSession
-        return kind.layout(self, rows)
+        return self._kind.layout(self, rows)
 
     def _result(self, out: Any, predictions: list[torch.Tensor]) -> Any:
-        kind = InjectedSession if self._is_described() else ObservedSession
-        return kind._result(self, out, predictions)
+        return self._kind._result(self, out, predictions)
 
     def _cfg(self) -> bool:
-        return super()._cfg() if self._is_described() else self._observed.uses_cfg(self._locals)
+        if self._kind is InjectedSession:
+            return super()._cfg()
+        return self._observed.uses_cfg(self._locals)
 
 
 class OwnLoopTracedSession(OwnLoopSession, TracedSession):
