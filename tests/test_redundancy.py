@@ -1,7 +1,7 @@
 """Nothing is computed twice: an oracle that looks at the values, not at the plan.
 
 Every matrix product and convolution of a patched denoiser call is watched. Where two branches' rows
-of its input are bitwise equal, the work on one of them was redundant.
+of its input are equal, the work on one of them was redundant.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Redundancy(TorchDispatchMode):
     def _equal_share(self, x: torch.Tensor) -> float:
         for slabs in (self.branches, self.branches - 1):
             if slabs > 1 and x.shape[0] % slabs == 0:
-                parts = x.chunk(slabs)
-                if torch.equal(parts[-1], parts[-2]):
+                *_, cond, other = x.chunk(slabs)
+                # some BLAS round a row in another way where it lies elsewhere in the batch
+                if (cond - other).norm() <= 1e-6 * cond.norm():
                     return 1 / slabs
         return 0.0
 
