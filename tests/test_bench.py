@@ -254,7 +254,8 @@ def test_bench(command, tmp_path):
     # an image is three steps, and a decoder, for two images
     assert image.seconds.median > step.seconds.median
     assert (step.rounds, image.settings["guidance_scale"]) == (2, 1.0)
-    assert image.psnr > 80
+    # equal bits have no decibels, and some processors give them
+    assert image.note == EQUAL if image.psnr is None else image.psnr > 80
     assert set(image.ratios) == {"stock", "no PAG"}
     assert len(set(Image.open(tmp_path / "out" / "bench.png").convert("RGB").getdata())) > 50
 
