@@ -26,6 +26,8 @@ class Difference:
         If not, the perturbed rows are to run, and :meth:`perturbed` gets what they predict.
         """
         self._age += 1
+        if self._held is not None and self._held.shape[0] != latents.shape[0]:
+            self._held = None  # a callback has left other pictures in the batch
         if self.reuse.every is not None:
             if self._held is not None and self._age < self.reuse.every:
                 return True
