@@ -7,7 +7,6 @@ so this is the only way to know, whatever happens inside a call, that the call h
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -34,6 +33,7 @@ from .runtime.entry import check_entry
 from .runtime.patch_state import PatchState
 from .runtime.perturbed_branches import perturbed_branches
 from .runtime.stock_patch import StockPatch
+from .runtime.subclass import subclass
 from .sag import SagPatch, is_sag
 from .settings.layers import Layers, as_list
 
@@ -230,21 +230,8 @@ def check_pipeline(pipe: Any) -> None:
     describe_pipeline(pipe)
 
 
-@functools.cache
 def _subclass(cls: Any, *, injected: bool) -> Any:
-    @functools.wraps(cls.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._pag_fast.call(self, functools.partial(cls.__call__, self), args, kwargs)
-
-    body = {
-        "__call__": call,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": _reduce,
-    }
-    # under the same name: diffusers saves pipelines and finds related ones by class name
-    return type(cls.__name__, (*mixins(cls, injected=injected), cls), body)
+    return subclass(cls, cls.__call__, mixins(cls, injected=injected), _reduce)
 
 
 def _reduce(pipe: Any, protocol: Any) -> Any:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -70,6 +70,7 @@ class BasicState:
         self.config = config
         self.session: Any = None
         self._call = Lock()
+        self._behind: int | None = None  # the thread in which a wrapper of the call runs
         self.running: dict[str, Any] = {}
         self.steps: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -90,6 +91,22 @@ class BasicState:
             yield
         finally:
             self._call.release()
+
+    @contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """While somebody's wrapper of the pipeline's call runs, which may come back to ours."""
+        self._behind = get_ident()
+        try:
+            yield
+        finally:
+            self._behind = None
+
+    def passes_on(self) -> bool:
+        """Whether a call is the one that a wrapper hands on, asked once."""
+        if self._behind != get_ident():
+            return False
+        self._behind = None
+        return True
 
     def check_idle(self, what: str) -> None:
         """Raises ValueError for something that cannot be done while a call runs."""
@@ -155,6 +172,8 @@ class BasicState:
         for entry, keeper in held:
             entry.add(keeper)
         held[0][0].inner = [entry for entry, _ in held[1:]]
+        for compatibility in self._compatibility.values():
+            compatibility.begin()
 
     def leave(self, part: str) -> None:
         """Stand in front of the model no longer."""
