@@ -7,6 +7,7 @@ import tiny
 import tiny_hosts
 import torch
 from numerics import relative
+from observed_steps import SCALE, SD, WAN, layers_of, run_call, slow_steps
 from tiny_hosts.reference import slow_pag
 from torch import nn
 
@@ -191,3 +192,41 @@ def test_what_is_kept_for_each_kind_of_step(name, change, reuse):
         kwargs = module.call_kwargs(name, pipe, steps=6)
         found.append(module.latents(pipe, {**kwargs, **more}))
     assert relative(*found) < 1e-5
+
+
+# ---- writes that leave no trace ----
+
+
+def _traceless(write, steps=4):
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            write(tensors["prompt_embeds"])
+        return {}
+
+    return {
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        "steps": steps,
+    }
+
+
+def _by_numpy(x):
+    x.numpy()[:] *= 1.5
+
+
+@pytest.mark.parametrize("write", [lambda x: x.data.mul_(1.5), _by_numpy], ids=["data", "numpy"])
+@pytest.mark.parametrize("name", [SD, WAN])
+def test_what_leaves_no_trace(name, write):
+    """Conditioning has copies for the perturbed rows; kept outputs are told of, or not kept."""
+    pipe = tiny_hosts.build(name)
+    with slow_steps(pipe, name):
+        slow = run_call(pipe, name, **_traceless(write))
+        assert relative(run_call(pipe, name, **_traceless(lambda x: x)), slow) > 1e-3
+    with pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE, cache_conditioning=False):
+        assert relative(run_call(pipe, name, **_traceless(write)), slow) < 1e-5
+    with (
+        pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE),
+        pytest.warns(UserWarning, match="leaves no trace"),
+    ):
+        # each of what is kept has its turn to be looked at
+        run_call(pipe, name, **_traceless(write, steps=12))

@@ -7,7 +7,8 @@ before every forward, and looks through the modules again only where something h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from .compatibility_answers import (
     explain_lines,
     refuse,
 )
+from .compatibility_functions import code_of, foreign_functions
 from .compatibility_hooks import (
     Found,
     accelerate_hooks,
@@ -37,8 +39,8 @@ from .compatibility_origins import (
     COMPILED,
     MIXED_PRECISION,
     QUANTIZERS,
-    TRUSTED,
     foreign_class,
+    foreign_methods,
     forward_origins,
     is_row_wise,
     mro_names,
@@ -63,6 +65,8 @@ __all__ = [
     "row_wise",
 ]
 
+Foreign = Mapping[type, str]
+"""Of classes the package that gives them behaviour, or ``""`` (:func:`foreign_class`)."""
 _PLAIN = (nn.Parameter, nn.UninitializedParameter)
 _SPLIT = (
     "FreeNoise's split inference cuts the batch inside the model, where uncond, cond and "
@@ -119,17 +123,20 @@ def attached(
     """The part of :func:`look` that does not change unless somebody changes the model."""
     places: dict[Found, list[str]] = {}
     known: dict[Found, Found] = {}
+    modules = list(modules)
+    things = chain((m for _, m in modules), (getattr(m, "processor", None) for _, m in modules))
+    foreign = {cls: foreign_class(cls) for cls in set(map(type, things))}
     for name, module in modules:
         if not name:
             known = known_parallelism(module)
-        for found in _of_module(name, module, passes_apart, own):
+        for found in _of_module(name, module, passes_apart, own, foreign):
             names = places.setdefault(found, [])
             if name not in names[-1:]:
                 names.append(name)
     if _IN_PARTS in places and not any(what == "FSDP" for what, _, _ in places):
         places[tensor_parallel()] = places.pop(_IN_PARTS)
     places = {known.get(found, found): names for found, names in places.items()}
-    return tuple(
+    return foreign_functions(code_of(module for _, module in modules)) + tuple(
         Finding(what, _where(names), answer, sentence)
         for (what, answer, sentence), names in places.items()
     )
@@ -141,7 +148,7 @@ def _where(names: list[str]) -> str:
 
 
 def _of_module(
-    name: str, module: nn.Module, passes_apart: bool, own_package: str
+    name: str, module: nn.Module, passes_apart: bool, own_package: str, foreign: Foreign
 ) -> Iterator[Found]:
     """Everything on one module."""
     own: Any = vars(module)
@@ -156,9 +163,11 @@ def _of_module(
     impl = own.get("_compiled_call_impl")
     if impl is not None:
         yield from _of_call(impl)
-    yield from _of_class(name, module, own_package)
+    yield from _of_class(name, module, own_package, foreign)
+    for method, who in foreign_methods(module):
+        yield unknown(f"a method of {who} ({method})")
     yield from _of_parameters(module)
-    yield from _of_processor(module, own_package)
+    yield from _of_processor(module, own_package, foreign)
     config = own.get("_parallel_config")
     if config is not None:
         if getattr(config, "tensor_parallel_config", None) is not None:
@@ -189,7 +198,7 @@ def _of_forward(module: nn.Module) -> Iterator[Found]:
             yield unknown(f"a forward replaced by {who}")
 
 
-def _of_class(name: str, module: nn.Module, own: str) -> Iterator[Found]:
+def _of_class(name: str, module: nn.Module, own: str, foreign: Foreign) -> Iterator[Found]:
     cls: Any = type(module)
     names = mro_names(cls)
     if "SplitInferenceModule" in names:
@@ -204,7 +213,7 @@ def _of_class(name: str, module: nn.Module, own: str) -> Iterator[Found]:
     elif package(cls.__module__) in QUANTIZERS or "GGUFLinear" in names:
         yield "quantized layers", WEIGHTS, _QUANTIZED
     elif "parametrizations." not in name:  # these see weights, never rows
-        who = foreign_class(cls)
+        who = foreign[cls]
         if who in QUANTIZERS:
             yield "quantized layers", WEIGHTS, _QUANTIZED
         elif who and who != own:
@@ -225,7 +234,7 @@ def _of_parameters(module: nn.Module) -> Iterator[Found]:
             return
 
 
-def _of_processor(module: nn.Module, own: str) -> Iterator[Found]:
+def _of_processor(module: nn.Module, own: str, foreign: Foreign) -> Iterator[Found]:
     processor = getattr(module, "processor", None)
     if processor is None or isinstance(processor, str):  # a model's setting of that name
         return
@@ -239,8 +248,8 @@ def _of_processor(module: nn.Module, own: str) -> Iterator[Found]:
         yield _RUNNING
     elif isinstance(processor, nn.Module) or is_row_wise(processor):
         pass  # the class of a module is looked at where all classes are
-    elif package(cls.__module__) not in {*TRUSTED, own}:
-        yield unknown(f"an attention processor of {package(cls.__module__)} ({cls.__name__})")
+    elif foreign[cls] and foreign[cls] != own:
+        yield unknown(f"an attention processor of {foreign[cls]} ({cls.__name__})")
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
         sentence = "attentions that are not perturbed use it."
@@ -275,6 +284,12 @@ class Compatibility:
         # the same object in every forward, where nothing has changed
         around = known[0].surroundings.findings(model)
         return known[1] + around if around else known[1]
+
+    def begin(self) -> None:
+        """A call begins: functions that somebody has replaced since are looked at, too."""
+        for model, (watch, _) in list(self._known.items()):
+            if watch.rewritten():
+                del self._known[model]
 
     def forget(self) -> None:
         """Let go of all models."""

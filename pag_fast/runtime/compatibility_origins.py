@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from torch import nn
@@ -37,7 +38,13 @@ QUANTIZERS = frozenset(
 )
 COMPILED = "torch.compile"
 MIXED_PRECISION = "mixed precision"
-_PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr"})
+_STANDARD = frozenset({"builtins", "abc", "collections", "typing", "enum"})
+# decorators of the standard library wrap what is looked at behind them
+_PASSED_ON = TRUSTED | sys.stdlib_module_names
+_PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr", "to", "cuda", "cpu"})
+_SETTERS = ("set_", "from_", "save_", "load_", "push_to_hub", "enable_", "disable_")
+# forwards and calls are looked at by themselves
+_LOOKED_AT = frozenset({"forward", "processor", "_compiled_call_impl"})
 
 T = TypeVar("T")
 # not an attribute, which functools.wraps would hand on to wrappers
@@ -94,25 +101,45 @@ def foreign_class(cls: type) -> str:
     """The package that gives a class behaviour of its own, if it is none that is trusted."""
     if cls in _ROW_WISE:
         return ""
-    return _foreign_class(cast(Any, cls), cls.__dict__.get("forward"))
-
-
-@functools.lru_cache(maxsize=4096)
-def _foreign_class(cls: Any, forward: Any) -> str:
     for base in inspect.getmro(cls):
-        known = TRUSTED | {"builtins", "abc", "collections", "typing", "enum"}
-        if package(base.__module__) not in known:
-            functions = [n for n, f in vars(base).items() if isinstance(f, FunctionType)]
-            if any(name not in _PASSIVE for name in functions):
-                return package(base.__module__)
-    # a function put on a class of somebody else's
-    for name in ("forward", "__call__"):
-        function = getattr(cls, name, None)
-        while function is not None:
-            if isinstance(function, FunctionType) and package(origin(function)) not in TRUSTED:
-                return package(origin(function))
-            function = getattr(function, "__wrapped__", None)
+        where = package(base.__module__)
+        if where in _STANDARD:
+            continue
+        for name, function in vars(base).items():
+            if not isinstance(function, FunctionType) or _runs_in_no_forward(name):
+                continue
+            # one that somebody has put on a class of somebody else's counts, too
+            who = where if where not in TRUSTED else foreign_function(function)
+            if who:
+                return who
     return ""
+
+
+def _runs_in_no_forward(name: str) -> bool:
+    return name in _PASSIVE or name.startswith(_SETTERS)
+
+
+def foreign_function(function: Any) -> str:
+    """The package of a function, or of one that it wraps, if it is none that is trusted."""
+    while function is not None:
+        if isinstance(function, (FunctionType, MethodType, functools.partial)):
+            who = package(origin(function))
+            if who not in _PASSED_ON and not is_row_wise(function):
+                return who
+        function = getattr(function, "__wrapped__", None)
+    return ""
+
+
+def foreign_methods(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Methods of a module's class that something on the instance hides, and whose code that is."""
+    cls: Any = type(module)
+    for name, value in vars(module).items():
+        if name in _LOOKED_AT or _runs_in_no_forward(name) or not callable(value):
+            continue
+        if callable(getattr(cls, name, None)) and not is_row_wise(value):
+            who = package(origin(value))
+            if who not in TRUSTED:
+                yield name, who
 
 
 def forward_origins(module: nn.Module) -> Iterator[str]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from .compatibility_functions import code_of, functions_in
 from .compatibility_surroundings import Surroundings
 
 # hooks are sometimes cleared by putting a new dictionary in place of the old one
 _before = itemgetter("_forward_pre_hooks")
 _after = itemgetter("_forward_hooks")
 _forward = attrgetter("forward")
+_call = attrgetter("__call__")
 
 
 class Watch:
@@ -31,7 +34,6 @@ class Watch:
         inner = [module for _, module in modules if module is not model]
         self._inner = inner
         self._owns = [vars(model), *map(vars, inner)]
-        self._kinds: list[Any] = list({type(module): None for _, module in modules})
         # most modules have no children, or no parameters: that none has come is told at once
         self._children, self._leaves = _parted([module._modules for _, module in modules])
         some, self._bare = _parted([module._parameters for _, module in modules])
@@ -43,6 +45,13 @@ class Watch:
             for own, (_, module) in zip(self._owns, modules, strict=True)
             if getattr(module, "processor", None) is not None
         ]
+        self._kinds: list[Any] = list({type(module): None for _, module in modules})
+        processors = {type(own.get("processor")): None for own in self._processed}
+        self._processor_kinds: list[Any] = list(processors)
+        mros = [cls.__mro__[:-1] for cls in (*self._kinds, *processors)]
+        self._classes = [vars(cls) for cls in dict.fromkeys(chain.from_iterable(mros))]
+        self._code = code_of(module for _, module in modules)
+        self._functions = self._of_code()
         self._hooked = [o for o in self._owns if "_diffusers_hook" in o or "_hf_hook" in o]
         self.surroundings = Surroundings(modules)
         self._seen = self._glance(model)
@@ -50,6 +59,17 @@ class Watch:
     def changed(self, model: nn.Module) -> bool:
         """Whether there is anything to look at again."""
         return self._glance(model) != self._seen
+
+    def rewritten(self) -> bool:
+        """Whether a method of a class, or a function that modules call, is another one now.
+
+        It takes as long as all else together, so it is asked once a call.
+        """
+        return self._of_code() != self._functions
+
+    def _of_code(self) -> list[Any]:
+        methods = chain.from_iterable(map(MappingProxyType.values, self._classes))
+        return [*methods, *functions_in(self._code)]
 
     def _glance(self, model: nn.Module) -> tuple[Any, ...]:
         owns = self._owns
@@ -63,10 +83,12 @@ class Watch:
             list(chain.from_iterable(map(dict.values, self._children))),
             any(self._leaves),
             classes,
-            # a function put on a class
+            # functions put on a class
             list(map(_forward, self._kinds)),
+            list(map(_call, self._processor_kinds)),
             list(map(dict.get, owns, repeat("forward"))),
-            len(owns[0]),
+            # a method that hides the one of the class
+            list(map(len, owns)),
             list(map(tuple, map(dict.items, filter(None, map(_before, owns))))),
             list(map(tuple, map(dict.items, filter(None, map(_after, owns))))),
             list(map(type, map(dict.get, self._weighted, repeat("weight")))),

@@ -39,7 +39,13 @@ class Guided:
         self.unit = 0
         self.forwards = 0
         self._scales: dict[Any, Any] = {}
-        self._difference = None if patch.config.reuse is None else Difference(patch.config.reuse)
+        self._difference: Difference | None = None
+        self.begin_guidance()
+
+    def begin_guidance(self) -> None:
+        """A loop begins, with pictures of its own."""
+        reuse = self.patch.config.reuse
+        self._difference = None if reuse is None else Difference(reuse)
 
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""

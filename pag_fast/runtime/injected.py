@@ -57,6 +57,7 @@ class InjectedSession(Session):
         self._lists = family.runs_stock
         self._arguments: dict[str, Any] | None = None
         self._stock: StockPasses | None = None
+        self._copies_last = False
         self._extended: Copies = {}
         self._turned: Copies = {}
         self._pass = COND
@@ -85,7 +86,17 @@ class InjectedSession(Session):
                 self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs
             )
 
+    def begin_loop(self) -> None:
+        self._arguments, self._seen, self._pending = None, (None, []), None
+        # writes through .data and NumPy leave no trace, so copies last where nobody can write
+        self._copies_last = self.patch.config.cache_conditioning and nobody_writes()
+        self.begin_guidance()
+        # all denoisers of a pipeline have one loop
+        if self._frame is not self.loop.frame:
+            self.loop.begin(self._frame)
+
     def end(self, *, whole: bool) -> None:
+        self.loop.frame = None
         self._extended, self._turned, self._pending, self._arguments = {}, {}, None, None
         stock = [] if self._stock is None else [self._stock.forget]
         undo_all(*stock, partial(super().end, whole=whole))
@@ -184,6 +195,8 @@ class InjectedSession(Session):
         state.context = self._pass
         same = self._rows.same_objects(call, rows, self._locals, context=self._pass)
         call = complete_rows(call, rows, frames)
+        if not self._copies_last:
+            self._extended, self._turned = {}, {}
         if self._sequence is not None:
             state.num_contexts, state.num_image = self._sequence(self.installed.denoiser, call)
         if self._pass != COND:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from ..sharing.replacement import MISSING, Replacement
+
+_forward = attrgetter("forward")
 
 Entry = tuple[dict[str, Any], str, Any]
 """The ``__dict__`` of an instance, an attribute, and what stands there for one forward."""
@@ -30,6 +33,10 @@ class InstancePatch:
         self.entries = list(found.values())
         # the third says whether the object has to know what it takes the place of
         self._entries = [(*entry, isinstance(entry[2], Replacement)) for entry in self.entries]
+        self._replacements = [value for _, _, value, knows in self._entries if knows]
+        self._classes: list[Any] = list({type(x.module): None for x in self._replacements})
+        self._forwards: list[Any] = []
+        self._rebound = 0
 
     @classmethod
     def nothing(cls) -> InstancePatch:
@@ -38,6 +45,12 @@ class InstancePatch:
 
     def on(self) -> list[Any]:
         """Set every attribute; returns what :meth:`off` needs."""
+        forwards = list(map(_forward, self._classes))
+        # another patch with some of these objects may have run since
+        if forwards != self._forwards or self._rebound != Replacement.rebound:
+            for replacement in self._replacements:
+                replacement.rebind()
+            self._forwards, self._rebound = forwards, Replacement.rebound
         before: list[Any] = [MISSING] * len(self._entries)
         index = 0
         # operators, as a call for each of hundreds of entries would show in every forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,10 +18,17 @@ class Loop:
     Attributes:
         step: number of the step, from 0; -1 before the first.
         scales: what has been read of the scheduler (:func:`pag_fast.runtime.guidance.scale_at`).
+        frame: of the running loop.
     """
 
     step: int = -1
     scales: dict[Any, Any] = field(default_factory=dict)
+    frame: FrameType | None = None
+
+    def begin(self, frame: FrameType | None) -> None:
+        """A loop begins; a subclass may run several in a call."""
+        self.step, self.frame = -1, frame
+        self.scales.clear()
 
 
 class StepClock:

@@ -217,7 +217,8 @@ class PatchState(BasicState):
                     session.start()
             with enough_graphs() if regional else nullcontext():
                 result = call(*args, **kwargs)
-            if not sessions[0].freed:
+            # where nothing is offloaded, diffusers would look for modules that it cannot know
+            if not sessions[0].freed and getattr(pipe, "_all_hooks", None):
                 pipe.maybe_free_model_hooks()
             self._check_entered(pipe, sessions)
         except BaseException:

@@ -8,7 +8,10 @@ forwards the model is as diffusers made it.
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, denoiser_name, uncompiled
 from ..parallel.ranks import Ranks
@@ -63,6 +66,7 @@ class Session(Warming):
         self.controlnets = ControlNets(self)
         self._graphs: Graphs | None = None
         self._pass = ""
+        self._frame: FrameType | None = None
         self._locals: dict[str, Any] = {}
         self._views: Views = {}
 
@@ -87,7 +91,9 @@ class Session(Warming):
             denoiser, self.installed.state, self.installed.invariants.values(), [model]
         )
         self.loop_code = self._running_loop()
-        self.pag, self.cfg, self.unit = True, cfg, 0
+        self.pag, self.cfg, self.unit, self.forwards = True, cfg, 0, 0
+        self._scales.clear()
+        self.begin_guidance()
         self._tell_unshared()
 
     def _running_loop(self) -> LoopCode:
@@ -105,7 +111,7 @@ class Session(Warming):
         Raises:
             ValueError: with ``strict=True``, a call in which PAG has not done what it should.
         """
-        self._locals, self._views = {}, {}
+        self._locals, self._views, self._frame = {}, {}, None
         ours = [self._kept.forget, self.installed.forget] if self.pag else []
         undo_all(self.controlnets.end, *ours)
         self._graphs = None
@@ -136,7 +142,13 @@ class Session(Warming):
         if frame is None or pipe is not self.pipe:
             return False
         self._locals = frame.f_locals
+        if frame is not self._frame:
+            self._frame = frame
+            self.begin_loop()
         return True
+
+    def begin_loop(self) -> None:
+        """Another loop than before: a subclass may run several in a call."""
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
@@ -251,7 +263,14 @@ class Session(Warming):
 
     def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
-        if not self.unit:
+        if self.unit:
+            # a callback may have left some of the pictures in the batch
+            local = self._locals
+            latents = local["latents"] if "latents" in local else None  # noqa: SIM401
+            pictures = latents.shape[0] if type(latents) is torch.Tensor else 0
+            if pictures and rows in (pictures, 2 * pictures, 3 * pictures):
+                self.unit = pictures
+        else:
             branches = 3 if self.cfg else 2
             self.unit = rows // branches
             if not self.unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,12 @@ class Replacement:
     Args:
         state: of the model, which says whose forward runs.
         module: whose ``forward`` is replaced.
+
+    Attributes:
+        rebound: how often one of all replacements has followed its module's class.
     """
+
+    rebound = 0
 
     def __init__(self, state: BranchState, module: nn.Module) -> None:
         self.state = state
@@ -37,7 +42,7 @@ class Replacement:
         self.displaced: Any = own
         # a bound method is a new object whenever it is asked for, and compiled graphs guard on it
         cls: Any = type(module)
-        self._class_forward: Callable[..., Any] = cls.forward.__get__(module)
+        self._class_forward: Any = cls.forward.__get__(module)
         # what stood there when this object was last put on
         self.original: Callable[..., Any] = self._class_forward if own is MISSING else own
         # what runs for whoever has captured this object while it was on
@@ -53,6 +58,18 @@ class Replacement:
         self.original = self._class_forward if before is MISSING else before
         # what has been put there since may wrap this object, and so must not be its base
         if before is MISSING:
+            self._base = self._class_forward
+
+    def rebind(self) -> None:
+        """Follow the module's class, on which somebody may have put another function."""
+        before, function = self._class_forward, cast(Any, type(self.module)).forward
+        if before.__func__ is function:
+            return
+        Replacement.rebound += 1
+        self._class_forward = function.__get__(self.module)
+        if self.original is before:
+            self.original = self._class_forward
+        if self._base is before:
             self._base = self._class_forward
 
     def came_back(self) -> Any:
