@@ -155,13 +155,6 @@ CALLS = [
         tests_of("beside_the_loop", "any_order"),
     ),
     Fault(
-        "a second loop has the rows of the first",
-        "pag_fast/runtime/session.py",
-        "self.pag, self.cfg, self.unit, self.forwards = True, cfg, 0, 0",
-        "self.pag, self.cfg, self.forwards = True, cfg, 0",
-        tests_of("beside_the_loop", "other_batches"),
-    ),
-    Fault(
         "a second loop has the arguments of the first",
         "pag_fast/runtime/injected.py",
         "self._arguments, self._seen, self._pending = None, (None, []), None",

@@ -53,12 +53,15 @@ def test_a_second_loop_has_its_own_arguments(name, first, second):
         assert relative(run(), alone) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{"reuse": pag_fast.Reuse(every=3)}, {}])
+@pytest.mark.parametrize(
+    "options",
+    [{"reuse": pag_fast.Reuse(every=3)}, {"schedule": pag_fast.Schedule(start=0.2, stop=0.7)}],
+    ids=["reuse", "schedule"],
+)
 @pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", SD])
 def test_nothing_of_the_first_loop_is_used_again(name, options):
     module = tiny_hosts if name == SD else tiny
     pipe, layers = module.build(name), "mid"
-    options = {**options, "schedule": pag_fast.Schedule(start=0.2, stop=0.7)} | options
 
     def run():
         return module.latents(pipe, module.call_kwargs(name, pipe, steps=4))
