@@ -244,6 +244,8 @@ class ResumedGuidance(_Base):
             made = self._resumptions[model] = self._make(model)
             assert isinstance(made, DerivedResumption)
             resumption = made
+        if resumption.whole:
+            self._warn(f"The perturbed pass runs as a whole: {resumption.whole}.")
         return resumption
 
     def _forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

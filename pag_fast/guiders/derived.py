@@ -8,6 +8,7 @@ from torch import nn
 
 from ..models.registry import describe
 from ..models.traced.description import complete
+from ..models.traced.preserved import undisturbed
 from ..models.traced.signatures import Signatures
 from ..models.traced.trace import trace
 from ..runtime.compatibility import Compatibility, own_package
@@ -39,7 +40,9 @@ class DerivedResumption(Resumption):
         modules: dict[str, nn.Module],
     ) -> None:
         super().__init__(state, known, perturbed.changes, modules, perturbed.prepare)
-        self._seen: int = describe(model).traced.changes
+        self._seen = self._known(model)
+        # why nothing of the model is shared, or ""
+        self.whole: str = describe(model).traced.reason
         self._signature: Any = None
         self._verified: set[Any] = set()
         self._apart = ""
@@ -47,7 +50,12 @@ class DerivedResumption(Resumption):
         self.compatibility = Compatibility(passes_apart=True, own=own_package(model))
 
     def fits(self, model: nn.Module) -> bool:
-        return bool(self._seen == describe(model).traced.changes) and super().fits(model)
+        return self._seen == self._known(model) and super().fits(model)
+
+    @staticmethod
+    def _known(model: nn.Module) -> tuple[int, str]:
+        traced = describe(model).traced
+        return traced.changes, traced.reason
 
     def see(
         self,
@@ -86,7 +94,7 @@ class DerivedResumption(Resumption):
         if self._signature in self._verified:
             return super()._perturbed(model, run, args, kwargs, apart)
         try:
-            truth = self._densely(run, args, kwargs)
+            truth = self._densely(model, run, args, kwargs)
         except FAILURES as error:
             raise self._refusal(model, said(error)) from error
         try:
@@ -103,13 +111,16 @@ class DerivedResumption(Resumption):
         self.reason = self._apart = f"what was resumed is not what a whole forward gives ({why})."
         return truth
 
-    def _densely(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _densely(
+        self, model: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The perturbed forward from its beginning, by masks over all pairs of tokens."""
         before = self.state.tokens
         self.state.tokens = {name: x.densely() for name, x in before.items()}
         self.state.slabs = (0, 0, 1)
         try:
-            return run(self.changes, args, kwargs)
+            with undisturbed(model, (args, kwargs)):
+                return run(self.changes, args, kwargs)
         finally:
             self.state.slabs, self.state.tokens = None, before
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..models.traced.trace import undisturbed
+from ..models.traced.preserved import undisturbed
 from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, lists_by_row
 from ..sharing.rows import map_tensors
@@ -75,24 +76,24 @@ class Separately:
         ]
         first, unit = full - branches, latents_of(call).shape[0] // full
         before = state.slabs, state.entered, state.tokens
+
+        def run(make: Callable[[], InstancePatch], part: Call) -> torch.Tensor:
+            with undisturbed(installed.denoiser, part):
+                return prediction_of(forward.run(make, (state,), part))
+
         try:
-            with undisturbed(installed.denoiser):
-                state.slabs = None
-                stock, larger = (
-                    prediction_of(
-                        forward.run(InstancePatch.nothing, (state,), some(call, full, 0, last))
-                    )
-                    for last in (first, full)
-                )
-                state.slabs = (branches,) * 3
-                if [type(branch.perturbation) for branch in installed.branches] == [Identity]:
-                    state.tokens = {name: x.densely() for name, x in state.tokens.items()}
-                rows = some(call, full, first, full)
-                perturbed = forward.run(lambda: InstancePatch(own), (state,), rows)
+            state.slabs = None
+            stock, larger = (
+                run(InstancePatch.nothing, some(call, full, 0, last)) for last in (first, full)
+            )
+            state.slabs = (branches,) * 3
+            if [type(branch.perturbation) for branch in installed.branches] == [Identity]:
+                state.tokens = {name: x.densely() for name, x in state.tokens.items()}
+            perturbed = run(lambda: InstancePatch(own), some(call, full, first, full))
         finally:
             state.slabs, state.entered, state.tokens = before
         rounding = _distance(larger[: len(stock)], stock)
-        return cls(stock, prediction_of(perturbed), unit, rounding)
+        return cls(stock, perturbed, unit, rounding)
 
     def differs(self, both: torch.Tensor) -> str:
         """How far a prediction of all rows is from these; empty if it is within rounding."""

@@ -20,7 +20,7 @@ from ..registry import describe, find, keep_traced
 from ..tensors import Latent, NewTensors
 from .plan import plan_traced
 from .structure import attention_modules
-from .trace import Trace
+from .trace import Trace, shortly
 
 _MOST_SIGNATURES = 16
 
@@ -126,6 +126,11 @@ def complete(model: nn.Module, signature: Any, trace: Trace, call: dict[str, Any
             f"tokens of the image by PyTorch's scaled_dot_product_attention ({reasons or 'none'})."
         )
     traced = describe(model).traced
+    if trace.memory and not traced.reason:
+        traced.reason = (
+            f"every forward leaves something in the model ({shortly(trace.memory)}), which later "
+            "ones may read"
+        )
     if traced.add(signature, trace, call):
         keep_traced(model, _description(model, trace.names, traced))
 
