@@ -279,6 +279,7 @@ class ResumedGuidance(_Base):
                 resumed=self._is_slg_enabled(),
                 apart=found.why(whole[0]) if whole else "",
                 found=found,
+                looks=others.looks,
             )
         except BaseException:
             resumption.forget()
