@@ -43,3 +43,31 @@ class Remembering(OwnDenoiser):
         if keeps == "a residual":
             self.last["tokens"] = out - tokens
         return out + self.mean if keeps == "a drift" else out
+
+
+class Varying(OwnDenoiser):
+    """Does what ``late`` says at timesteps from ``begins`` down to ``ends``."""
+
+    __module__ = "own_models"
+    late, begins, ends = "", 600.0, 0.0
+
+    def through(
+        self, tokens: torch.Tensor, temb: torch.Tensor, mask: Any, when: torch.Tensor
+    ) -> torch.Tensor:
+        late = self.late if self.ends <= float(when[0]) < self.begins else ""
+        order = list(range(len(self.layers)))
+        if late == "another order":
+            order = [2, 1, 0, 3]
+        elif late.startswith("without"):
+            order.remove(int(late[-1]))
+        elif late == "twice":
+            order.insert(1, 0)
+        elif late == "nothing":
+            order = order[:1]
+        for index in order:
+            tokens = self.layers[index](tokens, temb, mask)
+            if late == "mixed rows" and index == 2:
+                tokens = tokens + 0.5 * tokens.mean(0, keepdim=True)
+            if late == "rows by number" and index == 0:
+                tokens = tokens * torch.linspace(1.0, 1.1, len(when))[:, None, None]
+        return tokens

@@ -16,6 +16,7 @@ from ..runtime.recording import Record, Replay
 from ..sharing.plan import argument_names
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
+from ..sharing.sequence import OutOfOrder
 from ..sharing.threads import HERE
 from .unchanged import Arguments, Unchanged, leaves
 
@@ -180,8 +181,13 @@ class Resumption:
                 call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
                 share(self.state, model, self_attentions(model), call, self._found)
             # no row attends: the batch holds perturbed rows alone
-            self.state.slabs = (0, 0, 1)
-            return run(changes, args, kwargs)
+            self.state.slabs, self.state.entered = (0, 0, 1), 0
+            try:
+                return run(changes, args, kwargs)
+            except OutOfOrder as error:
+                self.reason = f"{error}."
+                self.state.entered = 0
+                return run(list(self.changes), args, kwargs)
         finally:
             self.state.slabs = None
             self.state.ranks, self.state.head_rank = None, 0
