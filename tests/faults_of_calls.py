@@ -43,8 +43,8 @@ CALLS = [
     Fault(
         "a recorded output is taken over whatever has been written into it",
         "pag_fast/runtime/recording.py",
-        "return self.versions == self._versions()",
-        "return True",
+        "self.times <= 1 and self.versions == self._versions()",
+        "True",
         tests_of("guiders_whole_passes", "written_into"),
     ),
     Fault(
@@ -227,9 +227,30 @@ CALLS = [
     Fault(
         "a guider's arguments of one shape are equal",
         "pag_fast/guiders/resumption.py",
-        "same = _same(self._inputs, now, values=not known)",
-        "same = _same(self._inputs, now, values=False)",
+        "same = self._inputs.equal(now, values=not known)",
+        "same = self._inputs.equal(now, values=False)",
         tests_of("guiders_whole_passes", "another_prompt"),
+    ),
+    Fault(
+        "a guider trusts its model from pass to pass",
+        "pag_fast/guiders/resumption.py",
+        "return self._unchanged.why_not(model, self._looks)",
+        'return ""',
+        tests_of("guiders_changes", "between_the_passes"),
+    ),
+    Fault(
+        "a guider trusts arguments that are the same objects",
+        "pag_fast/guiders/unchanged.py",
+        "_is_as_marked(b, mark) if a is b else",
+        "True if a is b else",
+        tests_of("guiders_changes", "between_the_passes or inference_mode"),
+    ),
+    Fault(
+        "a guider looks at no hook between its passes",
+        "pag_fast/guiders/unchanged.py",
+        "(self._look(), found) == self._noted",
+        "self._look() == self._noted[0]",
+        tests_of("guiders_changes", "Hook"),
     ),
     Fault(
         "several rows of images for a picture are left as they are",

@@ -6,6 +6,7 @@ from planting import Fault, tests_of
 
 _TRACE, _PLAN = "pag_fast/models/traced/trace.py", "pag_fast/models/traced/plan.py"
 _STOCK, _TOKENS = "pag_fast/processors/stock.py", "pag_fast/sharing/tokens.py"
+_PRESERVED = "pag_fast/models/traced/preserved.py"
 _TRACED, _SEPARATELY = "pag_fast/runtime/traced.py", "pag_fast/runtime/separately.py"
 _DERIVED_GUIDER = "pag_fast/guiders/derived.py"
 _OBSERVED, _COPIES = "pag_fast/runtime/observed.py", "pag_fast/runtime/row_copies.py"
@@ -27,17 +28,73 @@ SEEN = [
     ),
     Fault(
         "masks are compared by shape alone",
-        _TRACE,
+        "pag_fast/models/traced/signatures.py",
         "found.append(value.cpu().numpy().tobytes())",
         "pass",
         tests_of("derived_models_patched", "a_trace_for_each_size"),
     ),
     Fault(
         "a trace draws random numbers",
-        _TRACE,
+        _PRESERVED,
         "with torch.random.fork_rng(indices, device_type=kind), eager:",
         "with eager:",
         tests_of("derived_models_patched", "random_numbers"),
+    ),
+    Fault(
+        "what a trace has left in a model stays there",
+        _PRESERVED,
+        "held.restore()",
+        "pass",
+        tests_of("derived_memory", "guider_leaves or next_forward_reads"),
+    ),
+    Fault(
+        "memory is written into without a copy of it",
+        _PRESERVED,
+        "self._copies[at] = self._places[at][1].clone()",
+        "pass",
+        tests_of("derived_memory", "taken_back"),
+    ),
+    Fault(
+        "what a forward leaves is of no interest",
+        _TRACE,
+        "if left and not _alike(after, fresh):",
+        "if False:",
+        tests_of("derived_memory", "next_forward_reads"),
+    ),
+    Fault(
+        "no later step is compared",
+        _TRACED,
+        "(known and not self._is_turn(call, chosen))",
+        "known",
+        tests_of("derived_late", "mix_later"),
+    ),
+    Fault(
+        "the last step is compared in every call",
+        "pag_fast/models/traced/turns.py",
+        "return 1.0 - calls * _GOLDEN % 1.0",
+        "return 1.0",
+        tests_of("derived_late", "mix_later or turns"),
+    ),
+    Fault(
+        "blocks of a traced model may run in any order",
+        "pag_fast/sharing/sequence.py",
+        "if not follows:",
+        "if False:",
+        tests_of("derived_late", "another_order_runs_apart"),
+    ),
+    Fault(
+        "a forward may end with fewer rows than it began",
+        "pag_fast/sharing/sequence.py",
+        "if not self._whole:",
+        "if False:",
+        tests_of("derived_late", "sequence_lets_pass"),
+    ),
+    Fault(
+        "a guider replays behind what it has perturbed",
+        "pag_fast/runtime/recording.py",
+        "if value is None or self.state.entered:",
+        "if False:",
+        tests_of("derived_late", "guiders_pass"),
     ),
     Fault(
         "tokens that were put in order stay so",

@@ -191,12 +191,19 @@ class OwnDenoiser(ModelMixin, ConfigMixin):
         tokens = x.new_zeros(rows, len(image), WIDTH)
         tokens[:, image], tokens[:, ~image] = x, text
         mask = self.mask_of(valid, image)
+        tokens = self.through(tokens, temb, mask, when)
+        out = self.exit(tokens[:, image]).transpose(1, 2).unflatten(2, (height, width))
+        return (out,) if not return_dict else {"sample": out}
+
+    def through(
+        self, tokens: torch.Tensor, temb: torch.Tensor, mask: Any, when: torch.Tensor
+    ) -> torch.Tensor:
+        """The tokens behind all blocks."""
         for block in self.layers:
             tokens = block(tokens, temb, mask)
             if self.config.mixes_rows:
                 tokens = tokens + tokens.mean(0, keepdim=True)
-        out = self.exit(tokens[:, image]).transpose(1, 2).unflatten(2, (height, width))
-        return (out,) if not return_dict else {"sample": out}
+        return tokens
 
     @contextlib.contextmanager
     def perturb(self, names: Any, image: int, text: int) -> Any:
@@ -277,10 +284,10 @@ class OwnPipeline(diffusers.DiffusionPipeline):
         return latents
 
 
-def build(**options: Any) -> OwnPipeline:
+def build(kind: type = OwnDenoiser, **options: Any) -> OwnPipeline:
     """A pipeline with a denoiser of these options."""
     torch.manual_seed(0)
-    model = OwnDenoiser(**options).eval()
+    model = kind(**options).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return OwnPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler())

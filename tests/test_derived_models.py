@@ -126,7 +126,7 @@ def test_sharing_that_is_not_exact_is_not_used(monkeypatch):
     pag_fast.patch(pipe, LAYERS)
     with pytest.warns(UserWarning, match=r"branches are not shared: .* \(a reason\)"):
         assert relative(pipe(**call), slow) < 1e-5
-    assert len(asked) == 2
+    assert len(asked) == 3  # both ways in the first step, and the last step
     assert relative(pipe(**call), slow) < 1e-5
     assert pipe._pag_fast.steps["shared"] <= 1
 
@@ -190,7 +190,7 @@ def test_every_choice_of_layers_is_compared(monkeypatch):
     compared, separately = [], Separately.run
 
     def noted(*args):
-        compared.append(1)
+        compared.append(args[-1])
         return separately(*args)
 
     monkeypatch.setattr(Separately, "run", noted)
@@ -198,10 +198,11 @@ def test_every_choice_of_layers_is_compared(monkeypatch):
     pag_fast.patch(pipe, "layers.1")
     for _ in range(2):
         pipe(**call)
-    assert len(compared) == 1
+    # without a rounding that is known: for the first time
+    assert compared.count(None) == 1
     pipe(**call, pag_applied_layers=["layers.2"])
     pipe(**call, pag_applied_layers=["layers.2"], pag_scale=1.0)
-    assert len(compared) == 2
+    assert compared.count(None) == 2
 
 
 def test_values_are_the_layers_own():

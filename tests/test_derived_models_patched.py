@@ -29,7 +29,7 @@ def test_a_trace_for_each_size_and_a_comparison(monkeypatch):
         return trace(model, call)
 
     def noted(*args):
-        compared.append(1)
+        compared.append(args[-1])
         return separately(*args)
 
     monkeypatch.setattr(traced_session, "trace", counted)
@@ -40,7 +40,8 @@ def test_a_trace_for_each_size_and_a_comparison(monkeypatch):
         call = prompts(tokens=tokens)
         fast = pipe(**call)
         assert relative(fast, truth_of(pipe, call)) < 1e-5
-    assert len(traces) == len(compared) == 2
+    # later steps are compared with what is known of rounding
+    assert len(traces) == compared.count(None) == 2
     # a mask says where text is: another one is looked at, too
     call = prompts()
     call["prompt_embeds"][0, -3:] = 0

@@ -121,7 +121,7 @@ def test_memory_is_one_stream_and_is_freed():
     held_in_a_step = [0, stream + shapes, stream + shapes]
     assert [size for _, size in held] == 2 * held_in_a_step
     assert _recorded(guider, setup.model) == 0
-    assert not guider._resumptions[setup.model]._inputs
+    assert not guider._resumptions[setup.model]._inputs.leaves
 
 
 def test_a_unets_skips_that_nobody_reads_again_are_not_kept():

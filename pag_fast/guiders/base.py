@@ -240,10 +240,14 @@ class ResumedGuidance(_Base):
     ) -> Resumption:
         """The resumption of a model that nobody has described, for arguments like these."""
         assert self._armed is not None
+        first, last = self._window(self._num_inference_steps or 1)
         while not resumption.see(entry, self._armed, model, self._signatures, args, kwargs):
             made = self._resumptions[model] = self._make(model)
             assert isinstance(made, DerivedResumption)
             resumption = made
+        resumption.place = (self._step - first) / max(last - first, 1)
+        if resumption.whole:
+            self._warn(f"The perturbed pass runs as a whole: {resumption.whole}.")
         return resumption
 
     def _forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -277,6 +281,7 @@ class ResumedGuidance(_Base):
                 resumed=self._is_slg_enabled(),
                 apart=found.why(whole[0]) if whole else "",
                 found=found,
+                looks=others.looks,
             )
         except BaseException:
             resumption.forget()

@@ -8,8 +8,10 @@ from torch import nn
 
 from ..models.registry import describe
 from ..models.traced.description import complete
+from ..models.traced.preserved import undisturbed
 from ..models.traced.signatures import Signatures
 from ..models.traced.trace import trace
+from ..models.traced.turns import Turns
 from ..runtime.compatibility import Compatibility, own_package
 from ..runtime.entry import Entry
 from ..runtime.lease import Owner
@@ -26,8 +28,9 @@ class DerivedResumption(Resumption):
     """As :class:`Resumption`, for a denoiser whose description is derived from its forwards.
 
     The first perturbed forward with arguments of some signature is compared with one that runs
-    from its beginning and perturbs by dense masks. If they differ, perturbed forwards run as a
-    whole from then on, with a warning; if they differ even so, the guider refuses the model.
+    from its beginning and perturbs by dense masks, and so is one more of each call, the last one
+    first and then each in turn. If they differ, perturbed forwards run as a whole from then on,
+    with a warning; if they differ even so, the guider refuses the model.
     """
 
     def __init__(
@@ -38,16 +41,31 @@ class DerivedResumption(Resumption):
         perturbed: Perturbed,
         modules: dict[str, nn.Module],
     ) -> None:
+        self._turn: float | None = None
         super().__init__(state, known, perturbed.changes, modules, perturbed.prepare)
-        self._seen: int = describe(model).traced.changes
+        self._seen = self._known(model)
+        # why nothing of the model is shared, or ""
+        self.whole: str = describe(model).traced.reason
         self._signature: Any = None
         self._verified: set[Any] = set()
+        # where the perturbed forward is among those of its call, from 0 to 1
+        self.place = 0.0
+        self._turns = Turns()
         self._apart = ""
         # of the model's own classes it is seen what they do with rows
         self.compatibility = Compatibility(passes_apart=True, own=own_package(model))
 
+    def begin(self) -> None:
+        super().begin()
+        self._turn = None
+
     def fits(self, model: nn.Module) -> bool:
-        return bool(self._seen == describe(model).traced.changes) and super().fits(model)
+        return self._seen == self._known(model) and super().fits(model)
+
+    @staticmethod
+    def _known(model: nn.Module) -> tuple[int, str]:
+        traced = describe(model).traced
+        return traced.changes, traced.reason
 
     def see(
         self,
@@ -83,10 +101,11 @@ class DerivedResumption(Resumption):
         apart: str,
     ) -> Any:
         apart = apart or self._apart
-        if self._signature in self._verified:
+        known = self._signature in self._verified
+        if known and not self._is_turn():
             return super()._perturbed(model, run, args, kwargs, apart)
         try:
-            truth = self._densely(run, args, kwargs)
+            truth = self._densely(model, run, args, kwargs)
         except FAILURES as error:
             raise self._refusal(model, said(error)) from error
         try:
@@ -100,16 +119,31 @@ class DerivedResumption(Resumption):
                 return out
         if self.reason:
             raise self._refusal(model, why)
-        self.reason = self._apart = f"what was resumed is not what a whole forward gives ({why})."
+        since = "; steps since the last comparison may have been wrong" if known else ""
+        self._apart = f"what was resumed is not what a whole forward gives ({why}){since}."
+        self.reason = self._apart
+        self._verified.clear()
         return truth
 
-    def _densely(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _is_turn(self) -> bool:
+        """Whether this step of the call is the one that is compared behind the first."""
+        if self._turn is None:
+            self._turn = self._turns.next(self._signature)
+        if not self.place or self.place < self._turn:
+            return False
+        self._turn = 2.0  # not again in this call
+        return True
+
+    def _densely(
+        self, model: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The perturbed forward from its beginning, by masks over all pairs of tokens."""
         before = self.state.tokens
         self.state.tokens = {name: x.densely() for name, x in before.items()}
         self.state.slabs = (0, 0, 1)
         try:
-            return run(self.changes, args, kwargs)
+            with undisturbed(model, (args, kwargs)):
+                return run(self.changes, args, kwargs)
         finally:
             self.state.slabs, self.state.tokens = None, before
 

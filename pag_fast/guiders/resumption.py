@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from ..models.layer_names import self_attentions
@@ -17,7 +16,9 @@ from ..runtime.recording import Record, Replay
 from ..sharing.plan import argument_names
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
+from ..sharing.sequence import OutOfOrder
 from ..sharing.threads import HERE
+from .unchanged import Arguments, Unchanged, leaves
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_skip"
 
@@ -62,6 +63,8 @@ class Resumption:
         self.modules = modules
         self._prepare = prepare
         self._found: Findings | None = None
+        self._unchanged: Unchanged | None = None
+        self._looks = 0
         # why the perturbed forward last ran as a whole, or ""
         self.reason = ""
         self.begin()
@@ -76,10 +79,12 @@ class Resumption:
     def forget(self) -> None:
         """Free everything that was recorded."""
         self._values: list[Any] | None = None
-        self._inputs: list[Any] = []
+        self._inputs = Arguments()
         self._has_run = False
         for record in self.records:
             record.take()
+        if self._unchanged is not None:
+            self._unchanged.forget()
 
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the modules this was made for."""
@@ -98,6 +103,7 @@ class Resumption:
         resumed: bool,
         apart: str = "",
         found: Findings | None = None,
+        looks: int = 0,
     ) -> Any:
         """The forward of one branch.
 
@@ -108,17 +114,20 @@ class Resumption:
             resumed: a perturbed forward follows cond's in this step.
             apart: why no forward may be taken over from another one, if there is a reason.
             found: what others have put on the model.
+            looks: another number whenever that has changed.
         """
-        self.state.thread, self._found = HERE.me, found
+        self.state.thread, self._found, self._looks = HERE.me, found, looks
         try:
             if branch == PERTURBED:
                 return self._perturbed(model, run, args, kwargs, apart)
-            return self._recorded(branch, run, args, kwargs, traced, resumed and not apart)
+            resumed = resumed and not apart
+            return self._recorded(model, branch, run, args, kwargs, traced, resumed)
         finally:
             self.state.thread = self._found = None
 
     def _recorded(
         self,
+        model: nn.Module,
         branch: str,
         run: Run,
         args: tuple[Any, ...],
@@ -136,12 +145,15 @@ class Resumption:
             self._has_run = True
         try:
             # some models take things out of their arguments
-            inputs = _leaves((args, kwargs))
+            inputs = Arguments((args, kwargs)) if wanted else self._inputs
             out = run(self.records, args, kwargs)
             intact = traced or all(record.is_intact() for record in self.records)
             if wanted and intact and not repeated:
                 self._values = [record.take() for record in self.records]
                 self._inputs = inputs
+                if self._unchanged is None:
+                    self._unchanged = Unchanged(model)
+                self._unchanged.note(model, self._looks)
         finally:
             self._drop()
         return out
@@ -155,7 +167,7 @@ class Resumption:
         apart: str,
     ) -> Any:
         values = self._values
-        self.reason = self._why_not(args, kwargs, apart)
+        self.reason = self._why_not(model, args, kwargs, apart)
         changes: list[Change] = list(self.changes)
         try:
             if not self.reason:
@@ -169,24 +181,31 @@ class Resumption:
                 call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
                 share(self.state, model, self_attentions(model), call, self._found)
             # no row attends: the batch holds perturbed rows alone
-            self.state.slabs = (0, 0, 1)
-            return run(changes, args, kwargs)
+            self.state.slabs, self.state.entered = (0, 0, 1), 0
+            try:
+                return run(changes, args, kwargs)
+            except OutOfOrder as error:
+                self.reason = f"{error}."
+                self.state.entered = 0
+                return run(list(self.changes), args, kwargs)
         finally:
             self.state.slabs = None
             self.state.ranks, self.state.head_rank = None, 0
             self.forget()
 
-    def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any], apart: str) -> str:
+    def _why_not(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], apart: str
+    ) -> str:
         """Why the perturbed forward has to run from its beginning, or ``""``."""
         if not self._is_usable():
-            return "hooks of diffusers run with the modules in front, or the model is in training."
+            return "hooks of diffusers run with the modules in front."
         if apart:
             return apart
-        if self._values is None:
+        if self._values is None or self._unchanged is None:
             return "nothing usable was recorded in cond's forward."
-        if not self._has_conds(_leaves((args, kwargs))):
-            return "it was called with other arguments than cond's."
-        return ""
+        if not self._has_conds(leaves((args, kwargs))):
+            return "it was called with other arguments than cond's, or they were written into."
+        return self._unchanged.why_not(model, self._looks)
 
     def _has_conds(self, now: list[Any]) -> bool:
         """Whether arguments are those of cond's forward.
@@ -194,46 +213,21 @@ class Resumption:
         Values are compared, which waits for the device, where another argument than in the steps
         before is another object than cond's.
         """
-        others = {
-            at for at, (a, b) in enumerate(zip(self._inputs, now, strict=False)) if a is not b
-        }
+        others = self._inputs.others(now)
         known = others <= self._equal_so_far
-        same = _same(self._inputs, now, values=not known)
+        same = self._inputs.equal(now, values=not known)
         if not known:
-            self._equal_so_far = frozenset(others) if same else frozenset()
+            self._equal_so_far = others if same else frozenset()
         return same
 
     def _is_usable(self) -> bool:
-        """Whether a forward may be taken over from another: no dropout, no hooks that expect it."""
+        """Whether a forward may be taken over from another: no hooks that expect it."""
         if self._usable is None:
             roots = [record.module for record in self.records]
             inner = [module for root in roots for module in root.modules()]
-            hooked = any(map(has_other_hooks, inner))
-            self._usable = not hooked and not any(module.training for module in inner)
+            self._usable = not any(map(has_other_hooks, inner))
         return self._usable
 
     def _drop(self) -> None:
         for record in self.records:
             record.take()
-
-
-def _leaves(value: Any) -> list[Any]:
-    """Everything in nested arguments, the keys of dictionaries among it."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in (key, *_leaves(item))]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
-
-
-def _same(before: list[Any], now: list[Any], *, values: bool) -> bool:
-    return len(before) == len(now) and all(
-        a is b or _equal(a, b, values=values) for a, b in zip(before, now, strict=True)
-    )
-
-
-def _equal(a: Any, b: Any, *, values: bool) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        return alike and (not values or torch.equal(a, b))
-    return type(a) is type(b) and isinstance(a, int | float | str) and a == b

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..perturbations import Identity
+from ..sharing.sequence import note
 from ..sharing.tokens import Tokens
 from .rows import PerturbedProcessor
 
@@ -70,6 +71,9 @@ class PerturbedStockAttention(PerturbedProcessor):
         if num_attend == hidden_states.shape[0] and not num_forked:
             return self.displaced(attn, **kwargs)
         call = self._call
+        assert self.state is not None
+        if self.state.sequence is not None:
+            note(self.state, self.layer.name)
         if torch.compiler.is_dynamo_compiling():
             return call(attn, **kwargs)
         self._count = 0

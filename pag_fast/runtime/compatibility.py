@@ -262,11 +262,15 @@ class Compatibility:
 
     Args:
         passes_apart, own: as for :func:`look`.
+
+    Attributes:
+        looks: how often models had to be looked through.
     """
 
     def __init__(self, *, passes_apart: bool = False, own: str = "") -> None:
         self.passes_apart = passes_apart
         self.own = own
+        self.looks = 0
         self._known: WeakKeyDictionary[nn.Module, tuple[Watch, tuple[Finding, ...]]] = (
             WeakKeyDictionary()
         )
@@ -275,6 +279,7 @@ class Compatibility:
         """What others have put on the model, as it is now."""
         known = self._known.get(model)
         if known is None or known[0].changed(model):
+            self.looks += 1
             modules = list(model.named_modules())
             known = (
                 Watch(model, modules),

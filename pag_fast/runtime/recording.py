@@ -12,6 +12,7 @@ from ..sharing.plan import compiled_call
 from ..sharing.replacement import MISSING, Replacement
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
+from ..sharing.sequence import OutOfOrder
 from .instance_patch import Entry
 
 
@@ -45,6 +46,7 @@ class Record(Intercepted):
     Attributes:
         value: the output: tensors that are kept, and one element in the shape of each other one.
         versions: of the kept tensors, outside of compiled graphs.
+        times: how often the module has run, likewise.
     """
 
     def __init__(self, state: BranchState, known: Known) -> None:
@@ -52,12 +54,14 @@ class Record(Intercepted):
         self.kept = known.kept
         self.value: Any = None
         self.versions: list[int] = []
+        self.times = 0
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         out = self.run_original(args, kwargs)
         self.value = self.note(out)
         if not torch.compiler.is_compiling():
             self.versions = self._versions()
+            self.times += 1
         return out
 
     def note(self, out: Any) -> Any:
@@ -65,8 +69,8 @@ class Record(Intercepted):
         return _walk(out, self.kept, _outline)[0]
 
     def is_intact(self) -> bool:
-        """Whether nobody has written into the output since it was made."""
-        return self.versions == self._versions()
+        """Whether there is one output, and nobody has written into it since it was made."""
+        return self.times <= 1 and self.versions == self._versions()
 
     def _versions(self) -> list[int]:
         return [x._version for x in _tensors(self.value) if not x.is_inference()]
@@ -74,11 +78,16 @@ class Record(Intercepted):
     def take(self) -> Any:
         """The value, which is forgotten here."""
         value, self.value = self.value, None
+        self.times = 0
         return value
 
 
 class Replay(Intercepted):
-    """Returns what a :class:`Record` holds, once, without running the module."""
+    """Returns what a :class:`Record` holds, once, without running the module.
+
+    Raises:
+        OutOfOrder: a perturbed layer has run before it, or the module did not in the other forward.
+    """
 
     def __init__(self, record: Record) -> None:
         super().__init__(record.state, record.module)
@@ -91,6 +100,8 @@ class Replay(Intercepted):
         value = record.value
         if not torch.compiler.is_compiling():  # free as soon as the model frees it
             record.value = None
+            if value is None or self.state.entered:
+                raise OutOfOrder("a module ran in another order than in cond's forward")
         return _walk(value, record.kept, _fill)[0]
 
 

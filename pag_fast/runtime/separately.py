@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..models.traced.trace import undisturbed
+from ..models.traced.preserved import undisturbed
 from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, lists_by_row
 from ..sharing.rows import map_tensors
+from ..sharing.sequence import OutOfOrder
 from .forwards import Call, Forward
 from .installation import Installation
 from .instance_patch import InstancePatch
@@ -32,6 +34,8 @@ def said(error: Exception) -> str:
     """The error as a part of a sentence; memory that runs out is no fault of a description."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         raise error
+    if isinstance(error, OutOfOrder):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 
@@ -66,8 +70,18 @@ class Separately:
     rounding: float
 
     @classmethod
-    def run(cls, forward: Forward, call: Call, installed: Installation, full: int) -> Separately:
-        """Run the model for each branch of ``call``, which holds ``full`` of them."""
+    def run(
+        cls,
+        forward: Forward,
+        call: Call,
+        installed: Installation,
+        full: int,
+        rounding: float | None = None,
+    ) -> Separately:
+        """Run the model for each branch of ``call``, which holds ``full`` of them.
+
+        ``rounding`` is that of another step; ``None``: it is measured, by one more forward.
+        """
         state, branches = installed.state, len(installed.branches)
         own = [
             (vars(attention), "processor", installed.processors[name])
@@ -75,24 +89,24 @@ class Separately:
         ]
         first, unit = full - branches, latents_of(call).shape[0] // full
         before = state.slabs, state.entered, state.tokens
+
+        def run(make: Callable[[], InstancePatch], part: Call) -> torch.Tensor:
+            with undisturbed(installed.denoiser, part):
+                return prediction_of(forward.run(make, (state,), part))
+
         try:
-            with undisturbed(installed.denoiser):
-                state.slabs = None
-                stock, larger = (
-                    prediction_of(
-                        forward.run(InstancePatch.nothing, (state,), some(call, full, 0, last))
-                    )
-                    for last in (first, full)
-                )
-                state.slabs = (branches,) * 3
-                if [type(branch.perturbation) for branch in installed.branches] == [Identity]:
-                    state.tokens = {name: x.densely() for name, x in state.tokens.items()}
-                rows = some(call, full, first, full)
-                perturbed = forward.run(lambda: InstancePatch(own), (state,), rows)
+            state.slabs = None
+            stock = run(InstancePatch.nothing, some(call, full, 0, first))
+            if rounding is None:
+                larger = run(InstancePatch.nothing, some(call, full, 0, full))
+                rounding = _distance(larger[: len(stock)], stock)
+            state.slabs = (branches,) * 3
+            if [type(branch.perturbation) for branch in installed.branches] == [Identity]:
+                state.tokens = {name: x.densely() for name, x in state.tokens.items()}
+            perturbed = run(lambda: InstancePatch(own), some(call, full, first, full))
         finally:
             state.slabs, state.entered, state.tokens = before
-        rounding = _distance(larger[: len(stock)], stock)
-        return cls(stock, prediction_of(perturbed), unit, rounding)
+        return cls(stock, perturbed, unit, rounding)
 
     def differs(self, both: torch.Tensor) -> str:
         """How far a prediction of all rows is from these; empty if it is within rounding."""

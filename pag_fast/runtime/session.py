@@ -210,7 +210,7 @@ class Session(Warming):
         if perturbs and missing > 0 and installed.counts and not found.may_skip:
             self.patch.fall_back(
                 f"{missing} of {len(installed.attentions)} perturbed layers did not run: "
-                "something else on the model passes them over"
+                "the model's own code, or something else on it, passes them over"
             )
         return out
 

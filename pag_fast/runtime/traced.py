@@ -4,7 +4,9 @@ The first forward with arguments of some signature is preceded by a trace, which
 model's description. What is then shared is compared, once for each signature, with forwards of the
 branches by themselves: cond and what comes before it through the model as it is, the perturbed rows
 alone and by dense masks. If they differ the branches run apart, with a warning; if they differ even
-then, the call is refused.
+then, the call is refused. A model may do something else at later timesteps: one step more of each
+call is compared, the last one first and then each in turn, and in every forward it is noted in
+which order the modules run that rest on each other.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from ..models.traced.description import complete
 from ..models.traced.signatures import Signatures
 from ..models.traced.trace import trace
 from ..sharing.rows import SPLIT
+from ..sharing.sequence import OutOfOrder, Sequence
 from ..sharing.tokens import Tokens
 from .findings import Findings
 from .forwards import Call, Forward
@@ -35,6 +38,9 @@ class TracedSession(InjectedSession):
         super().__init__(*args)
         self._signatures = Signatures()
         self._tokens: dict[Any, dict[str, Tokens]] = {}
+        # where in this call it is compared again, and what has been
+        self._turn: dict[Any, float] = {}
+        self._compared: set[Any] = set()
 
     @property
     def _traced(self) -> Any:
@@ -46,6 +52,8 @@ class TracedSession(InjectedSession):
     def start(self) -> None:
         super().start()
         self._begun = self._known()
+        places = self.installed.plan.sequence
+        self.installed.state.sequence = Sequence(places) if places else None
 
     def _tell_unshared(self) -> None:
         if self._traced.trace is not None:
@@ -91,27 +99,88 @@ class TracedSession(InjectedSession):
     def _run(self, forward: Forward, call: Call, found: Findings) -> Any:
         state, installed, traced = self.installed.state, self.installed, self._traced
         chosen = self._signature, installed.plan.order, installed.branches
-        if state.slabs is None or traced.written or chosen in traced.verified:
-            return super()._run(forward, call, found)
+        known = chosen in traced.verified
+        if state.slabs is None or traced.written or (known and not self._is_turn(call, chosen)):
+            return self._trusted(forward, call, found)
         full = state.slabs[SPLIT]
         try:
-            truth = Separately.run(forward, call, installed, full)
+            truth = Separately.run(forward, call, installed, full, traced.verified.get(chosen))
         except FAILURES as error:
+            if known:  # what has nothing to do with us is raised here again
+                self._trusted(forward, call, found)
             raise self._refusal(said(error)) from error
         try:
-            out = super()._run(forward, call, found)
+            out = self._in_order(forward, call, found)
         except (*FAILURES, ValueError) as error:
             why = said(error)
         else:
             why = truth.differs(prediction_of(out))
+            if why and known:  # rounding may be another one here
+                truth = Separately.run(forward, call, installed, full)
+                why = truth.differs(prediction_of(out))
             if not why:
-                traced.verified.add(chosen)
+                traced.verified[chosen] = truth.rounding
                 return out
         if state.slabs == (full,) * 3:
             raise self._refusal(why)
+        since = "; steps since the last comparison may have been wrong" if known else ""
+        return self._apart(forward, call, found, why, since)
+
+    def _is_turn(self, call: Call, chosen: Any) -> bool:
+        """Whether this step of the call is the one that is compared behind the first."""
+        step = self.loop.step
+        if chosen in self._compared or step <= 0:
+            return False
+        if chosen not in self._turn:
+            self._turn[chosen] = self._traced.turns.next(chosen)
+        # of steps whose scale varies it is known which have one
+        ahead = list(self._ahead(call))
+        steps = step + len(ahead) if ahead[1:] else len(self.pipe.scheduler.timesteps)
+        is_last = step + 1 >= steps or (len(ahead) > 1 and not any(ahead[1:]))
+        if not is_last and step < self._turn[chosen] * (steps - 1):
+            return False
+        self._compared.add(chosen)
+        return True
+
+    def _in_order(self, forward: Forward, call: Call, found: Findings) -> Any:
+        """A forward; raises OutOfOrder where what is shared rests on modules that ran otherwise."""
+        sequence = self.installed.state.sequence
+        if sequence is None:
+            return super()._run(forward, call, found)
+        sequence.begin()
+        out = super()._run(forward, call, found)
+        sequence.end()
+        return out
+
+    def _trusted(self, forward: Forward, call: Call, found: Findings) -> Any:
+        """A forward that is compared with none: apart, where sharing fails."""
+        state = self.installed.state
+        shared = state.slabs
+        try:
+            return self._in_order(forward, call, found)
+        except FAILURES as error:
+            why = said(error)
+            if shared is None or shared == (shared[SPLIT],) * 3:
+                raise
+            if not isinstance(error, OutOfOrder):
+                # it may have been raised by what has nothing to do with sharing
+                try:
+                    state.slabs = (shared[SPLIT],) * 3
+                    super()._run(forward, call, found)
+                except FAILURES:
+                    raise error from None
+            return self._apart(forward, call, found, why)
+
+    def _apart(
+        self, forward: Forward, call: Call, found: Findings, why: str, since: str = ""
+    ) -> Any:
+        """Share nothing of this model from here on."""
+        state, traced = self.installed.state, self._traced
+        assert state.slabs is not None
         traced.reason = f"sharing branches of this model is not exact ({why})"
-        self.patch.fall_back(f"branches are not shared: {traced.reason}")
-        state.slabs = (full,) * 3
+        traced.verified.clear()
+        self.patch.fall_back(f"branches are not shared: {traced.reason}{since}")
+        state.slabs = (state.slabs[SPLIT],) * 3
         return self._run(forward, call, found)
 
     def _refusal(self, why: str) -> ValueError:

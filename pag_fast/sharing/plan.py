@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .layout import Residuals
 from .rows import LEVEL_NAMES, SHARED, SPLIT, Align, BranchState, Leave, LeaveSkips
+from .sequence import Entered
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class BranchPlan:
         blocks: levels a perturbed block's input arrives at and that it runs on (both SPLIT if it is
             not here).
         shuffled: blocks from a shuffled fork on whose perturbed rows are a permutation of cond's.
+        sequence: of a model that was traced, ``(name, arrives, leaves)`` of the modules that have
+            to run in this order, and whether each is given all rows and hands on all.
         reason: why nothing can be shared, or ``""``.
     """
 
@@ -86,6 +89,7 @@ class BranchPlan:
     order: tuple[str, ...] = ()
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
     shuffled: tuple[str, ...] = ()
+    sequence: tuple[tuple[str, bool, bool], ...] = ()
     reason: str = ""
 
     def extend(self, block: str) -> None:
@@ -104,6 +108,8 @@ class BranchPlan:
         hooks: list[tuple[nn.Module, Any, Any]] = [
             (s.module, None, LeaveSkips(state, s.name, s.made, s.stored)) for s in self.skip_sites
         ]
+        noted = {name for name, _, _ in self.sequence} - set(self.order)
+        hooks += [(s.module, Entered(state, s.name), None) for s in self.sites if s.name in noted]
         hooks += [(s.module, *s.hooks(state)) for s in self.sites if s.name not in without]
         return hooks
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .sequence import Sequence
 from .threads import Thread
 from .tokens import Run, Tokens, in_runs
 
@@ -60,6 +61,7 @@ class BranchState:
         added: what a T2I-Adapter adds behind down blocks that do not take it themselves, by name.
         checked: whose turn it is to compute again what is kept from step to step.
         tokens: of the attentions of a model that was traced, which are the image's, by name.
+        sequence: in which order modules of a model that was traced have to run; ``None``: known.
         ranks: how tokens lie on several ranks (:mod:`pag_fast.runtime.token_ranks`); ``None``: all
             are here. ``num_contexts`` and ``num_image`` count those that are here.
         head_rank: where the heads of a perturbed layer are on several ranks, which share is here.
@@ -79,6 +81,7 @@ class BranchState:
         self.checked = 0
         self.added: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, Tokens] = {}
+        self.sequence: Sequence | None = None
         self.ranks: Any = None
         self.head_rank = 0
 

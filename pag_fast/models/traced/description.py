@@ -20,7 +20,8 @@ from ..registry import describe, find, keep_traced
 from ..tensors import Latent, NewTensors
 from .plan import plan_traced
 from .structure import attention_modules
-from .trace import Trace
+from .trace import Trace, shortly
+from .turns import Turns
 
 _MOST_SIGNATURES = 16
 
@@ -36,7 +37,8 @@ class Traced:
         changes: how often another order was seen.
         tokens: for each signature of arguments, which tokens of each attention are the image's.
         verified: ``(signature, layers, branches)`` for which sharing was compared with separate
-            forwards.
+            forwards, and how far these differ between batches of two sizes.
+        turns: which of the later steps are compared.
         reason: why nothing is shared, if that comparison has failed; or ``""``.
         example: ``(arguments, rows, tokens)`` of the first forward that was traced, on the meta
             device.
@@ -47,7 +49,8 @@ class Traced:
         self.trace: Trace | None = None
         self.changes = 0
         self.tokens: dict[Any, dict[str, Tokens]] = {}
-        self.verified: set[Any] = set()
+        self.verified: dict[Any, float] = {}
+        self.turns = Turns()
         self.reason = ""
         self.example: tuple[dict[str, Any], int, dict[str, Tokens]] | None = None
 
@@ -69,7 +72,7 @@ class Traced:
         while len(self.tokens) > _MOST_SIGNATURES:
             oldest = next(iter(self.tokens))
             del self.tokens[oldest]
-            self.verified = {chosen for chosen in self.verified if chosen[0] != oldest}
+            self.verified = {k: x for k, x in self.verified.items() if k[0] != oldest}
         if self.trace is not None and self.trace.structure == trace.structure:
             return False
         self.trace = trace
@@ -126,6 +129,11 @@ def complete(model: nn.Module, signature: Any, trace: Trace, call: dict[str, Any
             f"tokens of the image by PyTorch's scaled_dot_product_attention ({reasons or 'none'})."
         )
     traced = describe(model).traced
+    if trace.memory and not traced.reason:
+        traced.reason = (
+            f"every forward leaves something in the model ({shortly(trace.memory)}), which later "
+            "ones may read"
+        )
     if traced.add(signature, trace, call):
         keep_traced(model, _description(model, trace.names, traced))
 

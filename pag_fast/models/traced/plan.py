@@ -34,6 +34,7 @@ def plan_traced(
     plan = BranchPlan(fork=fork, order=order, levels=dict.fromkeys(order, SPLIT))
     at = trace.blocks.index(home)
     plan.sites += _shared_blocks(model, trace, trace.blocks[:at])
+    front = list(plan.sites)
     # long skips stored before the fork meet the stream behind it
     plan.sites += [
         Site(name, model.get_submodule(name), SPLIT, SPLIT, streams=trace.skips[name])
@@ -43,7 +44,10 @@ def plan_traced(
     inside = [a.name for a in trace.attentions if a.name.startswith(f"{home}.")]
     for name in inside[: inside.index(fork)]:
         module = model.get_submodule(name)
-        plan.sites.append(Site(name, module, SPLIT, SHARED, SPLIT, names=argument_names(module)))
+        front.append(Site(name, module, SPLIT, SHARED, SPLIT, names=argument_names(module)))
+        plan.sites.append(front[-1])
+    places = [(site.name, site.arrives == SPLIT, site.leaves == SPLIT) for site in front]
+    plan.sequence = (*places, *((name, True, True) for name in order))
     if next(a.grows for a in trace.attentions if a.name == fork):
         module = model.get_submodule(fork)
         plan.levels[fork] = SHARED

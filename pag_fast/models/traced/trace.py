@@ -8,19 +8,22 @@ touched: tensors that go in are copies, random numbers are drawn as if nothing h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...processors.stock import InPlaceOfProduct, with_native_backend
+from .preserved import preserved, random_numbers_kept
 from .structure import attention_modules, block_of, first_parameter
 
 Call = dict[str, Any]
-_PLAIN = bool | int | float | str | torch.dtype | torch.device | None
+# of two runs that differ in the order of sums alone, in units of the last place
+_ROUNDING = 16.0
+PLAIN = bool | int | float | str | torch.dtype | torch.device | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +55,14 @@ class Trace:
         left_out: attentions over image tokens that cannot be perturbed, and why.
         skips: of blocks, the arguments that hold what an earlier block than the one before has
             returned: long skips.
+        memory: what every forward leaves something else in, read by none that was seen.
     """
 
     attentions: tuple[TracedAttention, ...]
     blocks: tuple[str, ...]
     left_out: dict[str, str]
     skips: dict[str, tuple[str, ...]]
+    memory: tuple[str, ...] = ()
 
     @property
     def structure(self) -> Any:
@@ -75,25 +80,74 @@ class Trace:
 def trace(model: nn.Module, call: Call) -> Trace:
     """Run ``model`` on copies of the arguments ``call``; nobody else may run it meanwhile.
 
+    A model that holds something else afterwards runs again, to see what that does.
+
     Raises:
         ValueError: arguments that may hold what another forward leaves there, or a model that does
-            not run like this.
+            not run like this, or whose forwards depend on those before.
     """
     latents = first_parameter(model)
     check_plain(call)
-    seen = _Seen(model)
+    seen, memory, after, fresh = _Seen(model), tuple[str, ...](), None, None
     arguments = {name: _copy(value) for name, value in call.items()}
     arguments[latents] = _nan(call[latents])
     try:
-        with undisturbed(model), seen.names(), InPlaceOfProduct(seen.product):
-            model.forward(**arguments)
+        with preserved(model) as held:
+            with random_numbers_kept(model), seen.names(), InPlaceOfProduct(seen.product):
+                model.forward(**arguments)
+            left = held.changes()
+            if left:
+                after = _predicted(model, call)
+        if left:
+            with preserved(model):
+                fresh = _predicted(model, call)
+                with preserved(model) as again:
+                    _predicted(model, call)
+                    memory = again.changes()
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} has no description in pag_fast, and cannot be traced: "
             f"{type(error).__name__}: {error}"
         ) from error
     check_plain(arguments)  # an object that was empty, and is not any more
-    return seen.trace()
+    if left and not _alike(after, fresh):
+        raise ValueError(
+            f"{type(model).__name__} has no description in pag_fast, and cannot be traced: what "
+            f"a forward leaves in it ({shortly(left)}) changes what the next one returns, so rows "
+            "of a perturbed branch would change the picture. Switch off what the model keeps from "
+            "forward to forward, if it can be, or describe it as CONTRIBUTING.md says."
+        )
+    return replace(seen.trace(), memory=memory)
+
+
+def shortly(names: Sequence[str]) -> str:
+    """Three names at most, and how many there are more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _predicted(model: nn.Module, call: Call) -> list[torch.Tensor]:
+    """The floating tensors that a forward returns."""
+    with random_numbers_kept(model):
+        return _floating(model.forward(**_copy(call)))
+
+
+def _floating(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, dict) else value
+    is_collection = isinstance(value, dict | list | tuple)
+    return [x for item in items for x in _floating(item)] if is_collection else []
+
+
+def _alike(one: list[torch.Tensor] | None, other: list[torch.Tensor] | None) -> bool:
+    """Whether two runs of one forward have returned the same, within rounding."""
+    assert one is not None and other is not None
+    return len(one) == len(other) and all(
+        x.shape == y.shape
+        and bool((x - y).norm() <= _ROUNDING * torch.finfo(x.dtype).eps * y.norm())
+        for x, y in zip(one, other, strict=True)
+    )
 
 
 def check_plain(value: Any, name: str = "") -> None:
@@ -108,7 +162,7 @@ def check_plain(value: Any, name: str = "") -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             check_plain(item, name)
-    elif not isinstance(value, torch.Tensor | _PLAIN) and contents(value) is None:
+    elif not isinstance(value, torch.Tensor | PLAIN) and contents(value) is None:
         raise ValueError(
             f"The denoiser is called with {name}={type(value).__name__}(…), which may keep "
             "something from forward to forward, and its class has no description in pag_fast: it "
@@ -118,7 +172,7 @@ def check_plain(value: Any, name: str = "") -> None:
 
 def contents(value: Any) -> Any:
     """What an object without tensors holds, to be compared; ``None`` where it may hold some."""
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return value, type(value)
     if isinstance(value, list | tuple):
         items = [contents(item) for item in value]
@@ -133,7 +187,7 @@ def contents(value: Any) -> Any:
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
-    if not isinstance(value, _PLAIN | list | tuple | dict):
+    if not isinstance(value, PLAIN | list | tuple | dict):
         return copy.deepcopy(value)
     if isinstance(value, list | tuple):
         made = [_copy(item) for item in value]
@@ -145,18 +199,6 @@ def _nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nan(item) for item in value]
     return torch.full_like(value, float("nan"))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random numbers and compiled parts of a model are afterwards what they were."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    indices = [d.index or 0 for d in devices if d.type == kind]
-    # compiled parts would be compiled again, for what runs here
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(indices, device_type=kind), eager:
-        yield
 
 
 class _Seen:
@@ -293,29 +335,3 @@ def _reason(products: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
 def _tensors(value: Any) -> list[torch.Tensor]:
     values = value if isinstance(value, tuple | list) else (value,)
     return [x for x in values if isinstance(x, torch.Tensor)]
-
-
-def signature_of(call: Call) -> Any:
-    """Equal for calls whose traces are equal: shapes of tensors, masks and other settings.
-
-    Masks, sizes and indices tell where a token is, and are compared by value.
-    """
-    found: list[Any] = []
-    _sign("", call, found)
-    return tuple(found)
-
-
-def _sign(name: str, value: Any, found: list[Any]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append((name, tuple(value.shape), value.dtype, value.device))
-        if not (value.is_floating_point() or value.is_complex()) and value.ndim > 1:
-            found.append(value.cpu().numpy().tobytes())
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _sign(f"{name}.{key}", item, found)
-    elif isinstance(value, list | tuple):
-        found.append((name, len(value)))
-        for item in value:
-            _sign(name, item, found)
-    elif not isinstance(value, float):
-        found.append((name, value if isinstance(value, _PLAIN) else contents(value)))
