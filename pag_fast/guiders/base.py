@@ -96,6 +96,10 @@ class ResumedGuidance(_Base):
         super().set_state(step, num_inference_steps, timestep)
         if new_call:
             self._stale = WeakSet(self._resumptions)
+            self._compatibility.begin()
+            for resumption in self._resumptions.values():
+                if isinstance(resumption, DerivedResumption):
+                    resumption.compatibility.begin()
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Make the next forward of ``denoiser`` that of the next pass.
