@@ -40,8 +40,8 @@ def rounding_of(dtype: torch.dtype) -> float:
 
 def products(columns: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     """Scalar products of all columns and, last, the target, on their device."""
-    every = [cropped(x, target) for x in columns] + [target]
-    stacked = torch.stack([x.double().flatten() for x in every])
+    every, device = [*(cropped(x, target) for x in columns), target], columns[0].device
+    stacked = torch.stack([x.to(device, torch.float64).flatten() for x in every])
     return stacked @ stacked.mT
 
 
@@ -51,6 +51,8 @@ def fit(found: torch.Tensor, chosen: Sequence[int]) -> Sum:
     gram, right, norm = found[own][:, own], found[own, -1], float(found[-1, -1])
     if norm <= 0.0:
         return Sum([0.0] * len(own), 1.0)
+    if not found.isfinite().all():
+        return Sum([float("nan")] * len(own), float("nan"))
     # terms may depend on each other: what a loop has made before is a sum of what it got then
     scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
     solved = torch.linalg.lstsq(
