@@ -122,7 +122,7 @@ CALLS = [
     Fault(
         "the perturbation counts for the pass of cond alone",
         _INJECTED,
-        "return self._result(out, [out[0] + self._pending[1]])",
+        "return self._result(out, [prediction + difference])",
         "return out",
         tests_of("hosts", "three_separate_forwards and WanPipeline"),
     ),

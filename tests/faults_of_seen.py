@@ -10,6 +10,9 @@ _PRESERVED = "pag_fast/models/traced/preserved.py"
 _TRACED, _SEPARATELY = "pag_fast/runtime/traced.py", "pag_fast/runtime/separately.py"
 _DERIVED_GUIDER = "pag_fast/guiders/derived.py"
 _OBSERVED, _COPIES = "pag_fast/runtime/observed.py", "pag_fast/runtime/row_copies.py"
+_GUIDANCE = "pag_fast/runtime/observed_guidance.py"
+_WEIGHTS = "pag_fast/runtime/observed_weights.py"
+_LOOPS, _EVALUATIONS = "own_loops", "own_loops_evaluations"
 
 SEEN = [
     Fault(
@@ -126,24 +129,129 @@ SEEN = [
     ),
     Fault(
         "cond and uncond may change places",
-        _OBSERVED,
-        "if dict(weighed).get(UNCOND, 0.0) * total > 1.0 + most:",
+        _WEIGHTS,
+        "if uncond > 1.0 + most:",
         "if False:",
         tests_of("derived_models", "diffusers_order"),
     ),
     Fault(
         "an order that nobody has seen is taken",
-        _OBSERVED,
-        "if combined is None and self._assumed:",
+        _GUIDANCE,
+        "if any(found.assumed for found in rounds):",
         "if False:",
         tests_of("derived_models", "diffusers_order"),
     ),
     Fault(
+        "an order that no weights have shown is taken",
+        _GUIDANCE,
+        "if self._judge.unconfirmed:",
+        "if False:",
+        tests_of(_LOOPS, "never_show"),
+    ),
+    Fault(
         "guidance that is no sum is taken for one",
-        _OBSERVED,
+        _WEIGHTS,
         "if left > most:",
         "if False:",
         tests_of("derived_models", "what_the_loop_makes"),
+    ),
+    Fault(
+        "predictions of earlier steps are not looked for",
+        _GUIDANCE,
+        "kept = {name: x for name, x in self._old.items() if old and x.shape == shape}",
+        "kept: dict[str, torch.Tensor] = {}",
+        tests_of(_LOOPS, "of_an_earlier_step_is_refused"),
+    ),
+    Fault(
+        "a last step that is like none before is not looked at",
+        "pag_fast/runtime/observed_session.py",
+        "if whole else []",
+        "if False else []",
+        tests_of(_LOOPS, "of_an_earlier_step_is_refused"),
+    ),
+    Fault(
+        "steps that are like an earlier one are not read",
+        _GUIDANCE,
+        "self._later.append(columns)\n            return\n        self._judge",
+        "return\n        self._judge",
+        tests_of(_LOOPS, "in_later_steps_alone"),
+    ),
+    Fault(
+        "every step waits for the device",
+        _GUIDANCE,
+        "known = self._is_known(kinds)\n        target = self._result",
+        "known = False\n        target = self._result",
+        tests_of(_LOOPS, "waits_for_the_device"),
+    ),
+    Fault(
+        "uncond may be used beside the guided prediction",
+        _GUIDANCE,
+        "if one.left > _CERTAIN * two.left and",
+        "if False and",
+        tests_of(_LOOPS, "beside_the_guided"),
+    ),
+    Fault(
+        "a timestep that is a number is a setting",
+        _OBSERVED,
+        "plain, listed = (bool, str, type(None)),",
+        "plain, listed = (bool, int, float, str, type(None)),",
+        tests_of(_EVALUATIONS, "two_evaluations"),
+    ),
+    Fault(
+        "cond begins no new round",
+        "pag_fast/runtime/observed_session.py",
+        "self._seen = key, []\n        self._seen[1]",
+        "pass\n        self._seen[1]",
+        tests_of(_EVALUATIONS, "two_evaluations"),
+    ),
+    Fault(
+        "forwards for two prompts are added up",
+        _WEIGHTS,
+        "if own.left > most or not whole:",
+        "if False:",
+        tests_of(_EVALUATIONS, "two_prompts"),
+    ),
+    Fault(
+        "rows of some of the pictures are taken for cond's",
+        _OBSERVED,
+        "if pictures > 1 and rows != pictures:",
+        "if False:",
+        tests_of(_EVALUATIONS, "one_picture"),
+    ),
+    Fault(
+        "as many rows as pictures are cond's, whatever their prompts",
+        _OBSERVED,
+        "if self._halves_seen or rows % 2:",
+        "if True:",
+        tests_of(_EVALUATIONS, "one_picture"),
+    ),
+    Fault(
+        "a prompt is known by its address",
+        _OBSERVED,
+        "if refs[0]() is whole and refs[1]() is own:",
+        "if True:",
+        tests_of("own_loops_steps", "made_for_each"),
+    ),
+    Fault(
+        "a prompt that was written into is the same",
+        _OBSERVED,
+        "and known[1] == versions",
+        "",
+        tests_of("own_loops_steps", "takes_turns"),
+    ),
+    Fault(
+        "a loop that steps by itself stays in its first step",
+        "pag_fast/runtime/loop.py",
+        'for at in (found.get("t"), call.get("timestep")):',
+        "for at in ():",
+        tests_of("own_loops_steps", "makes_its_own_steps"),
+    ),
+    Fault(
+        "timesteps that are handed out anew begin the call again",
+        "pag_fast/runtime/guidance.py",
+        'if host != cache.get("host"):',
+        "if True:",
+        tests_of("own_loops_steps", "have_little"),
     ),
     Fault(
         "lists of rows are not turned",

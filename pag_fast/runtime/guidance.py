@@ -84,7 +84,7 @@ def timestep_value(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
     """``timestep`` as a Python float; waits for the device only where nothing else tells."""
     if not isinstance(timestep, torch.Tensor):
         return float(timestep)
-    if timestep.device.type == "cpu":
+    if timestep.device.type == "cpu" or not hasattr(pipe.scheduler, "timesteps"):
         return float(timestep.flatten()[0])
     host = host_timesteps(pipe, cache)
     index = _known_index(pipe, timestep)
@@ -94,12 +94,40 @@ def timestep_value(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
 
 
 def host_timesteps(pipe: Any, cache: dict[Any, Any]) -> list[float]:
-    """The scheduler's timesteps as numbers, read from the device once per call."""
-    all_steps = pipe.scheduler.timesteps
+    """The scheduler's timesteps as numbers, read from the device once per call.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        all_steps = pipe.scheduler.timesteps
+    except AttributeError:
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} has no timesteps: a PAG scale that depends on the "
+            "step cannot tell which that is. Patch with schedule=None."
+        ) from None
     if cache.get("timesteps") is not all_steps:
-        cache.clear()
-        cache["timesteps"], cache["host"] = all_steps, all_steps.tolist()
+        host = all_steps.tolist() if hasattr(all_steps, "tolist") else list(map(float, all_steps))
+        # some hand out others of the same values each time
+        if host != cache.get("host"):
+            cache.clear()
+        cache["timesteps"], cache["host"] = all_steps, host
     return cache["host"]
+
+
+def own_timestep(pipe: Any, at: Any, cache: dict[Any, Any]) -> Any:
+    """That of the scheduler's timesteps which a loop's ``at`` is; ``None`` if it is none.
+
+    ``at`` is one, or a thousandth of one, as a number or a tensor.
+    """
+    if not isinstance(at, (int, float, torch.Tensor)):
+        return None
+    host = host_timesteps(pipe, cache)
+    index = _known_index(pipe, at) if isinstance(at, torch.Tensor) else None
+    if index is None or not 0 <= index < len(host):
+        value = timestep_value(pipe, at, cache)
+        index = _index_of(host, value, cache.get("last", -1))
+    return None if index is None else pipe.scheduler.timesteps[index]
 
 
 def _known_index(pipe: Any, timestep: torch.Tensor) -> int | None:
@@ -108,8 +136,10 @@ def _known_index(pipe: Any, timestep: torch.Tensor) -> int | None:
     return getattr(pipe.scheduler, "step_index", None) if index is None else index
 
 
-def _index_in(all_steps: torch.Tensor, timestep: torch.Tensor) -> int | None:
+def _index_in(all_steps: Any, timestep: torch.Tensor) -> int | None:
     """Position of ``timestep`` in ``all_steps``, where it is a view into it."""
+    if not isinstance(all_steps, torch.Tensor):
+        return None
     if timestep.untyped_storage().data_ptr() != all_steps.untyped_storage().data_ptr():
         return None
     offset = timestep.storage_offset() - all_steps.storage_offset()
@@ -128,6 +158,21 @@ def _position(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int:
 
 
 def _find(host: list[float], value: float, last: int) -> int:
+    """Where ``value`` is, as :func:`_index_of`.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    index = _index_of(host, value, last)
+    if index is not None:
+        return index
+    raise ValueError(
+        f"The denoiser was called at timestep {value:g}, which is none of the scheduler's "
+        f"{len(host)}: a schedule cannot tell which step that is. Patch with schedule=None."
+    )
+
+
+def _index_of(host: list[float], value: float, last: int) -> int | None:
     """Where ``value`` is, rather behind ``last`` than before; some schedulers repeat timesteps."""
     # some models are given thousandths
     for wanted in (value, 1000.0 * value):
@@ -135,10 +180,7 @@ def _find(host: list[float], value: float, last: int) -> int:
         if found:
             exact = [i for i in found if host[i] == wanted] or found
             return next((i for i in exact if i > last), exact[-1])
-    raise ValueError(
-        f"The denoiser was called at timestep {value:g}, which is none of the scheduler's "
-        f"{len(host)}: a schedule cannot tell which step that is. Patch with schedule=None."
-    )
+    return None
 
 
 def _step(pipe: Any, position: int, cache: dict[Any, Any], scale: float | None = None) -> Step:

@@ -25,8 +25,9 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import LoopCode, call_arguments, loop_of, nobody_writes
 from .guidance import guided_cond, host_timesteps
-from .loop import Loop, StepClock
+from .loop import Loop, StepClock, unstepped
 from .observed import SKIP
+from .observed_guidance import REPEATS
 from .predictions import prediction_of, with_prediction
 from .prompts import pass_of_text
 from .row_copies import Copies, turned, with_rows
@@ -138,10 +139,7 @@ class InjectedSession(Session):
         return found
 
     def _tell_of_repeats(self) -> None:
-        self.patch.fall_back(
-            "the loop runs the denoiser more than once for cond in a step: each forward is taken "
-            "for one of cond"
-        )
+        self.patch.fall_back(REPEATS)
 
     def layout(self, rows: int) -> tuple[str, ...]:
         branches = self.host.rows
@@ -235,7 +233,9 @@ class InjectedSession(Session):
             return call["timestep"] if "timestep" in call else self._locals["t"]
         index = scheduler.step_index
         if index is None:
-            index = scheduler.begin_index or 0
+            schedule, adaptive = self.patch.config.schedule, self.pipe.pag_adaptive_scale
+            wanted = schedule is not None or adaptive > 0.0
+            return unstepped(self.pipe, self.loop, call, self._locals, wanted=wanted)
         host = host_timesteps(self.pipe, self._scales)
         return host[min(index, len(host) - 1)]
 
@@ -293,7 +293,14 @@ class InjectedSession(Session):
             return out
         if self._pass not in self._pending[2]:
             return out
-        return self._result(out, [out[0] + self._pending[1]])
+        prediction, difference = out[0], self._pending[1]
+        if prediction.shape != difference.shape:
+            raise ValueError(
+                f"A pass of a step gives a prediction of {tuple(prediction.shape)}, and cond's is "
+                f"of {tuple(difference.shape)}: PAG's difference does not fit. A loop of your "
+                "own should run all passes of a step on the same latents."
+            )
+        return self._result(out, [prediction + difference])
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .forwards import Call
+from .guidance import host_timesteps, own_timestep
 
 
 @dataclass
@@ -62,3 +63,32 @@ class StepClock:
         if isinstance(at, torch.Tensor):
             at = at.flatten()[0]
         return forwards if at is None else float(at)
+
+
+def unstepped(pipe: Any, loop: Loop, call: Call, found: dict[str, Any], *, wanted: bool) -> Any:
+    """The timestep where the scheduler counts no steps: before its first, or if nobody steps it.
+
+    Args:
+        found: the loop's locals.
+        wanted: the PAG scale depends on it.
+
+    Raises:
+        ValueError: the loop makes its steps itself, and does not show where it is.
+    """
+    begin = getattr(pipe.scheduler, "begin_index", None)
+    first = loop.step == 0
+    if first and begin is not None:
+        return host_timesteps(pipe, loop.scales)[begin]
+    if not wanted:
+        return call.get("timestep", found.get("t", 0.0))
+    for at in (found.get("t"), call.get("timestep")):
+        own = own_timestep(pipe, at, loop.scales)
+        if own is not None:
+            return own
+    if first:
+        return host_timesteps(pipe, loop.scales)[0]
+    raise ValueError(
+        "The loop makes its steps without its scheduler, and neither its t nor the denoiser's "
+        "timestep is one of the scheduler's: which step that is cannot be told. Patch with "
+        "schedule=None and pag_adaptive_scale=0.0, or call the scheduler's step()."
+    )

@@ -2,13 +2,13 @@
 
 Which rows of a batch, or which of several forwards in a step, are cond's shows in whose text they
 get. Where that cannot be seen diffusers' order is taken (uncond in front in a batch, cond first
-where each has a forward), and checked: behind the first step lies what the loop has made of the
-predictions, a weighted sum of them. Its weights say which was cond's, that nothing but linear
-guidance was done, and that they sum to one, so that PAG's difference in each comes out as it is.
+where each has a forward), and checked by what the loop makes of the predictions
+(``observed_guidance.py``).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +16,13 @@ import torch
 
 from ..models.registry import COND, UNCOND
 from .forwards import Call
+from .observed_guidance import LATENTS, ObservedGuidance
 
 # the other passes of a step besides uncond: SD3's skip-layer guidance, and what is like it
 SKIP = "skip"
-_LATENTS = ("latents", "latent", "intermediate_images", "image_latents", "x")
-_COMBINED = ("noise_pred", "model_pred", "model_output", "noise_prediction", "pred", "noise")
+# comparisons of prompts that are remembered
+_MOST_KNOWN = 256
 _FLAGS = ("do_true_cfg", "do_classifier_free_guidance", "do_cfg")
-# of what is left of a combination that is no weighted sum, and of weights that do not sum to one
-_MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
-# what a rescaled sum may leave, and be told by its weights all the same
-_LOOSE = 0.1
 
 
 class ObservedLoop:
@@ -38,6 +35,8 @@ class ObservedLoop:
         would: what would help, where it cannot be followed.
 
     Attributes:
+        guidance: what the loop makes of the predictions.
+        assumed: the order of the latest forward's branches was not seen.
         seen: what there was to see, for whoever describes the pipeline.
     """
 
@@ -45,13 +44,12 @@ class ObservedLoop:
         self.pipe = pipe
         self._tell = tell
         self._name, self._would = f"{type(pipe).__name__} {what}", would
+        self.guidance = ObservedGuidance(type(pipe).__name__, self._name, tell, self._refusal)
         self.cond_first = False
-        self._assumed = False
-        self._equal: dict[tuple[int, int], bool] = {}
-        self._given: list[tuple[str, torch.Tensor]] = []
-        self._key: Any = None
-        self._checked = False
+        self.assumed = False
+        self._equal: dict[tuple[int, int, int], tuple[Any, Any, bool]] = {}
         self._first: Any = None
+        self._halves_seen = False
         self.seen: dict[str, str] = {}
 
     # ---- rows and passes ----
@@ -73,7 +71,8 @@ class ObservedLoop:
         Raises:
             ValueError: more than two, or no telling.
         """
-        for name in _LATENTS:
+        pictures = 0
+        for name in LATENTS:
             latents = local.get(name)
             if isinstance(latents, list) and latents and isinstance(latents[0], torch.Tensor):
                 have = len(latents)
@@ -81,6 +80,7 @@ class ObservedLoop:
                 have = latents.shape[0]
             else:
                 continue
+            pictures = pictures or have
             if have and not rows % have and rows // have <= 2:
                 return rows // have
             if have and not rows % have:
@@ -88,6 +88,11 @@ class ObservedLoop:
                     f"and runs {rows // have} branches in one batch: which of them is cond cannot "
                     "be told"
                 )
+        if pictures > 1 and rows != pictures:
+            raise self._refusal(
+                f"and runs {rows} rows at a time for its {pictures} pictures: whether they are "
+                "uncond and cond of one of them, or cond of several, cannot be told"
+            )
         if not self.uses_cfg(local):
             return 1
         raise self._refusal(
@@ -104,7 +109,7 @@ class ObservedLoop:
             return (COND,)
         first = self._whose(call, rows, local, 2)
         if not first:
-            first, self._assumed = UNCOND, True
+            first, self.assumed = UNCOND, True
         self.cond_first = first == COND
         order = "cond, uncond" if self.cond_first else "uncond, cond"
         self.seen["branches"] = f"together in one forward, {order}"
@@ -116,6 +121,7 @@ class ObservedLoop:
         A second one of cond, with other settings on as many tokens, is another term of the loop's
         guidance: what it subtracts is cond's.
         """
+        self.assumed = False
         found = self._pass_of(call, rows, local, seen)
         if found != COND:
             return found
@@ -130,13 +136,37 @@ class ObservedLoop:
         if self.branches(rows, local) == 2:
             return COND
         found = self._whose(call, rows, local, 1)
+        if not found:
+            self._refuse_halves(call, rows, local)
         if found != UNCOND and not self.uses_cfg(local):
             self.seen.setdefault("branches", "cond alone")
             return COND
         self.seen["branches"] = "a forward for each"
         if not found:
-            found, self._assumed = (UNCOND if COND in seen else COND), True
+            found, self.assumed = (UNCOND if COND in seen else COND), True
         return found
+
+    def _refuse_halves(self, call: Call, rows: int, local: dict[str, Any]) -> None:
+        """See, once in a call, whether a batch is uncond and cond of some of the pictures.
+
+        Raises:
+            ValueError: as many rows as there are pictures have the prompts of fewer.
+        """
+        if self._halves_seen or rows % 2:
+            return
+        self._halves_seen, unit = True, rows // 2
+        own = _parts(local, rows, unit)
+        for given in [
+            x for x in call.values() if isinstance(x, torch.Tensor) and _is_text(x, rows)
+        ]:
+            found = [
+                {branch for branch, x in own if _equals(half, x)} for half in given.split(unit)
+            ]
+            if sorted(map(sorted, found)) == sorted(([UNCOND], [COND])):
+                raise self._refusal(
+                    f"and runs uncond and cond of {unit} of its {rows} pictures at a time: a batch "
+                    "should have all of them"
+                )
 
     def _whose(self, call: Call, rows: int, local: dict[str, Any], slabs: int) -> str:
         """Whose text is in front of a batch; empty where that cannot be seen."""
@@ -149,7 +179,7 @@ class ObservedLoop:
             found: list[set[str]] = []
             for start in range(0, rows, unit):
                 part = given[start : start + unit]
-                found.append({branch for branch, x in own if self._same(part, x)})
+                found.append({b for b, x in own if self._same(part, x, given, start)})
             # what both have in common, as masks, tells nothing
             for place, branches in enumerate(found):
                 if len(branches) == 1 and found.count(branches) == 1:
@@ -159,97 +189,65 @@ class ObservedLoop:
         # what each pass has, as a picture's embedding, looks like cond's alone
         return UNCOND if UNCOND in told else "".join(told)
 
-    def _same(self, x: Any, own: Any) -> bool:
-        """Whether two prompts are equal; lists have a tensor for each row."""
+    def _same(self, x: Any, own: Any, whole: Any, start: int) -> bool:
+        """Whether two prompts are equal; lists have a tensor for each row.
+
+        Args:
+            whole, start: ``x`` is the part of it that begins there.
+        """
         if isinstance(x, list) or isinstance(own, list):
             both = isinstance(x, list) and isinstance(own, list)
-            return both and all(map(self._same, x, own))
+            if not both or len(x) != len(own):
+                return False
+            return all(self._same(x[i], own[i], x[i], 0) for i in range(len(x)))
         if x.shape != own.shape or x.dtype != own.dtype:
             return False
         if x.data_ptr() == own.data_ptr() and x.stride() == own.stride():
             return True
-        # comparing waits for the device, and prompts last for the call
-        key = x.data_ptr(), own.data_ptr()
-        if key not in self._equal:
-            self._equal[key] = torch.equal(x.to(own.device), own)
-        return self._equal[key]
+        # comparing waits for the device, and most prompts last for the call; the address of one
+        # that does not is another's soon
+        key, versions = (id(whole), start, id(own)), (_version(whole), _version(own))
+        known = self._equal.get(key)
+        if known is not None and None not in versions and known[1] == versions:
+            refs, _, equal = known
+            if refs[0]() is whole and refs[1]() is own:
+                return equal
+        equal = _equals(x, own)
+        if len(self._equal) >= _MOST_KNOWN:
+            self._equal.clear()
+        self._equal[key] = (weakref.ref(whole), weakref.ref(own)), versions, equal
+        return equal
 
-    # ---- what has become of the predictions ----
 
-    def gave(self, key: Any, branches: tuple[str, ...], predictions: list[torch.Tensor]) -> None:
-        """Note what the loop gets in the first step: predictions of each branch."""
-        if self._checked:
-            return
-        if self._key is None:
-            self._key = key
-        if key == self._key:
-            self._given += zip(branches, predictions, strict=True)
+def _parts(local: dict[str, Any], rows: int, unit: int) -> list[tuple[str, torch.Tensor]]:
+    """The loop's prompts for ``rows`` pictures, ``unit`` of them at a time, and whose they are."""
+    names = [name for name in list(local) if "embed" in name and "mask" not in name]
+    own = [(_branch(name), local[name]) for name in names if isinstance(local[name], torch.Tensor)]
+    return [(branch, x) for branch, text in own if _is_text(text, rows) for x in text.split(unit)]
 
-    def check(self, key: Any, local: dict[str, Any]) -> None:
-        """Behind the first step: see what the loop has made of the predictions.
 
-        Raises:
-            ValueError: cond was taken for uncond.
-        """
-        if self._checked or self._key is None or key == self._key:
-            return
-        given, self._given, self._checked = self._given, [], True
-        combined = _combined(local, [x for _, x in given])
-        if combined is None and self._assumed:
-            raise self._refusal(
-                "and its loop shows neither by its prompts nor by what it makes of the predictions "
-                "which of them is cond's"
-            )
-        if combined is None:
-            self._tell(
-                f"{self._name}, and what its loop makes of the predictions cannot be seen: it is "
-                "taken for linear guidance"
-            )
-            return
-        self._judge(combined, given)
+def _equals(x: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = x.shape == other.shape and x.dtype == other.dtype
+    return alike and torch.equal(x.to(other.device), other)
 
-    def _judge(self, combined: torch.Tensor, given: list[tuple[str, torch.Tensor]]) -> None:
-        """See by which weights the loop has made ``combined`` of the predictions."""
-        name = type(self.pipe).__name__
-        weights, left = _weights(combined, [_cropped(x, combined) for _, x in given])
-        most, total = _MOST.get(combined.dtype, 1e-3), sum(weights)
-        weighed = [(branch, w) for (branch, _), w in zip(given, weights, strict=True)]
-        terms = " + ".join(f"{w:.3g} · {branch}" for branch, w in weighed)
-        self.seen["guidance"] = terms + ("" if left <= most else f" + {left:.1%} more")
-        conds = [w for branch, w in weighed if branch == COND]
-        if len(conds) > 1 and (left > most or any(abs(w) > most for w in conds[:-1])):
-            raise self._refusal(
-                f"runs its denoiser {len(given)} times in a step and makes one prediction of that: "
-                "which of them is cond's cannot be told"
-            )
-        if dict(weighed).get(UNCOND, 0.0) * total > 1.0 + most:
-            raise self._refusal(
-                "and runs its branches in another order than diffusers' pipelines do: cond was "
-                "taken for uncond"
-            )
-        if left > most:
-            self._tell(
-                f"{name} does more to the predictions than to weigh them "
-                f"({left:.1%} of the result are left unexplained): PAG's difference goes through "
-                "that, too, and may come out weaker or stronger"
-            )
-            return
-        if abs(abs(total) - 1.0) > most:
-            self._tell(
-                f"{name} adds predictions with weights that sum to {total:.3g}:"
-                " PAG's difference comes out as many times as strong"
-            )
+
+def _version(x: torch.Tensor) -> int | None:
+    """Another number after every write; ``None`` where nobody counts them."""
+    return None if x.is_inference() else x._version
 
 
 def _settings(call: Call) -> tuple[Any, dict[str, Any]]:
-    """The size of a row of latents, and the arguments that are no tensors."""
+    """The size of a row of latents, and the arguments that are neither tensors nor numbers.
+
+    A number may be the timestep: at another one cond is evaluated again.
+    """
     first = next(iter(call.values()))
     size = first.shape[1:] if isinstance(first, torch.Tensor) else None
-    plain = (bool, int, float, str, type(None))
+    plain, listed = (bool, str, type(None)), (bool, int, float, str, type(None))
     return size, {
         name: x
         for name, x in call.items()
-        if isinstance(x, plain) or (isinstance(x, list) and all(isinstance(i, plain) for i in x))
+        if isinstance(x, plain) or (isinstance(x, list) and all(isinstance(i, listed) for i in x))
     }
 
 
@@ -261,66 +259,3 @@ def _is_text(x: Any, rows: int) -> bool:
     if isinstance(x, list):
         return len(x) == rows and all(isinstance(row, torch.Tensor) for row in x)
     return isinstance(x, torch.Tensor) and x.ndim in (2, 3) and x.shape[0] == rows
-
-
-def _combined(local: dict[str, Any], given: list[torch.Tensor]) -> torch.Tensor | None:
-    """What the loop has made of predictions: a sum of all of them, else what it calls so."""
-    fitting = [_fitting(local.get(name), given[0]) for name in _COMBINED]
-    named = [x for x in fitting if x is not None]
-    partly = None
-    for found in named:
-        whole, used = _is_sum(found, given)
-        if whole:
-            return found
-        partly = found if partly is None and used else partly
-    if partly is not None:
-        return partly
-    alike = [x for x in list(local.values()) if _has_shape(x, given[0].shape)]
-    exact = next((x for x in alike if _is_sum(x, given)[0]), None)
-    return exact if exact is not None else next((x for x in alike if _is_nearly(x, given)), None)
-
-
-def _is_nearly(found: torch.Tensor, given: list[torch.Tensor]) -> bool:
-    """Whether a tensor is a sum of all predictions but for what rescaling has added to it."""
-    weights, left = _weights(found, given)
-    whole = all(abs(w) > _LOOSE for w in weights)
-    return len(given) > 1 and whole and max(left, abs(abs(sum(weights)) - 1.0)) <= _LOOSE
-
-
-def _is_sum(found: torch.Tensor, given: list[torch.Tensor]) -> tuple[bool, bool]:
-    """Whether a tensor is a weighted sum of all predictions, and whether of any at all."""
-    weights, left = _weights(found, [_cropped(x, found) for x in given])
-    most, used = _MOST.get(found.dtype, 1e-3), [abs(w) > 1e-3 for w in weights]
-    whole = all(used) and left <= most and abs(abs(sum(weights)) - 1.0) <= most
-    return whole, any(used)
-
-
-def _has_shape(x: Any, shape: torch.Size) -> bool:
-    return isinstance(x, torch.Tensor) and x.shape == shape and x.is_floating_point()
-
-
-def _fitting(found: Any, like: torch.Tensor) -> torch.Tensor | None:
-    """A tensor of the loop as one of predictions like ``like``, if it can be."""
-    if not isinstance(found, torch.Tensor) or not found.numel():
-        return None
-    if [n for n in found.shape if n > 1] == [n for n in like.shape if n > 1]:
-        return found.reshape(like.shape)  # frames of a single picture are squeezed out
-    # tokens of reference pictures, and channels of a variance, are left out by the loop
-    fits = found.ndim == like.ndim
-    fits = fits and all(have <= whole for have, whole in zip(found.shape, like.shape, strict=True))
-    return found if fits else None
-
-
-def _cropped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return x[tuple([slice(size) for size in like.shape])]
-
-
-def _weights(combined: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
-    """The weights with which ``parts`` make ``combined``, and what share of it they leave."""
-    columns = torch.stack([x.double().flatten() for x in parts], dim=1)
-    target = combined.double().flatten()
-    # normal equations: few columns, and as many rows as there are numbers in a latent
-    gram = columns.mT @ columns
-    weights = torch.linalg.lstsq(gram.cpu(), (columns.mT @ target).cpu()[:, None]).solution[:, 0]
-    left = target - columns @ weights.to(target.device)
-    return [float(w) for w in weights], float(left.norm() / target.norm())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.registry import COND, UNCOND, uncompiled
+from ..models.registry import COND, PERTURBED, uncompiled
 from ..models.traced.description import derive
 from ..sharing.arguments import latents_of
 from .forwards import Call
@@ -15,6 +17,7 @@ from .injected import InjectedSession
 from .loop import Loop
 from .observed import ObservedLoop
 from .traced import TracedSession
+from .undoing import undo_all
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -35,22 +38,34 @@ class ObservedSession(InjectedSession):
         super().__init__(*args)
         self._observed = ObservedLoop(self.pipe, self.patch.fall_back, self.what, self.would)
         self._arrived: Call = {}
+        # whose locals show what has become of the predictions
+        self._frame: FrameType | None = None
 
     def end(self, *, whole: bool) -> None:
-        self.patch.seen_of_loop.update(self._observed.seen)
-        self._arrived = {}
-        super().end(whole=whole)
+        guidance = self._observed.guidance
+        finish = [partial(guidance.finish, self._loop_locals())] if whole else []
+        undo_all(*finish, guidance.forget, self._note, partial(super().end, whole=whole))
+
+    def _note(self) -> None:
+        self.patch.seen_of_loop.update(self._observed.seen | self._observed.guidance.seen)
+        self._arrived, self._frame = {}, None
+
+    def _loop_locals(self) -> dict[str, Any]:
+        """The locals of the loop that the latest step was of, which may be over."""
+        return {} if self._frame is None else self._frame.f_locals
 
     def _pass_of(self, call: Call) -> str:
         key = self._steps.key(call, self._locals, self.forwards)
         if self._seen[0] != key:
-            self._seen = key, []
-        self._observed.check(key, self._locals)
+            self._observed.guidance.step_over(self._loop_locals())
+            self._seen, self._frame = (key, []), calling_frame(self.loop_code)[1]
         rows, seen = latents_of(call).shape[0], self._seen[1]
         found = self._observed.pass_of(call, rows, self._locals, seen)
-        if found in seen and found == COND:
-            self._tell_of_repeats()
-        seen.append(found)
+        if found == COND and COND in seen:
+            # of other latents: what follows it has its difference
+            self._observed.guidance.round_over(self._locals)
+            self._seen = key, []
+        self._seen[1].append(found)
         self._arrived = call
         return found
 
@@ -65,10 +80,32 @@ class ObservedSession(InjectedSession):
         self.unit, self._cond_first = rows // len(found), self._observed.cond_first
         return found
 
-    def _result(self, out: Any, predictions: list[torch.Tensor]) -> Any:
-        names = (UNCOND, COND)[-len(predictions) :] if self._pass == COND else (self._pass,)
-        self._observed.gave(self._seen[0], names, predictions)
-        return super()._result(out, predictions)
+    def _combined(self, out: Any) -> Any:
+        given = super()._combined(out)
+        # a list of rows comes by here as one tensor before
+        if self._is_observed() and isinstance(given[0], torch.Tensor):
+            self._give(given[0])
+        return given
+
+    def _is_observed(self) -> bool:
+        return True
+
+    def _give(self, prediction: torch.Tensor) -> None:
+        """Tell what looks at the loop's guidance of what the loop gets."""
+        names, active = [self._pass], self._pending is not None
+        if self._pass == COND:
+            assert self.ran is not None
+            names = [branch for branch in self.ran[0] if branch != PERTURBED]
+            active = any(self.ran[1])
+        if self._cond_first and len(names) > 1:
+            names = names[::-1]
+        self._observed.guidance.gave(
+            names,
+            list(prediction.chunk(len(names))),
+            self._locals,
+            active=active,
+            assumed=self._observed.assumed,
+        )
 
 
 class ObservedTracedSession(ObservedSession, TracedSession):
@@ -98,8 +135,8 @@ class OwnLoopSession(ObservedSession):
     def layout(self, rows: int) -> tuple[str, ...]:
         return self._kind.layout(self, rows)
 
-    def _result(self, out: Any, predictions: list[torch.Tensor]) -> Any:
-        return self._kind._result(self, out, predictions)
+    def _is_observed(self) -> bool:
+        return self._kind is not InjectedSession
 
     def _cfg(self) -> bool:
         if self._kind is InjectedSession:

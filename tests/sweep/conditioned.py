@@ -159,7 +159,6 @@ SPECS = [
         image=64,
         masks=torch.bool,
         batches=(1, 1),
-        warned="does more to the predictions",  # they are pictures, and become velocities
         call={**_SMALL, "use_resolution_binning": False, "output_type": "pt"},
     ),
     Spec(

@@ -159,7 +159,7 @@ SPECS = [
         **_APART,
         call={"image": photo()},
     ),
-    Spec("Cosmos2TextToImagePipeline", _cosmos(), _MIDDLE, **_WEIGHED),
+    Spec("Cosmos2TextToImagePipeline", _cosmos(), _MIDDLE, **{**_WEIGHED, "warned": ""}),
     Spec(
         "Cosmos2VideoToWorldPipeline",
         _cosmos(in_channels=5),

@@ -56,6 +56,7 @@ class Spec:
         refused: what the refusal says, as a regular expression; empty: PAG works.
         refuses: whether that is so with or without CFG, for a number of prompts.
         warned: what PAG warns of, as a regular expression; empty: of nothing.
+        warned_without: the same, of calls without CFG alone.
         shared: whether branches are shared.
         denoiser: the attribute that holds it.
         prompts: makes the arguments for prompts of a prefix (``"negative_"`` or none), of a batch.
@@ -85,6 +86,7 @@ class Spec:
     refused: str = ""
     refuses: Callable[[bool, int], bool] = lambda cfg, batch: True
     warned: str = ""
+    warned_without: str = ""
     shared: bool = True
     denoiser: str = ""
     prompts: Callable[[str, int], dict[str, Any]] | None = None

@@ -222,8 +222,6 @@ SPECS = [
         _MIDDLE,
         **_APART,
         weight=lambda scale: 1.0 + scale,
-        # it is what the scheduler makes of them that is weighed
-        warned="does more to the predictions",
     ),
     Spec(
         "Kandinsky5T2VPipeline",
