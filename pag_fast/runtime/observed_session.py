@@ -39,7 +39,7 @@ class ObservedSession(InjectedSession):
         self._observed = ObservedLoop(self.pipe, self.patch.fall_back, self.what, self.would)
         self._arrived: Call = {}
         # whose locals show what has become of the predictions
-        self._frame: FrameType | None = None
+        self._looked_at: FrameType | None = None
 
     def end(self, *, whole: bool) -> None:
         guidance = self._observed.guidance
@@ -48,17 +48,17 @@ class ObservedSession(InjectedSession):
 
     def _note(self) -> None:
         self.patch.seen_of_loop.update(self._observed.seen | self._observed.guidance.seen)
-        self._arrived, self._frame = {}, None
+        self._arrived, self._looked_at = {}, None
 
     def _loop_locals(self) -> dict[str, Any]:
         """The locals of the loop that the latest step was of, which may be over."""
-        return {} if self._frame is None else self._frame.f_locals
+        return {} if self._looked_at is None else self._looked_at.f_locals
 
     def _pass_of(self, call: Call) -> str:
         key = self._steps.key(call, self._locals, self.forwards)
         if self._seen[0] != key:
             self._observed.guidance.step_over(self._loop_locals())
-            self._seen, self._frame = (key, []), calling_frame(self.loop_code)[1]
+            self._seen, self._looked_at = (key, []), self._frame
         rows, seen = latents_of(call).shape[0], self._seen[1]
         found = self._observed.pass_of(call, rows, self._locals, seen)
         if found == COND and COND in seen:

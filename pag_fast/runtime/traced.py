@@ -135,7 +135,9 @@ class TracedSession(InjectedSession):
             self._turn[chosen] = self._traced.turns.next(chosen)
         # of steps whose scale varies it is known which have one
         ahead = list(self._ahead(call))
-        steps = step + len(ahead) if ahead[1:] else len(self.pipe.scheduler.timesteps)
+        # a scheduler of the user's own may have no timesteps: any step is as good then
+        timesteps = getattr(self.pipe.scheduler, "timesteps", ())
+        steps = step + len(ahead) if ahead[1:] else len(timesteps)
         is_last = step + 1 >= steps or (len(ahead) > 1 and not any(ahead[1:]))
         if not is_last and step < self._turn[chosen] * (steps - 1):
             return False
