@@ -10,7 +10,7 @@ file per op: its public function, its PyTorch backend, its registration. The Tri
 
 from __future__ import annotations
 
-from .backend import BACKENDS, check_backend, resolve_backend
+from .backend import BACKENDS, check_backend, is_differentiated, resolve_backend
 from .combine_guidance import check_rescale_mode, combine_guidance
 from .degrade_latents import degrade_latents
 from .linear_attention import linear_attention
@@ -25,6 +25,7 @@ __all__ = [
     "check_rescale_mode",
     "combine_guidance",
     "degrade_latents",
+    "is_differentiated",
     "linear_attention",
     "noisy_attention",
     "perturbed_attention",

@@ -86,6 +86,15 @@ def is_left_alone(backend: str, tensor: torch.Tensor) -> bool:
     return backend == "torch" or (backend == "auto" and tensor.device.type in _LEFT_ALONE)
 
 
+def is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether gradients go through a call: it then runs in PyTorch, out of place and as no op.
+
+    Kernels have no derivative, and an op cuts the graph, for compilers and dispatch modes, too.
+    """
+    # most calls have none, and attributes are read without a call of their own
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def is_unwatched(x: torch.Tensor) -> bool:
     """Whether nobody would see the difference between an op and a call of what it runs.
 

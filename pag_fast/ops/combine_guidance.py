@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .backend import check_backend, define, is_unwatched, resolve_backend
+from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
 
 
 def combine_guidance(
@@ -46,6 +46,11 @@ def combine_guidance(
         _check_pictures(cond, rescale)
         check_backend(backend)
         backend = "torch"
+    if cond.requires_grad and is_differentiated(cond):
+        check_backend(backend)
+        return _combine_guidance(
+            uncond, cond, perturbed, guidance_scale, pag_scale, rescale, "torch", rescale_mode
+        )
     backend = resolve_backend(backend, cond, fits=cond.ndim > 1, default="triton")
     if torch.compiler.is_compiling():
         return reference.combine_guidance(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import without_autocast
-from .backend import define, is_unwatched, resolve_backend
+from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
 from .combine_guidance import flat_samples
 
 
@@ -31,6 +31,14 @@ def degrade_latents(
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
     _check(sample, model_output, received, blur, map_size)
+    if (sample.requires_grad or model_output.requires_grad) and is_differentiated(
+        sample, model_output
+    ):
+        check_backend(backend)
+        with without_autocast(sample.device.type):
+            return torch_degrade_latents(
+                sample, model_output, received, blur, map_size, clean, noise
+            )
     backend = resolve_backend(backend, sample, fits=True, default="triton")
     op = torch.ops.pag_fast.degrade_latents.default
     run = _degrade_latents if is_unwatched(sample) else op

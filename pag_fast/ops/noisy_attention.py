@@ -6,7 +6,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .backend import define, is_left_alone, is_unwatched, resolve_backend
+from .backend import (
+    check_backend,
+    define,
+    is_differentiated,
+    is_left_alone,
+    is_unwatched,
+    resolve_backend,
+)
 
 # scores that are materialised at a time: each takes some 64-bit integers on the way
 _MAX_SCORES = 1 << 22
@@ -47,6 +54,11 @@ def noisy_attention(
         )
     if clock.dtype != torch.int64 or clock.numel() != 1:
         raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+        check_backend(backend)
+        return _noisy_attention(
+            q, k, v, clock, layer, seed, sigma, attn_mask, scale, first_head, "torch"
+        )
     if not is_left_alone(backend, v):
         # registers: in fp32 a wider head would spill
         fits = v.shape[-1] <= (64 if v.dtype == torch.float32 else 256) and attn_mask is None

@@ -10,7 +10,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .attention_arguments import check_attention, is_key_bias
-from .backend import define, is_left_alone, is_unwatched, measured_backend, resolve_backend
+from .backend import (
+    check_backend,
+    define,
+    is_differentiated,
+    is_left_alone,
+    is_unwatched,
+    measured_backend,
+    resolve_backend,
+)
 from .log_sum_exp import itself_and_text
 
 
@@ -38,6 +46,12 @@ def perturbed_attention(
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
     check_attention(q, k, v, num_attend, num_context, attn_mask, num_forked, perturbation, strength)
+    # attributes are read without a call
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+        check_backend(backend)
+        return torch_perturbed_attention(
+            q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
+        )
     backend = attention_backend(
         backend,
         v,
@@ -81,6 +95,18 @@ def perturbed_attention_(
     overwritten. One Triton launch cannot: it returns a new tensor. Not for the fork, which has more
     rows than ``v``.
     """
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+        # attention has kept its values for the way back
+        return perturbed_attention(
+            q,
+            k,
+            v,
+            num_attend=num_attend,
+            num_context=num_context,
+            attn_mask=attn_mask,
+            scale=scale,
+            backend=backend,
+        )
     check_attention(q, k, v, num_attend, num_context, attn_mask)
     chosen = attention_backend(
         backend, v, num_attend=num_attend, num_context=num_context, attn_mask=attn_mask

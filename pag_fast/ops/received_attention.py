@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import lower_all, without_autocast
-from .backend import define, is_unwatched, resolve_backend
+from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
 
 # queries whose scores PyTorch holds at a time, at least: fewer are not worth the launches
 _QUERIES = 32
@@ -30,6 +30,10 @@ def received_attention(
             "received_attention takes q and k of one shape [rows, tokens, heads, head_dim] and one "
             f"dtype; got {tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}."
         )
+    if (q.requires_grad or k.requires_grad) and is_differentiated(q, k):
+        check_backend(backend)
+        with without_autocast(q.device.type):
+            return torch_received_attention(q, k, scale)
     tokens, head_dim = q.shape[1], q.shape[3]
     # gfx1100 has no matrix instruction for fp32, and runs out of registers
     widest = 96 if torch.version.hip and q.dtype == torch.float32 else 256

@@ -173,11 +173,16 @@ class PipelineDescription:
         no_scale = len(self.rows) > 2 or self.is_observed
         return _OPTIONS[self.kind] - (_RESCALE if no_scale else frozenset())
 
-    def is_normalised(self, arguments: Arguments) -> bool:
-        """Whether a call scales what CFG returns, so that PAG has to know CFG's scale."""
+    def is_normalised(self, pipe: Any, arguments: Arguments) -> bool:
+        """Whether a step scales what CFG returns, so that PAG has to know CFG's scale.
+
+        Loops read the attribute of the pipeline, which a callback may change, where there is one.
+        """
         if self.guidance == "linear":
             return False
-        return not self.normalised_by or bool(arguments.get(self.normalised_by))
+        if not self.normalised_by or not arguments:
+            return not self.normalised_by
+        return bool(getattr(pipe, f"_{self.normalised_by}", arguments.get(self.normalised_by)))
 
 
 def check_options(description: PipelineDescription, config: PatchConfig) -> None:

@@ -10,10 +10,6 @@ from .description import UNTESTED, Arguments, PipelineDescription
 
 def _scale(pipe: Any, arguments: Arguments, step: int, denoiser: str) -> float | None:
     """Of ``cond + g·(cond − uncond)`` that of ``uncond + g·(cond − uncond)``."""
-    timestep = float(pipe.scheduler.timesteps[step])
-    most = pipe._cfg_truncation
-    if most is not None and float(most) <= 1.0 and (1000.0 - timestep) / 1000.0 > float(most):
-        return 1.0  # CFG is over
     return 1.0 + float(pipe.guidance_scale)
 
 

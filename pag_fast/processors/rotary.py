@@ -32,6 +32,8 @@ class PerturbedRotaryAttention(PerturbedSelfAttention):
         alike = plain and norms[0].eps == norms[1].eps
         if not alike or query.shape[-1] % 2:
             return super().normalise(attn, query, key, rotary)
+        if query.requires_grad and ops.is_differentiated(query):
+            return super().normalise(attn, query, key, rotary)
         if ops.resolve_backend(self.backend, query, fits=True, default="triton") == "torch":
             return super().normalise(attn, query, key, rotary)
         query_affine, key_affine = ((n.weight, n.bias) if n.weight is not None else None

@@ -19,6 +19,7 @@ from ..sharing.conditioning_cache import ConditioningCache
 from .compatibility import Compatibility, own_package
 from .entry import Entry
 from .findings import Findings
+from .frames import calling_pipeline
 from .undoing import undo_all
 
 
@@ -46,7 +47,12 @@ class Doorkeeper:
 
     def owns(self) -> bool:
         running = self._running() if self.asked else None
-        return running is not None and running.owns()
+        if running is None:
+            state = self._state() if self.asked else None
+            if state is not None:
+                state.look_for_bypass()
+            return False
+        return bool(running.owns())
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._running().forward(entry, args, kwargs)
@@ -107,6 +113,23 @@ class BasicState:
             return False
         self._behind = None
         return True
+
+    def look_for_bypass(self) -> None:
+        """Tell of a call that has gone past ours: PAG is in no other.
+
+        Raises:
+            ValueError: with ``strict=True``.
+        """
+        # a PAG pipeline guides by itself, and a call of scale 0 has no session
+        if self.host is None or self.host.kind != "injected" or self._call.locked():
+            return
+        pipe = calling_pipeline()
+        if getattr(pipe, "_pag_fast", None) is self:
+            self.fall_back(
+                f"{type(pipe).__name__}.__call__ was called past the patched pipeline's own, and "
+                "has no PAG: call pipe(...), or type(pipe).__call__.__wrapped__(pipe, ...) with "
+                "gradients"
+            )
 
     def check_idle(self, what: str) -> None:
         """Raises ValueError for something that cannot be done while a call runs."""

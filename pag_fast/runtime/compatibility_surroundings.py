@@ -57,7 +57,8 @@ class Surroundings:
         return tuple(dict.fromkeys(found)) if found else ()
 
     def _of_gradients(self, model: nn.Module) -> list[Finding]:
-        checkpointed = [m for m in (model, *self._checkpointed) if m.training]
+        # diffusers does not ask for training mode
+        checkpointed = (model, *self._checkpointed)
         if any(getattr(m, "gradient_checkpointing", False) for m in checkpointed):
             return [Finding("gradient checkpointing", "", Answer.REFUSE, _CHECKPOINTS)]
         if any(p.requires_grad for p in model.parameters()):

@@ -88,9 +88,10 @@ class InjectedSession(Session):
             )
 
     def begin_loop(self) -> None:
+        super().begin_loop()
         self._arguments, self._seen, self._pending = None, (None, []), None
         # writes through .data and NumPy leave no trace, so copies last where nobody can write
-        self._copies_last = self.patch.config.cache_conditioning and nobody_writes()
+        self._copies_last = self.patch.config.cache_conditioning and not self._kept.somebody_writes
         self.begin_guidance()
         # all denoisers of a pipeline have one loop
         if self._frame is not self.loop.frame:
@@ -304,7 +305,7 @@ class InjectedSession(Session):
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
-        return not self.host.is_normalised(self.arguments() or {})
+        return not self.host.is_normalised(self.pipe, self.arguments() or {})
 
     def _cfg_scale(self) -> float | None:
         """g of this step; ``None`` without CFG.
@@ -312,7 +313,8 @@ class InjectedSession(Session):
         Raises:
             ValueError: nobody knows it yet.
         """
-        if not self._cfg():
+        alone = self.host.passes == "together" and self.ran and UNCOND not in self.ran[0]
+        if alone or not self._cfg():
             return None
         arguments = self.arguments()
         g = None

@@ -149,6 +149,7 @@ class Session(Warming):
 
     def begin_loop(self) -> None:
         """Another loop than before: a subclass may run several in a call."""
+        self._kept.somebody_writes = not nobody_writes()
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""

@@ -30,6 +30,18 @@ def subclass(
             return own(self, *args, **kwargs)
         return self._pag_fast.call(self, functools.partial(_behind, self, cls, own), args, kwargs)
 
+    raw = getattr(own, "__wrapped__", None)
+    if raw is not None:
+
+        @functools.wraps(raw)
+        def undecorated(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # whoever wants gradients calls what diffusers has decorated with no_grad
+            if type(self) is not made:
+                return raw(self, *args, **kwargs)
+            return self._pag_fast.call(self, functools.partial(raw, self), args, kwargs)
+
+        call.__wrapped__ = undecorated
+
     def set_attribute(_: Any, name: str, value: Any) -> None:
         setattr(cls, name, own if value is call else value)
 

@@ -94,6 +94,8 @@ class Invariant(Replacement):
     ) -> None:
         super().__init__(state, module)
         self.name = name or type(module).__name__
+        own = self.name.rpartition(".")[2]
+        self.is_inner = own in _KEYS_AND_VALUES or bool(_IMAGE_KEYS_AND_VALUES.fullmatch(self.name))
         self.checks: SpotChecks | None = None
         self._align = align
         self._leave = leave
@@ -146,6 +148,9 @@ class Invariant(Replacement):
         value = self._compute(args, kwargs)
         if self._repeated or not all(isinstance(x, torch.Tensor) for x in _tensors(value)):
             return value
+        # a graph is gone through once, and each step may have a way back of its own
+        if any(x.requires_grad for x in _tensors(value)):
+            return value
         if self._weights.sees(self.module):
             output = _Output(value, self.state.epoch, _version(value), weights)
             self.kept[self.state.context] = output
@@ -184,13 +189,19 @@ class ConditioningCache:
 
     Attributes:
         checks: what has come of it.
+        somebody_writes: a callback, for example, could write into the conditioning.
     """
+
+    somebody_writes = False
 
     def __init__(self, state: BranchState, invariants: Iterable[Invariant] = ()) -> None:
         self.state = state
         self.invariants = list(invariants)
         self.checks = SpotChecks()
         self._checked: Invariant | None = None
+        # those that see what the model is called with, and no kept output of another
+        self._first = [x for x in self.invariants if not x.is_inner]
+        self._firsts = 0
         # the pass of a step that checks; the others run the same modules
         self._checking: str | None = None
         self._last: dict[str, tuple[Any, int]] = {}  # rows and epoch, by context
@@ -226,6 +237,13 @@ class ConditioningCache:
         if self._checked is not None:
             self._checked.checks = None
         self._checked, state, count = None, self.state, len(self.invariants)
+        self._firsts += self.somebody_writes
+        if self._firsts % 2 and self._first:
+            # what keys are computed of is kept, too: writes into the conditioning show here alone
+            invariant = self._first[self._firsts // 2 % len(self._first)]
+            if invariant.kept:
+                invariant.checks, self._checked = self.checks, invariant
+                return
         for turn in range(state.checked, state.checked + count):
             invariant = self.invariants[turn % count]
             if invariant.kept:

@@ -24,8 +24,8 @@ class SpotChecks:
     def add(self, name: str, kept: torch.Tensor, now: torch.Tensor) -> None:
         """Note how far from the output that a module computes now the one is that was kept."""
         if now.dtype in _TOLERANCES:
-            size = _norm(kept, dtype=torch.float32)
-            distance = _norm(now - kept, dtype=torch.float32)
+            wide = torch.promote_types(now.dtype, torch.float32)
+            size, distance = _norm(kept, dtype=wide), _norm(now - kept, dtype=wide)
             self._noted.append((name, _TOLERANCES[now.dtype], size, distance))
 
     def differing(self) -> list[str]:
