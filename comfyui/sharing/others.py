@@ -106,15 +106,14 @@ def act_between(model_options: dict[str, Any]) -> bool:
 
 
 def without_compilation(model_options: dict[str, Any]) -> dict[str, Any]:
-    """Options that run the model as it is where its compilation ignores patches.
+    """Options that run the model as it is where ComfyUI's node has compiled it.
 
-    ComfyUI's node compiles without guards on patches: a graph of the main pass would run in place
-    of the perturbed pass of the same shape.
+    It compiles without guards on patches, so that a graph of the main pass would run in place of
+    the perturbed pass of the same shape.
     """
-    options = (model_options.get("torch_compile_kwargs") or {}).get("options") or {}
     to = model_options.get("transformer_options", {})
     around = to.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if "guard_filter_fn" not in options or COMPILE_KEY not in around:
+    if COMPILE_KEY not in around:
         return model_options
     around = {key: functions for key, functions in around.items() if key != COMPILE_KEY}
     wrappers = {**to["wrappers"], WrappersMP.APPLY_MODEL: around}
