@@ -94,7 +94,7 @@ class DiTPass:
         if not known:
             options = self._looking(options, net, override)
         ran: list[int] = []
-        with self._watching(net, ran):
+        with self._watching(net, options, ran):
             out = _resumed(self.sharing, args, options)
         if override.entered:
             ASKING.add(net)
@@ -106,16 +106,29 @@ class DiTPass:
         return self._compared(out, args, net, options)
 
     @contextmanager
-    def _watching(self, net: torch.nn.Module, ran: list[int]) -> Iterator[None]:
-        """Note forwards of a transformer that was never seen to ask: a cache may leave them out."""
+    def _watching(
+        self, net: torch.nn.Module, options: dict[str, Any], ran: list[int]
+    ) -> Iterator[None]:
+        """Note forwards of a transformer that was never seen to ask.
+
+        A cache that leaves the forward out does so inside of the transformer's own, by a wrapper:
+        beside one, only blocks that run count.
+        """
         if net in ASKING:
             yield
             return
-        handle = net.register_forward_pre_hook(lambda *_: None if self._probing else ran.append(1))
-        try:
+        lists = dit_lists(net)
+        modules = [lists[kind][number] for kind, number, _ in self.blocks]
+        wrappers = options["transformer_options"].get("wrappers", {})
+        if not any(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).values()):
+            modules.append(net)
+        with ExitStack() as stack:
+            for module in modules:
+                handle = module.register_forward_pre_hook(
+                    lambda *_: None if self._probing else ran.append(1)
+                )
+                stack.callback(handle.remove)
             yield
-        finally:
-            handle.remove()
 
     def _compared(
         self,
