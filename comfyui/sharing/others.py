@@ -162,6 +162,7 @@ class Memory:
 
 
 _MOST = 5000  # objects that are looked at
+_FEW = 64  # numbers of a tensor that are looked at
 _OPAQUE = (torch.nn.Module, types.ModuleType, type)
 
 
@@ -180,6 +181,8 @@ def _held(value: Any, depth: int, seen: set[int], out: list[Any]) -> None:
     elif isinstance(value, torch.Tensor):
         if not value.is_inference():
             out.append(value._version)
+        elif value.numel() <= _FEW:  # ComfyUI runs in inference mode, which counts no versions
+            out.append(str(value.tolist()))
     else:
         for part in _parts(value):
             _held(part, depth - 1, seen, out)

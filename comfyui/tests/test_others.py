@@ -72,6 +72,16 @@ def _counting_in_a_module() -> Callable[..., Any]:
     return patch
 
 
+def _counting_in_a_tensor() -> Callable[..., Any]:
+    calls = torch.zeros(())
+
+    def patch(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
+        calls.add_(1)
+        return q * (1 + 0.05 * (calls % 5)), k, v
+
+    return patch
+
+
 def _drawing() -> Callable[..., Any]:
     def patch(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
         return q * (1 + 0.3 * random.random()), k, v
@@ -104,6 +114,7 @@ UNET: dict[str, tuple[Node, dict[str, Any]]] = {
     "calls counted": (_attn1(_counting), {}),
     "calls counted by an object": (_attn1(_counting_in_an_object), {}),
     "calls counted in a module": (_attn1(_counting_in_a_module), {}),
+    "calls counted in a tensor": (_attn1(_counting_in_a_tensor), {}),
     "random numbers": (_attn1(_drawing), {}),
     "from the way down to the way up": (_on(_bridge), OUTPUT),
 }
@@ -120,9 +131,9 @@ def _seeded(model: tiny.Tiny, patcher: Any, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", UNET)
 def test_a_patch_that_is_not_of_its_row_alone(kind: str) -> None:
     node, widgets = UNET[kind]
-    compared = compare(
-        tiny.build("sd15"), lambda m, **k: pag(m, **widgets, **k), node, _seeded, steps=2
-    )
+    model = tiny.build("sd15")
+    with torch.inference_mode():  # as ComfyUI does
+        compared = compare(model, lambda m, **k: pag(m, **widgets, **k), node, _seeded, steps=2)
     holds(compared)
 
 
