@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from patched import compare, dit, holds, pag
+from patched import UNETS_SHARE, compare, costs, dit, holds, pag
 
 # isort: split
 import comfy.sample
@@ -153,7 +153,7 @@ def test_normalized_attention_guidance(name: str, caplog: Any) -> None:
     nag = _core("nodes_nag", "NAGuidance", 5.0, 0.5, 1.5)
     patch = pag if name == "sd15" else (lambda m, **k: dit(m, single_blocks="0", **k))
     holds(compare(tiny.build(name), patch, nag, steps=2))
-    assert "compute something else" in caplog.text
+    assert "compute something else" in caplog.text or (name == "sd15" and not UNETS_SHARE)
 
 
 @pytest.mark.parametrize("node", ["HyperTile", "ToMe"])
@@ -281,4 +281,4 @@ def test_patches_behind_the_fork_cost_nothing() -> None:
 
     compared = compare(tiny.build("sd15"), pag, _on(change), steps=1)
     holds(compared)
-    assert compared.ratios[1] < compared.ratios[0] - 0.1 or compared.ratios[0] < 1.2
+    costs(compared, 1.345)
