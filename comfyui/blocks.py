@@ -80,7 +80,7 @@ def parse_unet_blocks(net: Any, text: str) -> frozenset[Block]:
         letter, first, last, inner, inner_last = match.groups()
         kind = UNET_KINDS[letter]
         having = [number for k, number in found if k == kind]
-        for index in _span(first, last):
+        for index in _span(name, first, last):
             if index >= len(having):
                 raise ValueError(
                     f"unet_block_list: {name!r} does not exist; this model has "
@@ -90,7 +90,7 @@ def parse_unet_blocks(net: Any, text: str) -> frozenset[Block]:
             if inner is None:
                 out.add((kind, number, None))
                 continue
-            for transformer in _span(inner, inner_last):
+            for transformer in _span(name, inner, inner_last):
                 if transformer >= found[kind, number]:
                     raise ValueError(
                         f"unet_block_list: {name!r} does not exist; {letter}{index} has "
@@ -100,7 +100,11 @@ def parse_unet_blocks(net: Any, text: str) -> frozenset[Block]:
     return frozenset(out)
 
 
-def _span(first: str, last: str | None) -> range:
+def _span(name: str, first: str, last: str | None) -> range:
+    if last is not None and int(last) < int(first):
+        raise ValueError(
+            f"{name!r} names no block: spans run upwards. Write {last}-{first}, not {first}-{last}."
+        )
     return range(int(first), int(first if last is None else last) + 1)
 
 
@@ -154,7 +158,7 @@ def parse_dit_blocks(net: Any, double: str, single: str) -> frozenset[Block]:
                 raise ValueError(
                     f"{kind}_blocks: {name!r} is no block. Write numbers and spans: 3, 7-9."
                 )
-            for number in _span(*match.groups()):
+            for number in _span(name, *match.groups()):
                 if number >= having:
                     raise ValueError(
                         f"{kind}_blocks: {name!r} does not exist; {type(net).__name__} has "

@@ -22,6 +22,7 @@ from .guidance import RESCALE_MODES, Guidance
 from .passes import DiTPass, UNetPass
 from .perturbations import BlurredQueries, Identity
 from .sharing.dit import DiTPlan
+from .sharing.others import ours
 from .sharing.step import Sharing, denoiser
 from .sharing.unet import UNetPlan
 
@@ -42,6 +43,7 @@ def guide(
     """
     patcher = patcher.clone()
 
+    @ours
     def post_cfg(args: dict[str, Any]) -> Any:
         if not guidance.active(args["sigma"]):
             return args["denoised"]

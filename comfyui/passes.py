@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import set_model_options_patch_replace
+from comfy.patcher_extension import WrappersMP
 
 from .blocks import Block, dit_lists
-from .sharing.dit import COMPARED, HOOKLESS, DiTPlan, Patch, key_of, leave_out, with_patches
-from .sharing.joint import Overrides, Perturbed, Probe, Seen, Tokens
+from .sharing.dit import ASKING, COMPARED, HOOKLESS, DiTPlan, Patch, key_of, leave_out, with_patches
+from .sharing.inputs import tensors_of
+from .sharing.joint import Overrides, Perturbed, Probe, Seen
 from .sharing.step import Sharing, denoiser, predicted
 
 Arguments = dict[str, Any]  # what ComfyUI hands to a post-CFG function
@@ -61,7 +63,8 @@ class DiTPass:
         self, blocks: frozenset[Block], plan: DiTPlan, skip: bool, sharing: Sharing | None
     ) -> None:
         self.blocks, self.plan, self.skip, self.sharing = blocks, plan, skip, sharing
-        self._seen: tuple[Any, tuple[Tokens, Tokens]] | None = None
+        self._probing = False
+        self._seen: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, args: Arguments) -> torch.Tensor:
         """The perturbed prediction [B, C, ...] of ``args["cond"]``.
@@ -70,11 +73,11 @@ class DiTPass:
             ValueError: no block was perturbed, because the transformer does not let them be.
         """
         net = denoiser(args["model"])
-        if type(net) not in HOOKLESS:
+        if net not in HOOKLESS:
             out = self._patched(args, net)
             if out is not None:
                 return out
-            HOOKLESS.add(type(net))
+            HOOKLESS.add(net)
         if self.skip:
             raise ValueError(
                 f"{type(net).__name__} does not let its blocks be left out; "
@@ -84,31 +87,60 @@ class DiTPass:
 
     def _patched(self, args: Arguments, net: torch.nn.Module) -> torch.Tensor | None:
         """Through patches of the blocks; None where the transformer asks none."""
-        if self.skip:
-            asked: list[int] = []
-            out = _resumed(self.sharing, args, self._with_blocks(args, _skipping(asked)))
-            return self._compared(out, args, net, _skipping([])) if asked else None
-        known = type(net).__name__ in COMPARED
-        override = Perturbed(_override(args), None if known else self._tokens(args, net))
-        options = self._with_blocks(args, _around(override), override)
-        out = _resumed(self.sharing, args, options)
-        if override.entered == 0:
+        known = self.skip or type(net).__name__ in COMPARED
+        override = Overrides(_override(args)) if self.skip else Perturbed(_override(args))
+        patch = _skipping(override) if self.skip else _around(override)
+        options = self._with_blocks(args, patch, override)
+        if not known:
+            options = self._looking(options, net, override)
+        ran: list[int] = []
+        with self._watching(net, options, ran):
+            out = _resumed(self.sharing, args, options)
+        if override.entered:
+            ASKING.add(net)
+        elif ran:
             return None
+        if self.skip:
+            return self._compared(out, args, net, options)
         _check(override, net)
-        return self._compared(out, args, net, _around(override), override)
+        return self._compared(out, args, net, options)
+
+    @contextmanager
+    def _watching(
+        self, net: torch.nn.Module, options: dict[str, Any], ran: list[int]
+    ) -> Iterator[None]:
+        """Note forwards of a transformer that was never seen to ask.
+
+        A cache that leaves the forward out does so inside of the transformer's own, by a wrapper:
+        beside one, only blocks that run count.
+        """
+        if net in ASKING:
+            yield
+            return
+        lists = dit_lists(net)
+        modules = [lists[kind][number] for kind, number, _ in self.blocks]
+        wrappers = options["transformer_options"].get("wrappers", {})
+        if not any(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).values()):
+            modules.append(net)
+        with ExitStack() as stack:
+            for module in modules:
+                handle = module.register_forward_pre_hook(
+                    lambda *_: None if self._probing else ran.append(1)
+                )
+                stack.callback(handle.remove)
+            yield
 
     def _compared(
         self,
         out: torch.Tensor,
         args: Arguments,
         net: torch.nn.Module,
-        patch: Any,
-        override: Overrides | None = None,
+        options: dict[str, Any],
     ) -> torch.Tensor:
         """``out``, which a whole pass has to equal once if the transformer is unknown."""
-        if self.sharing is None or not self.plan.doubted(net) or self.plan.supports(net):
+        if self.sharing is None or not self.sharing.resumed or not self.plan.doubted(net):
             return out
-        whole = _whole(args, self._with_blocks(args, patch, override))
+        whole = _whole(args, options)
         if not _equal(out, whole, args["cond_denoised"]):
             self.plan.refused[net] = "it does not come out the same when it resumes"
             self.sharing.report.whole(type(net).__name__, self.plan.refused[net])
@@ -116,10 +148,8 @@ class DiTPass:
         self.plan.trusted.add(net)
         return out
 
-    def _with_blocks(
-        self, args: Arguments, patch: Any, override: Overrides | None = None
-    ) -> dict[str, Any]:
-        options = args["model_options"] if override is None else _with_override(args, override)
+    def _with_blocks(self, args: Arguments, patch: Any, override: Overrides) -> dict[str, Any]:
+        options = _with_override(args, override)
         to = options.get("transformer_options", {})
         to = with_patches(to, {key_of(block): patch for block in self.blocks})
         return {**options, "transformer_options": to}
@@ -128,39 +158,99 @@ class DiTPass:
 
     def _hooked(self, args: Arguments, net: torch.nn.Module) -> torch.Tensor:
         """Through hooks on the perturbed blocks, which are gone when the pass has ended."""
-        override = Perturbed(_override(args), self._tokens(args, net))
+        override = Perturbed(_override(args))
+        options = self._looking(_with_override(args, override), net, override)
         with self._hooks(net, override):
-            out = _whole(args, _with_override(args, override))
+            out = _whole(args, options)
         _check(override, net)
         return out
 
     @contextmanager
     def _hooks(self, net: torch.nn.Module, override: Overrides) -> Iterator[None]:
+        def meant() -> bool:
+            """Tokens may be looked for inside of the perturbed pass."""
+            return self._probing == isinstance(override, Probe)
+
+        def enter(*_: Any) -> None:
+            if meant():
+                override.enter(0, 0)
+
+        def leave(*_: Any) -> None:
+            if meant():
+                override.leave()
+
         lists = dit_lists(net)
         with ExitStack() as stack:
             for kind, number, _ in self.blocks:
                 block = lists[kind][number]
-                enter = block.register_forward_pre_hook(lambda *_: override.enter(0, 0))
-                stack.callback(enter.remove)
-                leave = block.register_forward_hook(lambda *_: override.leave(), always_call=True)
-                stack.callback(leave.remove)
+                stack.callback(block.register_forward_pre_hook(enter).remove)
+                stack.callback(block.register_forward_hook(leave, always_call=True).remove)
             yield
 
-    def _tokens(self, args: Arguments, net: torch.nn.Module) -> tuple[Tokens, Tokens]:
-        """Tokens of the image and others, seen once a sampling in a forward of NaN latents."""
-        of = (args["input"].shape, args["cond"][0]["uuid"])
-        if self._seen is not None and self._seen[0] == of:
-            return self._seen[1]
-        probe = Probe(None)
-        cond = [{key: one[key] for key in one if key != "control"} for one in args["cond"][:1]]
-        nan = {**args, "cond": cond, "input": torch.full_like(args["input"], float("nan"))}
-        with self._hooks(net, probe):
-            try:
-                _whole(nan, _with_override(args, probe))
-            except Seen as seen:
-                self._seen = of, seen.tokens
-                return seen.tokens
-        raise ValueError(_nothing_perturbed(net))
+    def _looking(
+        self, options: dict[str, Any], net: torch.nn.Module, override: Overrides
+    ) -> dict[str, Any]:
+        """``options`` with a wrapper that tells ``override`` the image tokens of each batch."""
+
+        def look(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs = self._inputs(x, *args, **kwargs)
+            override.seen = self._tokens(executor.class_obj, net, inputs)
+            return executor(x, *args, **kwargs)
+
+        to = options["transformer_options"]
+        wrappers = dict(to.get("wrappers", {}))
+        around = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
+        # the last wrapper is the innermost one: it sees what the model is given
+        wrappers[WrappersMP.APPLY_MODEL] = {**around, "pag_fast_tokens": [look]}
+        return {**options, "transformer_options": {**to, "wrappers": wrappers}}
+
+    @staticmethod
+    def _inputs(
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        to = transformer_options or {}
+        named = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+        return {**named, "transformer_options": to}
+
+    def _tokens(
+        self, model: Any, net: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of the image and others of one batch, seen in a forward of NaN latents.
+
+        Nobody else's patch, wrapper or ControlNet takes part: it might remember the NaN.
+        """
+        to = inputs["transformer_options"]
+        shapes = tuple((name, tuple(one.shape)) for name, one in tensors_of(inputs))
+        of = (tuple(to.get("uuids", ())), shapes)
+        if of not in self._seen:
+            probe = Probe(None)
+            alone = {key: value for key, value in to.items() if key not in _OF_OTHERS}
+            alone["optimized_attention_override"] = probe
+            nan = {"x": torch.full_like(inputs["x"], float("nan")), "transformer_options": alone}
+            self._probing = True
+            with self._hooks(net, probe):
+                try:
+                    model._apply_model(**{**inputs, **nan})
+                except Seen as seen:
+                    if len(self._seen) >= _BATCHES:
+                        self._seen.clear()
+                    self._seen[of] = seen.tokens
+                else:
+                    raise ValueError(_nothing_perturbed(net))
+                finally:
+                    self._probing = False
+        return self._seen[of]
+
+
+# what transformer options hold of other nodes
+_OF_OTHERS = ("patches", "patches_replace", "wrappers", "callbacks")
+_BATCHES = 16  # of which the image tokens are remembered
 
 
 def _override(args: Arguments) -> Any:
@@ -173,9 +263,9 @@ def _with_override(args: Arguments, override: Overrides) -> dict[str, Any]:
     return {**options, "transformer_options": to}
 
 
-def _skipping(asked: list[int]) -> Any:
+def _skipping(override: Overrides) -> Any:
     def patch(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
-        asked.append(1)
+        override.entered += 1
         return leave_out(args, extra, before)
 
     return patch
@@ -197,9 +287,11 @@ def _around(override: Overrides) -> Any:
 def _tokens(args: dict[str, Any]) -> tuple[int, int]:
     """Image tokens of a block, and the text tokens that may stand in front of them."""
     img = args.get("img", args.get("x"))
-    if "txt" in args or img is None:
+    if not isinstance(img, torch.Tensor):
+        return 0, 0  # pictures with sound: their tokens have been seen
+    if "txt" in args:
         text = args.get("txt")
-        return (0 if img is None else img.shape[1]), (0 if text is None else text.shape[1])
+        return img.shape[1], (0 if text is None else text.shape[1])
     # a single stream: ComfyUI says where its image begins
     span = args.get("transformer_options", {}).get("img_slice")
     text = span[0] if span else 0

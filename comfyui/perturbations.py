@@ -79,11 +79,11 @@ def _grid(tokens: int, latents: list[int]) -> tuple[int, int]:
 def gaussian_blur(image: torch.Tensor, size: int, sigma: float) -> torch.Tensor:
     """Blur [B, C, H, W] with a Gaussian of ``size`` taps (odd), mirrored at the edges.
 
-    The kernel is cut to the last two dimensions where the image is smaller than it.
+    The kernel is cut to the width, and to what can be mirrored, where the image is smaller than it.
     """
     height, width = image.shape[-2:]
-    # mirroring needs more pixels than it adds
-    size = min(size, height - (height % 2 - 1), 2 * min(height, width) - 1)
+    # by the width, as sd-perturbed-attention cuts it; mirroring needs more pixels than it adds
+    size = min(size, width - (width % 2 - 1), 2 * min(height, width) - 1)
     taps = torch.linspace(-(size - 1) / 2, (size - 1) / 2, steps=size)
     weights = torch.exp(-0.5 * (taps / sigma) ** 2)
     weights = (weights / weights.sum()).to(image.device, image.dtype)

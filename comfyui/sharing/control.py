@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .inputs import equal
+from .inputs import rows_of as rows_of_inputs
+
 if TYPE_CHECKING:
-    from .step import Entry
+    from .record import Entry
+
+# entries of a batch that are no input of the model, or have another name there
+_OTHERWISE = ("c_concat", "c_crossattn", "transformer_options", "control")
 
 Residuals = dict[str, list[torch.Tensor | None]]
 
@@ -46,12 +52,26 @@ class Recorded:
     ) -> Residuals | None:
         """The residuals of the entries in ``options["uuids"]``, in their order."""
         kept = [self.entries.get(uuid) for uuid in options["uuids"]]
-        known = [entry.control for entry in kept if entry is not None and entry.control is not None]
+        named = {"x": x, "t": t, "concat": cond.get("c_concat"), "cross": cond.get("c_crossattn")}
+        named |= {name: value for name, value in cond.items() if name not in _OTHERWISE}
+        known = [
+            entry.control
+            for i, entry in enumerate(kept)
+            if entry is not None and entry.control is not None and self._again(entry, i, named)
+        ]
         alike = all(_structure(one) == _structure(known[0]) for one in known)
         if len(known) < len(kept) or not alike or x.shape[0] != self.rows * len(kept):
             return self.real.get_control(x, t, cond, batched, options)
         first = known[0]
         return {name: [_joined(known, name, i) for i in range(len(first[name]))] for name in first}
+
+    def _again(self, entry: Entry, i: int, named: dict[str, Any]) -> bool:
+        """Whether the ``i``-th entry of a batch is that of the main pass; else it is asked anew."""
+        if entry.spoiled is not None:
+            return False
+        rows = slice(i * self.rows, (i + 1) * self.rows)
+        now = rows_of_inputs(named, rows, named["x"].shape[0])
+        return not entry.valued or equal(entry.inputs, now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)

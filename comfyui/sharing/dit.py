@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from ..blocks import Block, dit_lists
-from .step import Entry
+from .inputs import Door, alike, rows_of, tensors_of
+from .others import Memory, ours
+from .record import Entry
 
 Patch = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 Key = tuple[str, int]
@@ -26,8 +28,9 @@ COMPARED = frozenset(
      "HunyuanVideo", "LTXVModel"}
 )  # fmt: skip
 
-# classes of transformers that were seen to ask no patches for their blocks
-HOOKLESS: weakref.WeakSet[type] = weakref.WeakSet()
+# transformers that have run without asking patches for their blocks, and those that have asked
+HOOKLESS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+ASKING: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def key_of(block: Block) -> Key:
@@ -51,7 +54,7 @@ class DiTPlan:
 
     def supports(self, net: torch.nn.Module) -> str | None:
         """Nothing is shared in front of the first block, or where sharing was seen to fail."""
-        if type(net) in HOOKLESS:
+        if net in HOOKLESS:
             return "its blocks ask no patches"
         if net in self.refused:
             return self.refused[net]
@@ -74,17 +77,38 @@ class DiTPlan:
         order = self._order[net]
         return order[: min(order.index(key_of(block)) for block in self.blocks)]
 
+    def behind(self, net: torch.nn.Module, kind: str, where: Any) -> bool:
+        """Whether a patch acts at or behind the fork alone; those of all blocks do not."""
+        order = self._order.get(net, [])
+        return kind == "dit" and where in order and order.index(where) >= len(self.shared(net))
+
     # -- the main pass ----------------------------------------------------------------------
 
     def record(
         self, net: torch.nn.Module, entries: list[tuple[Entry, slice]], options: dict[str, Any]
     ) -> dict[str, Any]:
         """``options`` with a patch that keeps the entries' rows of the last shared block."""
-        last = self.shared(net)[-1]
+        first, *_, last = [self.shared(net)[0], *self.shared(net)]
+        memory = Memory(options, lambda kind, where: self.behind(net, kind, where))
+        doubted = any(entry.doubted for entry, _ in entries)
 
-        def keep(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
-            out = before(args, extra) if before else extra["original_block"](args)
+        @ours
+        def begin(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
             for entry, rows in entries:
+                if entry.kept:
+                    entry.spoiled = "its main pass runs the model several times"
+                if doubted:
+                    entry.door = rows_of(_given(args), rows, _batch(args), clone=True)
+            if doubted:
+                memory.begin()
+            return _run(args, extra, before)
+
+        @ours
+        def keep(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            out = _run(args, extra, before)
+            changed = doubted and memory.changed()
+            for entry, rows in entries:
+                entry.remembers = entry.remembers or changed
                 # blocks behind this one write into their input
                 entry.kept[last] = {
                     name: tensor[rows].clone()
@@ -93,7 +117,7 @@ class DiTPlan:
                 }
             return out
 
-        return with_patches(options, {last: keep})
+        return with_patches(with_patches(options, {last: keep}), {first: begin})
 
     def complete(self, net: torch.nn.Module, entry: Entry) -> bool:
         """Whether the last shared block was run, and asked our patch."""
@@ -105,16 +129,64 @@ class DiTPlan:
         self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
     ) -> dict[str, Any]:
         """``options`` with patches that hand out what was kept up to the last shared block."""
-        *skipped, last = self.shared(net)
+        first, *skipped = self.shared(net)
+        last, door = [first, *skipped][-1], Door(entries)
 
-        def hand_out(args: dict[str, Any], extra: dict[str, Any], before: Any) -> Any:
+        @ours
+        def begin(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            door.enter(_given(args), _batch(args))
+            return skip(args, extra, before) if skipped else hand_out(args, extra, before)
+
+        @ours
+        def skip(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            return _run(args, extra, before) if door.whole else args
+
+        @ours
+        def hand_out(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            if door.whole:
+                return _run(args, extra, before)
             kept = [entry.kept.pop(last) for entry in entries]
             joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
             return {**args, **joined}
 
-        return with_patches(options, {**dict.fromkeys(skipped, leave_out), last: hand_out})
+        patches: dict[Key, Any] = {**dict.fromkeys(skipped, skip), last: hand_out, first: begin}
+        return with_patches(options, patches)
+
+    def check(
+        self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``options`` with a patch that compares what the last shared block returns."""
+        last = self.shared(net)[-1]
+
+        @ours
+        def compare(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+            out = _run(args, extra, before)
+            for i, entry in enumerate(entries):
+                kept = entry.kept.pop(last, None)
+                again = kept is not None and all(
+                    alike(tensor, out[name].chunk(len(entries))[i]) for name, tensor in kept.items()
+                )
+                entry.alike = entry.alike is not False and again
+            return out
+
+        return with_patches(options, {last: compare})
 
 
+def _run(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> Any:
+    return before(args, extra) if before else extra["original_block"](args)
+
+
+def _given(args: dict[str, Any]) -> dict[str, Any]:
+    """What a block computes with; the others are options, and how ComfyUI calls it."""
+    return {name: args[name] for name in args if name != "transformer_options"}
+
+
+def _batch(args: dict[str, Any]) -> int:
+    """The rows of a batch, by the first tensor that a block is given."""
+    return next(tensor.shape[0] for _, tensor in tensors_of(_given(args)))
+
+
+@ours
 def leave_out(args: dict[str, Any], extra: dict[str, Any], before: Patch | None) -> dict[str, Any]:
     """A block that returns what it was given."""
     return args
@@ -130,4 +202,11 @@ def with_patches(options: dict[str, Any], patches: dict[Key, Any]) -> dict[str, 
 
 
 def _chained(patch: Any, before: Patch | None) -> Patch:
-    return lambda args, extra: patch(args, extra, before)
+    def chained(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return patch(args, extra, before)
+
+    # another node's patch that ours calls is still one to be wary of
+    chained.pag_fast = getattr(patch, "pag_fast", False) and (  # type: ignore[attr-defined]
+        before is None or getattr(before, "pag_fast", False)
+    )
+    return chained

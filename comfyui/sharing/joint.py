@@ -24,11 +24,16 @@ class Overrides:
 
     Args:
         before: an override that another node has set.
+
+    Attributes:
+        seen: indices of the image tokens and of the others, where they were seen; None: the image
+            stands behind the text.
     """
 
     def __init__(self, before: Any) -> None:
         self.before = before
         self.inside: tuple[int, int] | None = None
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self.entered = self.replaced = 0
 
     def enter(self, image: int, text: int) -> None:
@@ -65,24 +70,16 @@ class Overrides:
 
 
 class Perturbed(Overrides):
-    """Perturbed attention in the blocks of one pass.
-
-    Args:
-        seen: indices of the image tokens and of the others, where they were seen; None: the image
-            stands behind the text.
-    """
-
-    def __init__(self, before: Any, seen: tuple[Tokens, Tokens] | None = None) -> None:
-        super().__init__(before)
-        self.seen = seen
+    """Perturbed attention in the blocks of one pass."""
 
     def attend(
         self, q: Any, k: Any, v: Any, mask: Any, inside: tuple[int, int], scale: float | None
     ) -> torch.Tensor:
         """See :class:`Overrides`."""
-        if self.seen is not None:
-            return perturbed(q, k, v, mask, *self.seen, scale)
         tokens, (image, text) = q.shape[2], inside
+        if self.seen is not None:
+            images, texts = self.seen
+            image, text = len(images), len(texts)
         if tokens == image:
             return v
         if tokens != image + text:
@@ -90,6 +87,8 @@ class Perturbed(Overrides):
                 f"the attention has {tokens} tokens, the block {image} of the image and {text} of "
                 "the text, so that it cannot be told which to perturb; use perturbation 'skip'."
             )
+        if self.seen is not None:
+            return perturbed(q, k, v, mask, images, texts, scale)
         return perturbed(q, k, v, mask, slice(text, None), slice(0, text), scale)
 
 

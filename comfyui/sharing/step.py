@@ -9,12 +9,15 @@ ComfyUI asks a model for its predictions through three functions that may be wra
 Nothing is predicted: an entry of the conditioning resumes only if it was seen in this step's main
 pass, once, whole, with the same inputs and the same patches. Otherwise its perturbed pass is
 computed whole, which is slower and right.
+
+Where other nodes act on the model, equal inputs are not enough: a patch may look at the other rows
+of the batch, or at something of its own. The first perturbed pass of a sampling is then computed
+whole and compared with the record at the fork (mode "check"); it resumes from the next step on.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -22,48 +25,11 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from . import control
+from . import control, others
+from .inputs import equal, rows_of
+from .others import KEY, signature
+from .record import Entry, Run, Step
 from .report import Report
-
-KEY = "pag_fast"
-
-
-@dataclasses.dataclass
-class Entry:
-    """What one entry of the conditioning went through in the main pass of this step.
-
-    Args:
-        inputs: its rows of what the model was called with, by name.
-        kept: what the denoiser's plan kept of it, by place. Tensors have this entry's rows only.
-        control: the residuals of its ControlNets, as the model received them, if they are whole.
-        spoiled: why it cannot be resumed, if it cannot.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    kept: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
-    control: control.Residuals | None = None
-    spoiled: str | None = None
-
-
-@dataclasses.dataclass
-class Step:
-    """One ``predict_noise``: from the main pass until the perturbed pass has resumed."""
-
-    entries: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
-    mode: str = "off"  # or "record", "resume"
-    begun: bool = False
-    x: torch.Tensor | None = None
-    sigma: torch.Tensor | None = None
-    patches: Any = None
-    all_conds: bool = False
-
-
-@dataclasses.dataclass
-class Run:
-    """One sampling: what its first guided step has shown holds for the others."""
-
-    compared: bool = False
-    wanted: set[Hashable] | None = None
 
 
 class Plan(Protocol):
@@ -71,6 +37,9 @@ class Plan(Protocol):
 
     def supports(self, net: torch.nn.Module) -> str | None:
         """Why nothing can be shared with ``net``; None if it can."""
+
+    def behind(self, net: torch.nn.Module, kind: str, where: Any) -> bool:
+        """Whether other nodes' patches of ``kind``, or the one at ``where``, wait for the fork."""
 
     def record(
         self, net: torch.nn.Module, entries: list[tuple[Entry, slice]], options: dict[str, Any]
@@ -85,10 +54,16 @@ class Plan(Protocol):
     ) -> dict[str, Any]:
         """``options`` with patches that hand out what was kept up to the fork."""
 
+    def check(
+        self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``options`` with patches that compare a whole pass with what was kept."""
+
 
 def predicted(args: dict[str, Any], cond: Any, options: dict[str, Any]) -> torch.Tensor:
     """The prediction [B, C, ...] of ``cond`` at the point of a post-CFG function's ``args``."""
     model, x, sigma = args["model"], args["input"], args["sigma"]
+    options = others.without_compilation(options)
     return comfy.samplers.calc_cond_batch(model, [cond], x, sigma, options)[0]
 
 
@@ -96,39 +71,6 @@ def denoiser(model: Any) -> torch.nn.Module:
     """The denoiser of a ``BaseModel``, without the wrapper of ``torch.compile``."""
     net = model.diffusion_model
     return getattr(net, "_orig_mod", net)
-
-
-def _patches(model_options: dict[str, Any]) -> list[Any]:
-    """Everything in the options that changes what a pass computes, to be compared by identity."""
-    to = model_options.get("transformer_options", {})
-    flat: list[Any] = [
-        model_options.get("model_function_wrapper"),
-        to.get("optimized_attention_override"),
-    ]
-    for name, patches in sorted(to.get("patches", {}).items()):
-        flat += [name, *patches]
-    for kind, replaced in sorted(to.get("patches_replace", {}).items()):
-        flat.append(kind)
-        for where in sorted(replaced, key=str):
-            flat += [str(where), replaced[where]]
-    return flat
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    pairs = zip(a, b, strict=False)
-    return len(a) == len(b) and all(x is y or (type(x) is str and x == y) for x, y in pairs)
-
-
-def _rows(named: dict[str, Any], rows: slice, batch: int) -> dict[str, torch.Tensor]:
-    """``rows`` of every tensor in ``named`` that has ``batch`` rows, and the others whole."""
-    out: dict[str, torch.Tensor] = {}
-    for name, value in named.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        for i, tensor in enumerate(values):
-            if isinstance(tensor, torch.Tensor):
-                whole = tensor.ndim == 0 or tensor.shape[0] != batch
-                out[f"{name}.{i}"] = tensor if whole else tensor[rows]
-    return out
 
 
 class Sharing:
@@ -140,12 +82,14 @@ class Sharing:
 
     Attributes:
         report: says why something is computed whole.
+        resumed: whether the last perturbed pass has resumed anywhere.
     """
 
     def __init__(self, plan: Plan, active: Callable[[torch.Tensor], bool]) -> None:
         self.plan, self.active, self.report = plan, active, Report()
         self.run: Run | None = None
         self.step: Step | None = None
+        self.resumed = False
 
     def attach(self, patcher: Any) -> None:
         """Wrap the four functions for ``patcher`` (a ``ModelPatcher``) alone."""
@@ -187,13 +131,20 @@ class Sharing:
         if reason is not None:
             self.report.whole(type(denoiser(model)).__name__, reason)
             return executor(model, conds, x, sigma, options)
-        step.x, step.sigma, step.patches = x, sigma, _patches(options)
+        step.x, step.sigma, step.patches = x, sigma, signature(options)
         step.all_conds = len(conds) > 2
+        to = options.get("transformer_options", {})
+        step.doubted = "model_function_wrapper" in options or self._acted_on(model, to)
+        step.watched = step.doubted or others.act_between(options)
         step.mode = "record"
+        drawn = others.random_state(x.device) if self._watches(step) else None
         try:
             return executor(model, conds, x, sigma, options)
         finally:
             step.mode = "off"
+            if drawn is not None and drawn != others.random_state(x.device):
+                # layers that are left out would draw no numbers, and all that follow be others
+                self._give_up(denoiser(model), "random numbers are drawn in the main pass")
 
     def apply_model(
         self,
@@ -212,6 +163,7 @@ class Sharing:
         if step is not None and step.mode != "off":
             named = {"x": x, "t": t, "concat": c_concat, "cross": c_crossattn, **kwargs}
             if step.mode == "record":
+                step.doubted = step.doubted or self._acted_on(executor.class_obj, options)
                 return self._record(
                     step, net, named, control, options,
                     lambda to: executor(x, t, c_concat, c_crossattn, control, to, **kwargs),
@@ -226,6 +178,8 @@ class Sharing:
             return "context windows split it"
         if "multigpu_clones" in options:
             return "several GPUs compute it"
+        if self.run is not None and self.run.whole is not None:
+            return self.run.whole
         return self.plan.supports(denoiser(model))
 
     def _record(
@@ -253,10 +207,14 @@ class Sharing:
                 step.entries[uuid].control = None  # it may be that of one part alone
                 continue
             where = slice(i * rows, (i + 1) * rows)
-            inputs = _rows(named, where, x.shape[0])
-            if self._compares():
-                inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-            entry = Entry(inputs, control=control.rows_of(residuals, where, x.shape[0]))
+            values = self._watches(step) or self.run is None or uuid not in self.run.compared
+            entry = Entry(
+                rows_of(named, where, x.shape[0], clone=values),
+                control=control.rows_of(residuals, where, x.shape[0]),
+                beside=tuple(options["cond_or_uncond"]),
+                valued=values,
+                doubted=step.doubted,
+            )
             step.entries[uuid] = entry
             new.append((entry, where))
         out = run(self.plan.record(net, new, options) if new else options)
@@ -264,10 +222,26 @@ class Sharing:
             if entry.spoiled is None and not self.plan.complete(net, entry):
                 # a cache in between may have left the forward out
                 entry.spoiled = "its main pass was not seen in its blocks"
+            if entry.remembers:
+                self._give_up(net, "a patch of another node remembers what it was called with")
         return out
 
-    def _compares(self) -> bool:
-        return self.run is None or not self.run.compared
+    def _acted_on(self, model: Any, to: dict[str, Any]) -> bool:
+        net = denoiser(model)
+        return others.act_on(to, lambda kind, where: self.plan.behind(net, kind, where))
+
+    def _watches(self, step: Step) -> bool:
+        """Whether values are compared in this step: in the first one, and beside other nodes."""
+        return step.watched or step.doubted or self.run is None or not self.run.compared
+
+    def _give_up(self, net: torch.nn.Module, reason: str) -> None:
+        """Nothing is resumed any more in this sampling."""
+        self.report.whole(type(net).__name__, reason)
+        if self.run is not None:
+            self.run.whole = reason
+        if self.step is not None:
+            for entry in self.step.entries.values():
+                entry.spoiled, entry.control = reason, None
 
     # -- the perturbed pass -----------------------------------------------------------------
 
@@ -279,39 +253,55 @@ class Sharing:
             options: ``args["model_options"]`` with the perturbation in its patches.
         """
         cond = args["cond"]
+        self.resumed = False
         with self._resuming(args) as step:
-            if step is not None:
+            if step is not None and step.mode == "resume":
                 cond = control.stand_ins(cond, step.entries, step.x.shape[0])
             return predicted(args, cond, options)
 
     @contextmanager
     def _resuming(self, args: dict[str, Any]) -> Iterator[Step | None]:
-        step = self.step
+        step, net = self.step, denoiser(args["model"])
         reason = self._stale(step, args)
         if step is None or reason is not None:
             if step is not None and step.x is not None:
-                self.report.whole(type(denoiser(args["model"])).__name__, str(reason))
+                self.report.whole(type(net).__name__, str(reason))
             yield None
             return
         if self.run is not None:
             self.run.wanted = {entry["uuid"] for entry in args["cond"]}
-        step.mode = "resume"
+        point = self._point(step)
+        known = self.run is not None and any(others.same(point, one) for one in self.run.trusted)
+        step.mode = "resume" if known or not step.doubted else "check"
         try:
             yield step
-            if self.run is not None:
-                self.run.compared = True
+            if step.mode == "check":
+                self._judge(step, net, point)
         finally:
             step.mode = "off"
-            step.entries = {}
+            step.entries, step.checked = {}, []
+
+    def _point(self, step: Step) -> list[Any]:
+        """What a check holds for: the patches, and which rows were together in the main pass."""
+        together = [(str(uuid), one.beside) for uuid, one in step.entries.items()]
+        return [*step.patches, str(sorted(together))]
+
+    def _judge(self, step: Step, net: torch.nn.Module, point: list[Any]) -> None:
+        if any(entry.alike is False for entry in step.checked):
+            self._give_up(net, "other nodes have it compute something else than the main pass")
+        elif step.checked and self.run is not None and all(one.alike for one in step.checked):
+            self.run.trusted.append(point)
 
     def _stale(self, step: Step | None, args: dict[str, Any]) -> str | None:
         """Why the record of this step does not belong to what is asked now."""
         if step is None or step.x is None:
             return "nothing was recorded"
+        if self.run is not None and self.run.whole is not None:
+            return self.run.whole
         for before, now in ((step.x, args["input"]), (step.sigma, args["sigma"])):
             if before is not now and not torch.equal(before, now):
                 return "it is asked at another point than the main pass"
-        if not _same(step.patches, _patches(args["model_options"])):
+        if not others.same(step.patches, signature(args["model_options"])):
             return "other patches act on it than on the main pass"
         return None
 
@@ -326,22 +316,20 @@ class Sharing:
         entries: list[Entry] = []
         for i, uuid in enumerate(uuids):
             entry = step.entries.get(uuid)
-            now = _rows(named, slice(i * rows, (i + 1) * rows), x.shape[0])
+            now = rows_of(named, slice(i * rows, (i + 1) * rows), x.shape[0])
             reason = "its conditioning was not in the main pass" if entry is None else entry.spoiled
-            if entry is not None and reason is None and not self._equal(entry.inputs, now):
-                reason = "it is called with other inputs than the main pass"
+            if entry is not None and reason is None and not equal(entry.inputs, now, entry.valued):
+                # what changes between the passes once may do so in any step
+                self._give_up(net, "it is called with other inputs than the main pass")
+                return options
             if entry is None or reason is not None:
                 self.report.whole(type(net).__name__, str(reason))
                 return options
             entries.append(entry)
+        if self.run is not None:
+            self.run.compared.update(uuids)
+        if step.mode == "check":
+            step.checked += entries
+            return self.plan.check(net, entries, options)
+        self.resumed = True
         return self.plan.resume(net, entries, options)
-
-    def _equal(self, before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> bool:
-        """Shapes in every step; values in the first, because comparing them waits for the GPU."""
-        if before.keys() != now.keys():
-            return False
-        compares = self._compares()
-        return all(
-            tensor.shape == now[name].shape and (not compares or torch.equal(tensor, now[name]))
-            for name, tensor in before.items()
-        )

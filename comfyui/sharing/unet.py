@@ -24,7 +24,9 @@ from comfy.ldm.modules.diffusionmodules import openaimodel
 
 from ..blocks import Block
 from ..perturbations import Identity
-from .step import Entry
+from .inputs import Door, alike, rows_of
+from .others import Memory, ours
+from .record import Entry
 
 PATCH = "forward_timestep_embed_patch"
 Place = tuple[str, int, int]  # ("input", "middle" or "output", block, layer of the block)
@@ -52,6 +54,10 @@ class Layers:
     def shared(self, place: Place) -> bool:
         """Whether the perturbed pass takes this layer from the main pass."""
         return self.order[place] < self.order[self.fork]
+
+    def ends(self, place: Place) -> bool:
+        """Whether this is the last layer in front of the fork."""
+        return self.order[place] == self.order[self.fork] - 1
 
 
 def _sequences(net: Any) -> list[tuple[str, int, Any]]:
@@ -120,19 +126,47 @@ class UNetPlan:
             self._layers[net] = layers_of(net, self.blocks)
         return self._layers[net]
 
+    def behind(self, net: torch.nn.Module, kind: str, where: Any) -> bool:
+        """Whether a patch acts at or behind the fork alone."""
+        layers = self.layers(net)
+        if where is not None:
+            place = (*where[:2], 0)
+            return (
+                place in layers.order and layers.order[place] >= layers.order[(*layers.fork[:2], 0)]
+            )
+        return kind in ("middle_block_after_patch", "output_block_patch") and (
+            layers.fork[0] != "output"
+        )
+
+    def memory(self, net: torch.nn.Module, options: dict[str, Any]) -> Memory:
+        """What other nodes' patches in front of the fork hold."""
+        return Memory(options, lambda kind, where: self.behind(net, kind, where))
+
     # -- the main pass ----------------------------------------------------------------------
 
     def record(
         self, net: torch.nn.Module, entries: list[tuple[Entry, slice]], options: dict[str, Any]
     ) -> dict[str, Any]:
         """``options`` with a patch that keeps the entries' rows of what is needed."""
-        layers = self.layers(net)
+        layers, memory = self.layers(net), self.memory(net, options)
+        doubted = any(entry.doubted for entry, _ in entries)
 
-        def keep(layer: torch.nn.Module, *args: Any) -> torch.Tensor:
-            out = _run(layer, *args)
+        def keep(layer: torch.nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
             place = layers.places.get(id(layer))
             if place is None or not layers.shared(place):
-                return out
+                return _run(layer, x, *args)
+            if not layers.order[place]:
+                for entry, rows in entries:
+                    if entry.kept:
+                        entry.spoiled = "its main pass runs the model several times"
+                    if doubted:
+                        entry.door = rows_of(_given(x, *args), rows, x.shape[0], clone=True)
+                if doubted:
+                    memory.begin()
+            out = _run(layer, x, *args)
+            if doubted and layers.ends(place) and memory.changed():
+                for entry, _ in entries:
+                    entry.remembers = True
             if place in layers.keep:
                 for entry, rows in entries:
                     # what follows may add residuals of a ControlNet in place
@@ -154,11 +188,13 @@ class UNetPlan:
         self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
     ) -> dict[str, Any]:
         """``options`` with a patch that hands out what was kept, and runs the rest."""
-        layers = self.layers(net)
+        layers, door = self.layers(net), Door(entries)
 
         def hand_out(layer: torch.nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
             place = layers.places.get(id(layer))
-            if place is None or not layers.shared(place):
+            if place is not None and not layers.order[place]:
+                door.enter(_given(x, *args), x.shape[0])
+            if place is None or door.whole or not layers.shared(place):
                 return _run(layer, x, *args)
             to = args[2]
             if isinstance(layer, SpatialTransformer) and "transformer_index" in to:
@@ -175,10 +211,33 @@ class UNetPlan:
 
         return _without_queries(_with_handler(options, hand_out))
 
+    def check(
+        self, net: torch.nn.Module, entries: list[Entry], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """``options`` with a patch that compares each needed output with what was kept of it."""
+        layers = self.layers(net)
+
+        def compare(layer: torch.nn.Module, *args: Any) -> torch.Tensor:
+            out = _run(layer, *args)
+            place = layers.places.get(id(layer))
+            if place in layers.keep:
+                parts = out.chunk(len(entries))
+                for entry, part in zip(entries, parts, strict=True):
+                    # a second forward of one call was not recorded
+                    again = place in entry.kept and alike(entry.kept.pop(place), part)
+                    entry.alike = entry.alike is not False and again
+            return out
+
+        return _with_handler(options, compare)
+
+
+def _given(x: torch.Tensor, emb: Any, context: Any, *_: Any) -> dict[str, Any]:
+    return {"x": x, "emb": emb, "context": context}
+
 
 def _with_handler(options: dict[str, Any], handler: Layer) -> dict[str, Any]:
     patches = dict(options.get("patches", {}))
-    patches[PATCH] = [(torch.nn.Module, handler), *patches.get(PATCH, [])]
+    patches[PATCH] = [(torch.nn.Module, ours(handler)), *patches.get(PATCH, [])]
     return {**options, "patches": patches}
 
 

@@ -49,6 +49,8 @@ def test_lists_are_read_as_sd_perturbed_attention_reads_them() -> None:
         ("d9", "this model has d0 to d3"),
         ("m1", "this model has m0 alone"),
         ("m0.10", "m0 has m0.0 to m0.9"),
+        ("u4-2", "spans run upwards. Write 2-4, not 4-2"),
+        ("m0,u0.3-1", "'u0.3-1' names no block"),
     ],
 )
 def test_lists_that_name_nothing_are_refused(text: str, message: str) -> None:
@@ -101,6 +103,8 @@ def test_lists_of_transformer_blocks() -> None:
         ("double", 0, None), ("double", 1, None), ("single", 1, None)
     }  # fmt: skip
     assert parse_dit_blocks(net, "", " ") == frozenset()
+    with pytest.raises(ValueError, match="'1-0' names no block"):
+        parse_dit_blocks(net, "", "1-0")
 
 
 @pytest.mark.parametrize("node", nodes.GUIDANCE)

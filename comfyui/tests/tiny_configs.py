@@ -182,3 +182,17 @@ Z_IMAGE: dict[str, Any] = {
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }
+
+LTX_AUDIO: dict[str, Any] = {
+    "image_model": "ltxav",
+    "in_channels": 128,
+    "audio_in_channels": 128,
+    "cross_attention_dim": 64,
+    "audio_cross_attention_dim": 64,
+    "attention_head_dim": 32,
+    "audio_attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "audio_num_attention_heads": 2,
+    "caption_channels": 3840,
+    "num_layers": 6,
+}
