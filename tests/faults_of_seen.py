@@ -151,7 +151,7 @@ SEEN = [
     Fault(
         "guidance that is no sum is taken for one",
         _WEIGHTS,
-        "if left > most:",
+        "if left > most or rescaled:",
         "if False:",
         tests_of("derived_models", "what_the_loop_makes"),
     ),

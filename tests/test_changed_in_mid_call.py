@@ -197,7 +197,7 @@ def test_what_is_kept_for_each_kind_of_step(name, change, reuse):
 # ---- writes that leave no trace ----
 
 
-def _traceless(write, steps=4):
+def _traceless(write):
     def callback(pipe, step, timestep, tensors):
         if step == 1:
             write(tensors["prompt_embeds"])
@@ -206,7 +206,7 @@ def _traceless(write, steps=4):
     return {
         "callback_on_step_end": callback,
         "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-        "steps": steps,
+        "steps": 4,
     }
 
 
@@ -228,5 +228,4 @@ def test_what_leaves_no_trace(name, write):
         pag_fast.patched(pipe, layers_of(name), pag_scale=SCALE),
         pytest.warns(UserWarning, match="leaves no trace"),
     ):
-        # each of what is kept has its turn to be looked at
-        run_call(pipe, name, **_traceless(write, steps=12))
+        run_call(pipe, name, **_traceless(write))

@@ -7,8 +7,9 @@ import own_models
 import pytest
 import torch
 from numerics import relative
+from observed_steps import SCALE
+from own_loops import LAYER, check, forward, patched, running, stepped
 from own_loops import call as run_call
-from own_loops import check, forward, patched, stepped
 
 import pag_fast
 
@@ -84,6 +85,19 @@ def test_a_schedule_where_the_loop_makes_its_own_steps(scheduler, window, active
     patch = {"schedule": pag_fast.Schedule(**window)}
     ran = check(_by_hand(active), scheduler=made, patch=patch)
     assert ran == {"shared": 2, "perturbed branch dropped": 2}
+
+
+@pytest.mark.parametrize("steps", [2, 3, 9])
+def test_the_number_of_steps_of_an_earlier_call_tells_nothing(steps):
+    """Loops of diffusers leave it on the pipeline, and others do not set it."""
+    patch = {"schedule": pag_fast.Schedule(start=0.5)}
+    made = diffusers.DDIMScheduler()
+    with running(_by_hand((2, 3)), made) as pipe:
+        pipe._num_timesteps = steps
+        truth = run_call(pipe, truth=True)
+        with pag_fast.patched(pipe, LAYER, pag_scale=SCALE, strict=True, **patch):
+            assert relative(run_call(pipe), truth) < 1e-5
+        assert type(pipe._num_timesteps) is int and pipe._num_timesteps == steps
 
 
 def test_an_adaptive_scale_where_the_loop_makes_its_own_steps():

@@ -146,6 +146,19 @@ def test_no_false_alarm(name, dtype, checks):
     assert checks, "nothing was checked"
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
+def test_double_precision(name, checks):
+    pipe = tiny.build(name).to(torch.float64)
+
+    def run():
+        return tiny.latents(pipe, _in(tiny.call_kwargs(name, pipe, steps=5), torch.float64))
+
+    stock = run()
+    pag_fast.patch(pipe, strict=True)
+    assert relative(run(), stock) < 1e-12
+    assert checks, "nothing was checked"
+
+
 def test_what_has_overflowed_is_no_alarm():
     state, layer = BranchState(), nn.Linear(2, 2, bias=False)
     layer.weight.data.fill_(float("inf"))

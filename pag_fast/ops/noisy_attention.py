@@ -42,18 +42,7 @@ def noisy_attention(
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        raise ValueError(
-            "noisy_attention takes q as [rows, M, heads, head_dim], k and v as [rows, N, heads, "
-            f"head_dim]; got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
-        )
-    if q.shape[2:] != k.shape[2:] or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must share heads, head_dim and dtype; got {tuple(q.shape[2:])} and "
-            f"{tuple(k.shape[2:])}, {q.dtype}, {k.dtype} and {v.dtype}."
-        )
-    if clock.dtype != torch.int64 or clock.numel() != 1:
-        raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
+    _check(q, k, v, clock)
     if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
         check_backend(backend)
         return _noisy_attention(
@@ -70,6 +59,21 @@ def noisy_attention(
     op = torch.ops.pag_fast.noisy_attention.default
     run = _noisy_attention if is_unwatched(v) else op
     return run(q, k, v, clock, layer, seed, sigma, attn_mask, scale, first_head, backend)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, clock: torch.Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            "noisy_attention takes q as [rows, M, heads, head_dim], k and v as [rows, N, heads, "
+            f"head_dim]; got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if q.shape[2:] != k.shape[2:] or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must share heads, head_dim and dtype; got {tuple(q.shape[2:])} and "
+            f"{tuple(k.shape[2:])}, {q.dtype}, {k.dtype} and {v.dtype}."
+        )
+    if clock.dtype != torch.int64 or clock.numel() != 1:
+        raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
 
 
 def _noisy_attention(

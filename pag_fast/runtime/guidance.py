@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,30 @@ def _check_adaptive(pipe: Any, schedule: Schedule) -> None:
 
 
 # ---- where in the call a step is ----
+
+
+class _Earlier(int):
+    """The number of steps of an earlier call, for whoever else reads it."""
+
+
+@contextmanager
+def own_number_of_steps(pipe: Any) -> Iterator[None]:
+    """The time of one call: loops of diffusers note how many steps they have, and others do not."""
+    own = vars(pipe)
+    before = own.get("_num_timesteps")
+    if type(before) is int:
+        own["_num_timesteps"] = _Earlier(before)
+    try:
+        yield
+    finally:
+        if type(own.get("_num_timesteps")) is _Earlier:
+            own["_num_timesteps"] = before
+
+
+def steps_of_call(pipe: Any) -> int | None:
+    """How many steps the running call has, if its loop has said so."""
+    found = getattr(pipe, "_num_timesteps", None)
+    return None if type(found) is _Earlier else found
 
 
 def timestep_value(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
@@ -189,7 +214,7 @@ def _step(pipe: Any, position: int, cache: dict[Any, Any], scale: float | None =
         cache["sigmas"] = _host_sigmas(pipe.scheduler, host)
     # image-to-image begins late, and denoising_end ends early
     left = len(host) - cache["first"]
-    count = min(getattr(pipe, "_num_timesteps", None) or left, left)
+    count = min(steps_of_call(pipe) or left, left)
     timestep, sigmas = float(host[position]), cache["sigmas"]
     return Step(
         index=position - cache["first"],

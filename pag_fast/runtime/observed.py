@@ -44,13 +44,18 @@ class ObservedLoop:
         self.pipe = pipe
         self._tell = tell
         self._name, self._would = f"{type(pipe).__name__} {what}", would
-        self.guidance = ObservedGuidance(type(pipe).__name__, self._name, tell, self._refusal)
+        self.guidance = ObservedGuidance(
+            type(pipe).__name__, self._name, tell, self._refusal, self._rescales
+        )
         self.cond_first = False
         self.assumed = False
         self._equal: dict[tuple[int, int, int], tuple[Any, Any, bool]] = {}
         self._first: Any = None
         self._halves_seen = False
         self.seen: dict[str, str] = {}
+
+    def _rescales(self) -> bool:
+        return float(getattr(self.pipe, "_guidance_rescale", None) or 0.0) > 0.0
 
     # ---- rows and passes ----
 

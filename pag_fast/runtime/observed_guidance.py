@@ -62,6 +62,7 @@ class ObservedGuidance:
         subject: the beginning of a sentence about it.
         tell: is told of what may be wrong.
         refusal: makes an error of a reason.
+        rescales: says whether the pipeline rescales what it combines.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class ObservedGuidance:
         subject: str,
         tell: Callable[[str], None],
         refusal: Callable[[str], ValueError],
+        rescales: Callable[[], bool] = bool,
     ) -> None:
         self._subject, self._refusal = subject, refusal
-        self._judge = Judge(name, tell, refusal)
+        self._judge = Judge(name, tell, refusal, rescales)
         self._rounds: list[Round] = []
         self._old: dict[str, torch.Tensor] = {}
         self._was_active = False

@@ -54,6 +54,7 @@ class Judge:
         name: of the pipeline's class.
         tell: is told of what may be wrong.
         refusal: makes an error of a reason.
+        rescales: says whether the pipeline rescales what it combines.
 
     Attributes:
         seen: by which weights the loop adds predictions.
@@ -61,9 +62,13 @@ class Judge:
     """
 
     def __init__(
-        self, name: str, tell: Callable[[str], None], refusal: Callable[[str], ValueError]
+        self,
+        name: str,
+        tell: Callable[[str], None],
+        refusal: Callable[[str], ValueError],
+        rescales: Callable[[], bool],
     ) -> None:
-        self._name, self._tell, self._refusal = name, tell, refusal
+        self._name, self._tell, self._refusal, self._rescales = name, tell, refusal, rescales
         self.seen: dict[str, str] = {}
         self.unconfirmed: set[Any] = set()
         self._confirmed: set[Any] = set()
@@ -92,12 +97,16 @@ class Judge:
             self.order(columns, weights)
         elif columns.assumed and UNCOND in branches:
             self.unconfirmed |= {columns.kinds} - self._confirmed
-        if left > most:
+        # a rescaled prediction of another kind is a sum with the latents, too
+        rescaled = beside and self._rescales()
+        if left > most or rescaled:
+            why = (
+                "it rescales them" if rescaled else f"{left:.1%} of the result are left unexplained"
+            )
             self.tell_once(
                 "more",
-                f"{self._name} does more to the predictions than to weigh them "
-                f"({left:.1%} of the result are left unexplained): PAG's difference goes through "
-                "that, too, and may come out weaker or stronger",
+                f"{self._name} does more to the predictions than to weigh them ({why}): PAG's "
+                "difference goes through that, too, and may come out weaker or stronger",
             )
         elif abs(abs(total) - 1.0) > most and not beside:
             self.tell_once(

@@ -23,6 +23,7 @@ from .compilation import Compilation, enough_graphs, refuse_values
 from .controlnets import InstalledControlNets
 from .frames import know_loops
 from .graphs import Graphs
+from .guidance import own_number_of_steps, steps_of_call
 from .injected import InjectedSession
 from .installation import Installation
 from .loop import Loop
@@ -32,7 +33,7 @@ from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
 from .stock_patch import run_stock
-from .undoing import undo_after_error, undo_all
+from .undoing import free_models, undo_after_error, undo_all
 
 _SCALES = ("pag_scale", "pag_adaptive_scale")
 # of installations for different layers, as calls that name layers take turns
@@ -215,12 +216,12 @@ class PatchState(BasicState):
             for session in sessions:
                 if isinstance(session, InjectedSession):
                     session.start()
-            with enough_graphs() if regional else nullcontext():
+            many = enough_graphs() if regional else nullcontext()
+            with own_number_of_steps(pipe), many:
                 result = call(*args, **kwargs)
-            # where nothing is offloaded, diffusers would look for modules that it cannot know
-            if not sessions[0].freed and getattr(pipe, "_all_hooks", None):
-                pipe.maybe_free_model_hooks()
-            self._check_entered(pipe, sessions)
+                self._check_entered(pipe, sessions)
+            if not sessions[0].freed:
+                free_models(pipe)
         except BaseException:
             self.session, self.running = None, {}
             undo_after_error(*[partial(x.end, whole=False) for x in reversed(sessions)])
@@ -237,7 +238,7 @@ class PatchState(BasicState):
         Raises:
             ValueError: with ``strict=True``.
         """
-        wanted = getattr(pipe, "_num_timesteps", None)
+        wanted = steps_of_call(pipe)
         if wanted is not None and any(session.steps >= wanted for session in sessions):
             return
         for session in sessions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 
 def undo_all(*steps: Callable[[], object]) -> None:
@@ -24,3 +25,12 @@ def undo_after_error(*steps: Callable[[], object]) -> None:
             step()
         except BaseException:
             continue
+
+
+def free_models(pipe: Any) -> None:
+    """What loops that return early forget: caches are reset, and models offloaded."""
+    try:
+        pipe.maybe_free_model_hooks()
+    except ValueError:  # of a class with modules that are not in its __init__
+        if getattr(pipe, "_all_hooks", None):
+            raise
