@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import diffusers
 import older
@@ -190,14 +191,19 @@ def test_guidance_is_that_of_the_pipeline(name):
 
 
 def test_normalised_calls():
-    flux, qwen = HOSTS["FluxPipeline"], HOSTS["QwenImagePipeline"]
-    assert not flux.is_normalised({}) and qwen.is_normalised({})
+    flux, qwen, pipe = HOSTS["FluxPipeline"], HOSTS["QwenImagePipeline"], SimpleNamespace()
+    assert not flux.is_normalised(pipe, {}) and qwen.is_normalised(pipe, {})
     sdxl, lumina = HOSTS["StableDiffusionXLPipeline"], HOSTS["Lumina2Pipeline"]
-    assert not sdxl.is_normalised({"guidance_rescale": 0.0})
-    assert not sdxl.is_normalised({"guidance_rescale": None})
-    assert sdxl.is_normalised({"guidance_rescale": 0.5})
-    assert lumina.is_normalised({"cfg_normalization": True})
-    assert not lumina.is_normalised({"cfg_normalization": False})
+    assert not sdxl.is_normalised(pipe, {"guidance_rescale": 0.0})
+    assert not sdxl.is_normalised(pipe, {"guidance_rescale": None})
+    assert sdxl.is_normalised(pipe, {"guidance_rescale": 0.5})
+    assert lumina.is_normalised(pipe, {"cfg_normalization": True})
+    assert not lumina.is_normalised(pipe, {"cfg_normalization": False})
+    # a callback may have changed what the loop reads
+    pipe._guidance_rescale = 0.5
+    assert sdxl.is_normalised(pipe, {"guidance_rescale": 0.0})
+    # which a loop of a user's own does not read
+    assert not sdxl.is_normalised(pipe, {})
 
 
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)
