@@ -34,6 +34,7 @@ class Watch:
         inner = [module for _, module in modules if module is not model]
         self._inner = inner
         self._owns = [vars(model), *map(vars, inner)]
+        self._replaced = [own for own in self._owns if "forward" in own]
         # most modules have no children, or no parameters: that none has come is told at once
         self._children, self._leaves = _parted([module._modules for _, module in modules])
         some, self._bare = _parted([module._parameters for _, module in modules])
@@ -63,9 +64,11 @@ class Watch:
     def rewritten(self) -> bool:
         """Whether a method of a class, or a function that modules call, is another one now.
 
-        It takes as long as all else together, so it is asked once a call.
+        Or a forward has come where something else has gone. It takes as long as all else together,
+        so it is asked once a call.
         """
-        return self._of_code() != self._functions
+        replaced = sum(map(dict.__contains__, self._owns, repeat("forward")))
+        return replaced != len(self._replaced) or self._of_code() != self._functions
 
     def _of_code(self) -> list[Any]:
         methods = chain.from_iterable(map(MappingProxyType.values, self._classes))
@@ -86,9 +89,9 @@ class Watch:
             # functions put on a class
             list(map(_forward, self._kinds)),
             list(map(_call, self._processor_kinds)),
-            list(map(dict.get, owns, repeat("forward"))),
-            # a method that hides the one of the class
+            # a forward, or a method, that comes to hide the one of the class
             list(map(len, owns)),
+            list(map(dict.get, self._replaced, repeat("forward"))),
             list(map(tuple, map(dict.items, filter(None, map(_before, owns))))),
             list(map(tuple, map(dict.items, filter(None, map(_after, owns))))),
             list(map(type, map(dict.get, self._weighted, repeat("weight")))),
