@@ -46,16 +46,20 @@ class Watch:
             for own, (_, module) in zip(self._owns, modules, strict=True)
             if getattr(module, "processor", None) is not None
         ]
-        self._kinds: list[Any] = list({type(module): None for _, module in modules})
+        self._note_code([module for _, module in modules])
+        self._hooked = [o for o in self._owns if "_diffusers_hook" in o or "_hf_hook" in o]
+        self.surroundings = Surroundings(modules)
+        self._seen = self._glance(model)
+
+    def _note_code(self, modules: list[nn.Module]) -> None:
+        """Note whose code runs: classes, and the modules that these are from."""
+        self._kinds: list[Any] = list({type(module): None for module in modules})
         processors = {type(own.get("processor")): None for own in self._processed}
         self._processor_kinds: list[Any] = list(processors)
         mros = [cls.__mro__[:-1] for cls in (*self._kinds, *processors)]
         self._classes = [vars(cls) for cls in dict.fromkeys(chain.from_iterable(mros))]
-        self._code = code_of(module for _, module in modules)
+        self._code = code_of(modules)
         self._functions = self._of_code()
-        self._hooked = [o for o in self._owns if "_diffusers_hook" in o or "_hf_hook" in o]
-        self.surroundings = Surroundings(modules)
-        self._seen = self._glance(model)
 
     def changed(self, model: nn.Module) -> bool:
         """Whether there is anything to look at again."""
