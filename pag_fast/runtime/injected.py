@@ -135,12 +135,9 @@ class InjectedSession(Session):
         else:
             found = pass_of_text(self._locals, call) or (UNCOND if COND in seen else COND)
         if found in seen and found == COND:
-            self._tell_of_repeats()
+            self.patch.fall_back(REPEATS)
         seen.append(found)
         return found
-
-    def _tell_of_repeats(self) -> None:
-        self.patch.fall_back(REPEATS)
 
     def layout(self, rows: int) -> tuple[str, ...]:
         branches = self.host.rows
