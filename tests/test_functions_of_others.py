@@ -175,7 +175,11 @@ def test_kernels_of_attention_are_known():
     pag_fast.patch(pipe)
     with _put(functional, "scaled_dot_product_attention", package.sageattn):
         assert relative(_call(SD, pipe), stock) < 1e-5
-        assert "scaled_dot_product_attention() of sageattention" in str(pag_fast.explain(pipe))
+        told = str(pag_fast.explain(pipe))
+        assert "scaled_dot_product_attention() of sageattention" in told
+        assert (
+            "branches stay shared; layers that are perturbed compute attention without it" in told
+        )
     assert not pipe._pag_fast.steps["not shared"]
 
 

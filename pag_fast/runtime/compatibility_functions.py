@@ -56,15 +56,15 @@ def foreign_functions(code: Iterable[dict[str, Any]]) -> tuple[Finding, ...]:
 
 def _finding(name: str, who: str) -> Finding:
     what = f"{name}() of {who}"
-    perturbed = (
-        "layers that are perturbed compute attention without it" if name == _ATTENTION else ""
-    )
+    perturbed = ""
+    if name == _ATTENTION:
+        perturbed = "; layers that are perturbed compute attention without it"
     if who in _KERNELS:
-        return Finding(what, "", Answer.FINE, f"{perturbed or 'nothing changes'}.")
+        return Finding(what, "", Answer.FINE, f"branches stay shared{perturbed}.")
     sentence = (
         f"{who} has replaced the function {name}(), and pag_fast does not know what that does to "
         "rows of other branches: every branch runs with rows of its own in every step, and no "
-        f"weights are fused or kept{perturbed if name == _ATTENTION else ''}. If it treats every "
+        f"weights are fused or kept{perturbed}. If it treats every "
         "row by itself, say so with pag_fast.runtime.compatibility.row_wise()."
     )
     return Finding(what, "", UNKNOWN, sentence)
