@@ -49,15 +49,26 @@ def _run(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 
+def _write(target: Path, text: str) -> None:
+    """Write a source and drop its bytecode.
+
+    Python takes bytecode for a source's by length and whole seconds, so a text as long, written
+    in the same second, would run as the one before it: the fault seen would be another.
+    """
+    target.write_text(text, encoding="utf-8")
+    for bytecode in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
+        bytecode.unlink()
+
+
 def check(fault: Fault, tree: Path) -> tuple[bool, str]:
     """Whether a test sees ``fault`` in a copy of the tree, and what pytest said."""
     target = tree / fault.path
     before = target.read_text("utf-8")
-    target.write_text(fault.planted(before), encoding="utf-8")
+    _write(target, fault.planted(before))
     try:
         done = _run(tree, fault.tests)
     finally:
-        target.write_text(before, encoding="utf-8")
+        _write(target, before)
     lines = done.stdout.splitlines()
     seen = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
     # 1: a test failed; anything else (no test, an import error) shows nothing about the fault

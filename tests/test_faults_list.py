@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import faults
 import pytest
 from faults import FAULTS, ROOT, Fault
@@ -35,3 +39,15 @@ def test_a_survivor_is_told(tmp_path):
     assert not faults.check(Fault("survives", "x.py", "TWO = 2", "TWO = 3", tests), tmp_path)[0]
     assert not faults.check(Fault("none", "x.py", "ONE = 1", "ONE = (", tests), tmp_path)[0]
     assert (tmp_path / "x.py").read_text() == "ONE = 1\nTWO = 2\n"
+
+
+def test_bytecode_of_another_fault_is_not_run(tmp_path):
+    target = tmp_path / "x.py"
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    for number in (1, 2):
+        faults._write(target, f"ONE = {number}\n")
+        os.utime(target, (0, 0))  # Python takes bytecode by a source's length and its second
+        asked = [sys.executable, "-c", "import x; print(x.ONE)"]
+        done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stdout == f"{number}\n", done.stderr
+        assert list(tmp_path.glob("__pycache__/x.*.pyc"))
