@@ -50,9 +50,10 @@ class PatchConfig(Settings):
             only the attention processors and the guidance combination differ from stock diffusers.
         cache_conditioning: compute what depends on nothing but the prompt, the sizes or the control
             image once per call: text keys and values, projections and embeddings.
-        fewer_launches: leave out divisions by one, and run layers that see the same input (queries,
-            keys and values; projections of the time embedding) as one product. Their weights move
-            next to each other in memory until the pipeline is unpatched.
+        fewer_launches: leave out divisions by one and what diffusers asks of every attention's
+            processor anew, and run layers that see the same input (queries, keys and values;
+            projections of the time embedding) as one product. Their weights move next to each other
+            in memory until the pipeline is unpatched.
         compile: compile the denoiser and its ControlNets until the pipeline is unpatched; ``True``,
             or a :class:`CompileConfig`.
         graphs: on a CUDA device, record the forwards of the denoiser and its ControlNets from the

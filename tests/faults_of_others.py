@@ -110,6 +110,27 @@ OTHERS = [
         _PLACES,
     ),
     Fault(
+        "a processor keeps the signature of an earlier function",
+        "pag_fast/fusion/signatures.py",
+        "if function is not self.function:",
+        "if self.function is None:",
+        tests_of("fusion_signatures", "followed"),
+    ),
+    Fault(
+        "joined weights are not looked at again for a processor's function",
+        "pag_fast/fusion/__init__.py",
+        "list(map(_call, self._kinds)),",
+        "",
+        tests_of("fusion_signatures", "followed"),
+    ),
+    Fault(
+        "each model has a signature of its own for a processor",
+        "pag_fast/fusion/signatures.py",
+        "_signed.get(processor) or _signed.setdefault(processor, Signed(processor))",
+        "Signed(processor)",
+        tests_of("fusion_signatures", "share_a_processor"),
+    ),
+    Fault(
         "functions for settings make branches run apart",
         _ORIGINS,
         "return name in _PASSIVE or name.startswith(_SETTERS)",

@@ -3,8 +3,9 @@
 In eager mode a step is a thousand kernels and more, many of them small. Three kinds can go without
 a change of the result: divisions by one, separate products of the same input (queries, keys and
 values; the projections of the time embedding, one in every resnet), and activations in front of the
-latter. What takes their place is on the model while a forward of ours runs; compilers do all of
-this themselves, and are left alone.
+latter. So can the signatures of processors, which diffusers has Python build for every attention.
+What takes their place is on the model while a forward of ours runs; compilers do all of this
+themselves, and are left alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..sharing.rows import BranchState
 from .packed_linears import shared_memory
 from .processors import attention_projections, time_projection
 from .projections import QKV, Group, TimeProjections
+from .signatures import asks_for_signature, signed
 from .unit import UNIT
 
 __all__ = ["Fusion"]
@@ -31,6 +33,7 @@ __all__ = ["Fusion"]
 Entry = tuple[dict[str, Any], str, Any]
 
 _DIVISORS = ("rescale_output_factor", "output_scale_factor")
+_call = attrgetter("__call__")
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
@@ -67,13 +70,14 @@ class Fusion:
         self.state = BranchState() if state is None else state
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
+        self.asking: list[nn.Module] = []
         self._collect(perturbed or {}, traced)
         self.entries: list[Entry] = []
         self._together: list[Entry] = []  # while nobody needs gradients
         self._apart: list[Entry] = []
         self._used: list[Group] = []
         self._looked = False
-        self._watch = _Watch(model, self.groups, self.divisors)
+        self._watch = _Watch(model, self.groups, self.divisors, self.asking)
         self._seen: Any = None
 
     def _collect(self, perturbed: Mapping[str, int], traced: bool) -> None:
@@ -84,6 +88,8 @@ class Fusion:
         for name, module in self.model.named_modules():
             if name in eager:
                 self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
+                if name not in perturbed and asks_for_signature(module):
+                    self.asking.append(module)
                 names = time_projection(module)
                 # an activation that somebody else runs too has to activate for him
                 if names and all(owners[id(module._modules[x])] == 1 for x in names):
@@ -163,6 +169,7 @@ class Fusion:
             for module, name in self.divisors
             if vars(module).get(name) == 1.0
         ]
+        apart += [entry for entry in map(signed, self.asking) if entry is not None]
         together: list[Entry] = [
             (vars(member.module), "forward", member) for group in used for member in group.members
         ]
@@ -198,6 +205,9 @@ class Fusion:
             lines.append(f"projections of the time embedding as one: {sum(layers)}")
         if self.divisors:
             lines.append(f"divisions by one left out: {len(self.divisors)}")
+        kept = sum(signed(attention) is not None for attention in self.asking)
+        if kept:
+            lines.append(f"signatures of processors not built anew: {kept}")
         return tuple(lines)
 
 
@@ -205,7 +215,11 @@ class _Watch:
     """Everything that decides whether groups are used, in lists that are compared in one go."""
 
     def __init__(
-        self, model: nn.Module, groups: list[Group], divisors: list[tuple[nn.Module, str]]
+        self,
+        model: nn.Module,
+        groups: list[Group],
+        divisors: list[tuple[nn.Module, str]],
+        asking: list[nn.Module],
     ) -> None:
         children = [child for group in groups for child in group.children]
         self._parents = [parent._modules for parent, _, _ in children]
@@ -221,17 +235,23 @@ class _Watch:
         # whoever moves weights around puts a hook on them, or on a module around them
         self._around = [vars(module) for module in _around(model, self._modules)]
         self._attentions = [vars(g.attention) for g in groups if isinstance(g, QKV)]
+        self._attending = self._attentions + [vars(attention) for attention in asking]
         self._divisors = [vars(module) for module, _ in divisors]
         self._divisor_names = [name for _, name in divisors]
         self._registries: list[Any] = []
         self._held: list[Any] = []
+        self._kinds: list[Any] = []
+        self._of_processors: list[Any] = []
 
     def found(self) -> None:
         """Note what may come to hold hooks later, and the objects whose identity counts."""
         registries = [own.get("_diffusers_hook") for own in self._around]
         self._registries = [x for x in registries if x is not None]
         # an address is compared only as long as nothing else can have got it
-        self._held = [self._values(), self._children(), self._processors()]
+        processors = self._processors()
+        self._held = [self._values(), self._children(), processors]
+        self._kinds = list({type(x): None for x in processors})
+        self._of_processors = [getattr(x, "__dict__", {}) for x in processors]
         self.device = region_of(self._values())
 
     def _values(self) -> list[Any]:
@@ -241,7 +261,7 @@ class _Watch:
         return list(map(dict.get, self._parents, self._names))
 
     def _processors(self) -> list[Any]:
-        return list(map(dict.get, self._attentions, repeat("processor")))
+        return list(map(dict.get, self._attending, repeat("processor")))
 
     def look(self) -> Any:
         """A value that is equal to the one before as long as nothing has changed."""
@@ -262,6 +282,8 @@ class _Watch:
             list(map(len, self._around)),
             list(map(any, map(_HOOKS, self._owns))),
             list(map(id, self._processors())),
+            list(map(_call, self._kinds)),  # a class has another function
+            list(map(dict.get, self._of_processors, repeat("__call__"))),
             list(map(dict.get, self._attentions, repeat("fused_projections"))),
             list(map(dict.get, self._divisors, self._divisor_names)),
             [bool(registry.hooks) for registry in self._registries],
