@@ -100,6 +100,23 @@ def test_the_number_of_steps_of_an_earlier_call_tells_nothing(steps):
         assert type(pipe._num_timesteps) is int and pipe._num_timesteps == steps
 
 
+def test_a_loop_without_its_denoiser_is_told_whatever_an_earlier_call_had():
+    """A picture of strength 0 has no steps, and leaves that on the pipeline."""
+
+    def loop(self, prompt_embeds, negative_prompt_embeds, latents, steps, g):
+        return latents * g
+
+    for left in (0, 3):
+        with running(loop) as pipe:
+            pipe._num_timesteps = left
+            with (
+                pag_fast.patched(pipe, LAYER, pag_scale=SCALE, strict=True),
+                pytest.raises(ValueError, match="no forward of the unet was seen"),
+            ):
+                run_call(pipe)
+            assert pipe._num_timesteps == left
+
+
 def test_an_adaptive_scale_where_the_loop_makes_its_own_steps():
     made = diffusers.FlowMatchEulerDiscreteScheduler()
     # s − a·(1000 − t) is zero from t = 700 on

@@ -147,12 +147,17 @@ def own_timestep(pipe: Any, at: Any, cache: dict[Any, Any]) -> Any:
     """
     if not isinstance(at, (int, float, torch.Tensor)):
         return None
-    host = host_timesteps(pipe, cache)
-    index = _known_index(pipe, at) if isinstance(at, torch.Tensor) else None
-    if index is None or not 0 <= index < len(host):
-        value = timestep_value(pipe, at, cache)
-        index = _index_of(host, value, cache.get("last", -1))
+    index = _index(pipe, at, cache)
     return None if index is None else pipe.scheduler.timesteps[index]
+
+
+def _index(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int | None:
+    """The position among the scheduler's timesteps, by memory, else by value."""
+    host = host_timesteps(pipe, cache)
+    index = _known_index(pipe, timestep) if isinstance(timestep, torch.Tensor) else None
+    if index is None or not 0 <= index < len(host):
+        index = _index_of(host, timestep_value(pipe, timestep, cache), cache.get("last", -1))
+    return index
 
 
 def _known_index(pipe: Any, timestep: torch.Tensor) -> int | None:
@@ -172,29 +177,21 @@ def _index_in(all_steps: Any, timestep: torch.Tensor) -> int | None:
 
 
 def _position(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int:
-    """The position among the scheduler's timesteps; remembers the first one that is asked for."""
-    host = host_timesteps(pipe, cache)
-    index = _known_index(pipe, timestep) if isinstance(timestep, torch.Tensor) else None
-    if index is None or not 0 <= index < len(host):
-        index = _find(host, timestep_value(pipe, timestep, cache), cache.get("last", -1))
+    """The position among the scheduler's timesteps; remembers the first one that is asked for.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    index = _index(pipe, timestep, cache)
+    if index is None:
+        value, count = timestep_value(pipe, timestep, cache), len(host_timesteps(pipe, cache))
+        raise ValueError(
+            f"The denoiser was called at timestep {value:g}, which is none of the scheduler's "
+            f"{count}: a schedule cannot tell which step that is. Patch with schedule=None."
+        )
     cache["last"] = index
     cache["first"] = min(cache.get("first", index), index)
     return index
-
-
-def _find(host: list[float], value: float, last: int) -> int:
-    """Where ``value`` is, as :func:`_index_of`.
-
-    Raises:
-        ValueError: nowhere.
-    """
-    index = _index_of(host, value, last)
-    if index is not None:
-        return index
-    raise ValueError(
-        f"The denoiser was called at timestep {value:g}, which is none of the scheduler's "
-        f"{len(host)}: a schedule cannot tell which step that is. Patch with schedule=None."
-    )
 
 
 def _index_of(host: list[float], value: float, last: int) -> int | None:

@@ -12,7 +12,7 @@ from ..models.registry import COND, PERTURBED, UNCOND
 from ..sharing.guidance_reuse import Difference
 from .findings import Findings
 from .forwards import Call
-from .guidance import scale_at, scales_ahead
+from .guidance import scale_at, scales_ahead, steps_of_call
 from .installation import Installation
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Guided:
         Args:
             rescales: the pipeline leaves its ``guidance_rescale`` to the guidance op.
         """
-        if self.forwards == getattr(self.pipe, "_num_timesteps", None):
+        if self.forwards == steps_of_call(self.pipe):
             self.forget()
         channels = noise_pred.shape[1]
         sigma = self.installed.learned_sigma

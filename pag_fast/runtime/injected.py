@@ -24,7 +24,7 @@ from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
 from .frames import LoopCode, call_arguments, loop_of, nobody_writes
-from .guidance import guided_cond, host_timesteps
+from .guidance import guided_cond, host_timesteps, steps_of_call
 from .loop import Loop, StepClock, unstepped
 from .observed import SKIP
 from .observed_guidance import REPEATS
@@ -343,6 +343,6 @@ class InjectedSession(Session):
         return with_prediction(out, prediction, turned=self._cond_first and bool(more))
 
     def _is_last_pass(self) -> bool:
-        if self.loop.step + 1 != getattr(self.pipe, "_num_timesteps", None):
+        if self.loop.step + 1 != steps_of_call(self.pipe):
             return False
         return self._pass != COND or not (self.host.sequential and self._cfg())

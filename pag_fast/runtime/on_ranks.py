@@ -12,6 +12,7 @@ from .ahead import Ahead
 from .compatibility_answers import Answer
 from .findings import Findings
 from .forwards import Call, Forward
+from .guidance import steps_of_call
 from .injected import InjectedSession
 from .loop import Loop
 from .predictions import prediction_of, with_prediction
@@ -59,7 +60,7 @@ class OnRanks(Session):
                     f"{found.why(answer)}: on ranks (mesh=...) it would see some of the rows. Take "
                     "it off, or patch without mesh."
                 )
-        steps = getattr(self.pipe, "_num_timesteps", None)
+        steps = steps_of_call(self.pipe)
         mine = self.ranks.enter(
             call,
             layout,

@@ -150,7 +150,8 @@ class PatchState(BasicState):
                     kwargs[name] = value
             if self.host is not None and self.pag_scale == 0.0:
                 return self._run_without(pipe, call, args, kwargs)
-            return self._run(pipe, call, args, kwargs)
+            with own_number_of_steps(pipe):
+                return self._run(pipe, call, args, kwargs)
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
@@ -217,7 +218,7 @@ class PatchState(BasicState):
                 if isinstance(session, InjectedSession):
                     session.start()
             many = enough_graphs() if regional else nullcontext()
-            with own_number_of_steps(pipe), many:
+            with many:
                 result = call(*args, **kwargs)
                 self._check_entered(pipe, sessions)
             if not sessions[0].freed:

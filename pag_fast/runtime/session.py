@@ -26,6 +26,7 @@ from .findings import Findings
 from .forwards import Call, Forward, Views
 from .frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
 from .graphs import Graphs
+from .guidance import steps_of_call
 from .installation import is_eager
 from .instance_patch import Entry, InstancePatch
 from .parallelism import share
@@ -118,7 +119,7 @@ class Session(Warming):
         if whole:
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
         # a picture of strength 0 has no steps
-        none = getattr(self.pipe, "_num_timesteps", None) == 0
+        none = steps_of_call(self.pipe) == 0
         none = none or getattr(self.pipe, "_interrupt", False)
         if self.pag and whole and not self.steps and not none:
             self.patch.fall_back(
