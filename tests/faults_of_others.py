@@ -131,6 +131,13 @@ OTHERS = [
         tests_of("fusion_signatures", "share_a_processor"),
     ),
     Fault(
+        "chunks of rows are not looked at again",
+        "pag_fast/runtime/compatibility_watch.py",
+        'list(map(dict.get, self._chunked, repeat("_chunk_size"))),',
+        "",
+        tests_of("feed_forward_chunks", "AnimateDiff"),
+    ),
+    Fault(
         "functions for settings make branches run apart",
         _ORIGINS,
         "return name in _PASSIVE or name.startswith(_SETTERS)",

@@ -77,6 +77,11 @@ _FRAMES = (
     "Cross-frame attention takes the first frame of a batch that holds uncond and cond alone, and "
     "PAG's batches hold a perturbed part too: use set_default_attn_processor()."
 )
+_CHUNKS: Found = (
+    "feed-forward layers in chunks of rows",
+    Answer.UNSHARED,
+    "feed-forward layers run in chunks of rows (enable_forward_chunking), which fit whole batches.",
+)
 _IN_PARTS: Found = ("weights held in parts", WEIGHTS, "a part of a weight is not fused or kept.")
 STOCK_PAG = "processors of diffusers' PAG"
 _RUNNING: Found = (
@@ -168,6 +173,8 @@ def _of_module(
         yield unknown(f"a method of {who} ({method})")
     yield from _of_parameters(module)
     yield from _of_processor(module, own_package, foreign)
+    if (own.get("_chunk_size") or 1) > 1 and own.get("_chunk_dim") == 0:
+        yield _CHUNKS
     config = own.get("_parallel_config")
     if config is not None:
         if getattr(config, "tensor_parallel_config", None) is not None:

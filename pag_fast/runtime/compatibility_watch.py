@@ -46,6 +46,7 @@ class Watch:
             for own, (_, module) in zip(self._owns, modules, strict=True)
             if getattr(module, "processor", None) is not None
         ]
+        self._chunked = [own for own in self._owns if "_chunk_size" in own]
         self._note_code([module for _, module in modules])
         self._hooked = [o for o in self._owns if "_diffusers_hook" in o or "_hf_hook" in o]
         self.surroundings = Surroundings(modules)
@@ -102,6 +103,8 @@ class Watch:
             list(map(type, chain.from_iterable(map(dict.values, self._parameters)))),
             any(self._bare),
             list(map(dict.get, self._processed, repeat("processor"))),
+            list(map(dict.get, self._chunked, repeat("_chunk_size"))),
+            list(map(dict.get, self._chunked, repeat("_chunk_dim"))),
             hooked,
         )
 
