@@ -138,6 +138,27 @@ OTHERS = [
         tests_of("feed_forward_chunks", "AnimateDiff"),
     ),
     Fault(
+        "a model that is traced again begins its schedule again",
+        "pag_fast/runtime/traced.py",
+        "self.loop.scales.update(scales)",
+        "",
+        tests_of("derived_late", "counting and stop"),
+    ),
+    Fault(
+        "residuals keep their rows where branches run apart",
+        "pag_fast/runtime/row_decision.py",
+        "between = not BLOCK_RESIDUALS.isdisjoint(call) and _complete_unknown(",
+        "between = not (found.unshared or BLOCK_RESIDUALS.isdisjoint(call)) and _complete_unknown(",
+        tests_of("hosts_options", "residuals_when_apart"),
+    ),
+    Fault(
+        "fused projections are taken for their layers",
+        "pag_fast/runtime/injected.py",
+        "check_fused({} if self.installed.runs_stock else self.installed.attentions)",
+        "",
+        tests_of("fused_by_diffusers", "others_since"),
+    ),
+    Fault(
         "functions for settings make branches run apart",
         _ORIGINS,
         "return name in _PASSIVE or name.startswith(_SETTERS)",

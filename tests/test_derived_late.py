@@ -60,6 +60,31 @@ def test_another_order_runs_apart(late, layers, shared, cfg):
     assert pipe._pag_fast.steps["not shared"] >= 5
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": pag_fast.Schedule(stop=5)},
+        {"schedule": pag_fast.Schedule(start=1, stop=5)},
+        {"schedule": pag_fast.Schedule(adaptive=0.001, stop=5)},
+        {"reuse": pag_fast.Reuse(every=3)},
+    ],
+    ids=["stop", "start", "adaptive", "reuse"],
+)
+def test_branches_that_part_in_mid_call_go_on_counting_steps(options):
+    """That nothing can be shared shows in the middle of a call, whose steps are known."""
+    call = {**prompts(), "num_inference_steps": 6}
+    pipe = _build("another order")
+    with pag_fast.patched(pipe, LAYERS[:1], share_branches=False, **options):
+        slow = pipe(**call)
+    pag_fast.patch(pipe, LAYERS[:1], **options)
+    with pytest.warns(UserWarning, match="ran in another order"):
+        fast = pipe(**call)
+    assert relative(fast, slow) < 1e-5
+    always = pag_fast.patch(_build("another order"), LAYERS[:1])
+    with pytest.warns(UserWarning, match="ran in another order"):
+        assert relative(always(**call), slow) > 1e-4
+
+
 def test_blocks_that_end_early_run_apart():
     pipe, call = _build("nothing"), {**prompts(), **STEPS}
     pag_fast.patch(pipe, LAYERS)

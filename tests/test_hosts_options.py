@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import diffusers
 import pytest
 import tiny
 import torch
-from built_hosts import FLUX, SD, SD3, built_host, denoiser_of
+from built_hosts import FLUX, SD, SD3, built_host, denoiser_of, slow
 from numerics import observing, relative
 from sweep.spec import photo
 from tiny_hosts import HOSTS, build, call_kwargs, latents
@@ -202,3 +203,34 @@ def test_blocks_with_one_stream_or_code_between_them(name, how):
             pictures.append(latents(pipe, kwargs)[:1])
     assert relative(pictures[0], pictures[1]) < 1e-5
     assert relative(pictures[2], pictures[0]) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"share_branches": False}], ids=["shared", "apart"])
+@pytest.mark.parametrize("name", [n for n in HOSTS if "ControlNetPipeline" in n])
+def test_residuals_when_apart(name, options):
+    """Whatever makes branches run apart, a ControlNet's residuals get their rows."""
+    pipe, layers = build(name), HOSTS[name].layers["middle"]
+    truth = slow(pipe, name, layers, call_kwargs(name, pipe))
+    first = next(x for x in denoiser_of(pipe).modules() if isinstance(x, torch.nn.Linear))
+    first.register_forward_hook(lambda *_: None)
+    pag_fast.patch(pipe, layers, **options)
+    assert relative(latents(pipe, call_kwargs(name, pipe)), truth) < 1e-5
+    assert set(pipe._pag_fast.steps) == {"not shared"}
+
+
+class Bare(diffusers.StableDiffusionPipeline):
+    """Returns no tuple without ``return_dict``, as StableVideoDiffusionPipeline does."""
+
+    def __call__(self, *args, return_dict=True, **kwargs):
+        found = super().__call__(*args, **kwargs)
+        return found if return_dict else found.images
+
+
+def test_a_pipeline_that_returns_no_tuple():
+    pipe = build(SD)
+    pipe.__class__ = Bare
+    kwargs = {"return_dict": False, "output_type": "latent"}
+    pag_fast.patch(pipe, HOSTS[SD].layers["middle"])
+    expected = pipe(**{**call_kwargs(SD, pipe), "output_type": "latent"}).images
+    found = pipe(**{**call_kwargs(SD, pipe), **kwargs})
+    assert torch.equal(found, expected)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..models.registry import family_of
+from ..processors.fused_projections import check_fused
 from ..processors.rows import PerturbedProcessor
 from ..runtime.compatibility_hooks import cut_arguments
 from ..runtime.installation import check_processors, processor_class
@@ -88,7 +89,7 @@ class Perturbed:
         family = family_of(model)
         check_processors(attentions, family.replaces)
         self._sequence, self._runs = family.sequence, family.tokens
-        self._names = tuple(attentions)
+        self._attentions = attentions
         known = layers_of(model, state)
         self.state = state
         self.changes = [
@@ -100,13 +101,18 @@ class Perturbed:
         ]
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the processors which tokens are text, from the arguments of the model."""
+        """Tell the processors which tokens are text, from the arguments of the model.
+
+        Raises:
+            ValueError: fused projections that are others than their layers.
+        """
+        check_fused(self._attentions)
         call = {**dict(zip(argument_names(model), args, strict=False)), **kwargs}
         if self._sequence is not None:
             self.state.num_contexts, self.state.num_image = self._sequence(model, call)
         if self._runs is not None:
             tokens = in_runs(self._runs(model, call), latents_of(call).device)
-            self.state.tokens = dict.fromkeys(self._names, tokens)
+            self.state.tokens = dict.fromkeys(self._attentions, tokens)
 
 
 def skipped_block(state: BranchState, block: nn.Module) -> Skipped:

@@ -58,7 +58,7 @@ class Installation:
     ) -> None:
         family = family_of(denoiser)
         self.denoiser = denoiser
-        self._runs_stock = family.runs_stock
+        self.runs_stock = family.runs_stock
         self.runs = family.tokens
         self.rows_second = family.rows_second
         self.hooks_show = eager and compiled_call(denoiser) is None
@@ -180,7 +180,7 @@ class Installation:
             ValueError: an attention whose processor does what ours would not.
         """
         check_processors(self.attentions, self.replaces)
-        if self._runs_stock:
+        if self.runs_stock:
             self._follow_processors()
         fusion = self.fusion if fused else None
         if fusion is not None and fusion.refresh():

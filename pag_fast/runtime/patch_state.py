@@ -229,8 +229,8 @@ class PatchState(BasicState):
             raise
         self.session, self.running = None, {}
         undo_all(*[partial(x.end, whole=True) for x in reversed(sessions)])
-        # pipelines that return latents early forget return_dict
-        early = not kwargs.get("return_dict", True) and not isinstance(result, tuple)
+        # pipelines that return latents early forget return_dict; some return no tuple without it
+        early = not kwargs.get("return_dict", True) and hasattr(result, "to_tuple")
         return result.to_tuple() if early else result
 
     def _check_entered(self, pipe: Any, sessions: list[Session]) -> None:

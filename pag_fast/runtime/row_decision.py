@@ -106,6 +106,8 @@ class RowDecision:
             return None
         full, plan = len(layout), self.installed.plan
         added = call["added_cond_kwargs"] if "added_cond_kwargs" in call else None  # noqa: SIM401
+        # whatever else makes branches run apart, residuals get the rows of what they are added to
+        between = not BLOCK_RESIDUALS.isdisjoint(call) and _complete_unknown(call, full, unit, plan)
         reason = ""
         if found.unshared:
             reason = f"the branches run apart, as {found.why(Answer.UNSHARED)}"
@@ -118,7 +120,7 @@ class RowDecision:
                 "masks or residuals tell tokens apart by where they are: shuffled branches run "
                 "apart"
             )
-        elif not BLOCK_RESIDUALS.isdisjoint(call) and _complete_unknown(call, full, unit, plan):
+        elif between:
             reason = "residuals of a ControlNet go between the blocks: the branches run apart"
         if reason:
             self.patch.fall_back(reason)

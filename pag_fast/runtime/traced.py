@@ -80,9 +80,14 @@ class TracedSession(InjectedSession):
             self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Begin again, with what is known of the model now."""
+        """Begin again, with what is known of the model now, at this step of the running loop."""
+        scales, forwards, difference = dict(self.loop.scales), self.forwards, self._difference
+        somebody_writes = self._kept.somebody_writes
         self.installed.left()
         self.start()
+        self.loop.scales.update(scales)
+        self.forwards, self._difference = forwards, difference
+        self._kept.somebody_writes = somebody_writes
 
     # ---- tokens, and the comparison ----
 
