@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
 import types
 
 import pytest
@@ -191,3 +193,30 @@ def test_methods_for_settings_are_nobodys_concern():
     pag_fast.patch(pipe)
     _call(SD, pipe)
     assert not pipe._pag_fast.steps["not shared"]
+
+
+_ALL = """
+import contextlib, importlib, pkgutil, sys
+from torch import nn
+from pag_fast.runtime.compatibility_functions import foreign_functions
+for root in ("diffusers.models", "peft"):
+    for found in pkgutil.walk_packages(importlib.import_module(root).__path__, root + "."):
+        with contextlib.suppress(Exception):  # some want what is not installed
+            importlib.import_module(found.name)
+of_models = {}
+for name, module in list(sys.modules.items()):
+    values = list(vars(module).values()) if name.split(".")[0] in ("diffusers", "peft") else []
+    classes = [x for x in values if isinstance(x, type) and issubclass(x, nn.Module)]
+    if any(x.__module__ == name for x in classes):
+        of_models[name] = foreign_functions([vars(module)])
+assert len(of_models) > 200 and "peft.utils.other" in of_models, len(of_models)
+print({name: found for name, found in of_models.items() if found})
+"""
+
+
+def test_what_libraries_import_is_in_the_place_of_nothing():
+    """Whatever class of theirs is in a model: an adapter of peft's brings its module along."""
+    pytest.importorskip("peft")
+    command = [sys.executable, "-W", "ignore", "-c", _ALL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "{}\n", done.stdout + done.stderr

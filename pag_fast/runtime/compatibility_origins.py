@@ -40,7 +40,9 @@ COMPILED = "torch.compile"
 MIXED_PRECISION = "mixed precision"
 _STANDARD = frozenset({"builtins", "abc", "collections", "typing", "enum"})
 # decorators of the standard library wrap what is looked at behind them
-_PASSED_ON = TRUSTED | sys.stdlib_module_names
+# what the trusted import for files, versions and words, not for rows
+_IMPORTED = frozenset({"huggingface_hub", "packaging", "safetensors", "tqdm", "typing_extensions"})
+_PASSED_ON = TRUSTED | _IMPORTED | sys.stdlib_module_names
 _PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr", "to", "cuda", "cpu"})
 _SETTERS = ("set_", "from_", "save_", "load_", "push_to_hub", "enable_", "disable_")
 # forwards and calls are looked at by themselves
