@@ -159,6 +159,13 @@ OTHERS = [
         tests_of("fused_by_diffusers", "others_since"),
     ),
     Fault(
+        "arguments have the names of a subclass",
+        "pag_fast/sharing/plan.py",
+        'found.sort(key=lambda base: not base.__module__.startswith("diffusers."))',
+        "",
+        tests_of("functions_of_others", "names_no_arguments"),
+    ),
+    Fault(
         "functions for settings make branches run apart",
         _ORIGINS,
         "return name in _PASSIVE or name.startswith(_SETTERS)",

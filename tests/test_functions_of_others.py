@@ -220,3 +220,51 @@ def test_what_libraries_import_is_in_the_place_of_nothing():
     command = [sys.executable, "-W", "ignore", "-c", _ALL]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "{}\n", done.stdout + done.stderr
+
+
+def _varargs(cls):
+    class Own(cls):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    return Own
+
+
+def _renamed(cls):
+    class Own(cls):
+        def forward(self, x, t=None, **kwargs):
+            return super().forward(x, t, **kwargs)
+
+    return Own
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize(
+    ("name", "make"), [(SD, _varargs), (SD, _renamed), (NETS, _varargs), (SD3, _varargs)]
+)
+def test_a_subclass_whose_forward_names_no_arguments(name, make, marked):
+    """The arguments have the names of diffusers' own class, by which they are cut and compared."""
+    pipe = tiny.build(name)
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    truth = _call(name, pipe)
+    model.__class__ = make(type(model))
+    assert relative(_call(name, pipe), truth) < 1e-6
+    if marked:
+        pag_fast.runtime.compatibility.row_wise(type(model))
+    pag_fast.patch(pipe)
+    if marked:
+        assert relative(_call(name, pipe), truth) < 1e-5
+        assert "shared" in pipe._pag_fast.steps
+        return
+    with pytest.warns(UserWarning, match=r"a class of test_functions_of_others \(Own\)"):
+        assert relative(_call(name, pipe), truth) < 1e-5
+
+
+def test_blocks_whose_forward_names_no_arguments():
+    pipe = tiny.build(SD)
+    truth = _call(SD, pipe)
+    for block in pipe.unet.down_blocks:
+        block.__class__ = pag_fast.runtime.compatibility.row_wise(_varargs(type(block)))
+    pag_fast.patch(pipe)
+    with pytest.warns(UserWarning, match="has the unknown structure Own"):
+        assert relative(_call(SD, pipe), truth) < 1e-5

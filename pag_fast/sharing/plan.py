@@ -188,9 +188,15 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 @functools.cache
 def _argument_names(cls: Any) -> tuple[str, ...]:
-    forward = inspect.unwrap(cls.forward)
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)
+    """Those of diffusers' class, or of one that names them: a subclass may take ``*args``."""
+    found = [base for base in cls.__mro__ if "forward" in vars(base) and base is not nn.Module]
+    found.sort(key=lambda base: not base.__module__.startswith("diffusers."))
+    for base in (*found, cls):
+        parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters.values())
+        names = tuple(p.name for p in parameters[1:] if p.kind == p.POSITIONAL_OR_KEYWORD)
+        if not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+            break
+    return names
 
 
 def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:
