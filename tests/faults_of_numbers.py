@@ -13,6 +13,13 @@ _CONTEXT = ("tests/distributed/test_context.py", "-k", "picture and Flux")
 
 NUMBERS = [
     Fault(
+        "any number is a size",
+        "pag_fast/models/inputs.py",
+        "whole_number(name, x, least=1)",
+        "x",
+        tests_of("options", "sizes_are_whole"),
+    ),
+    Fault(
         "CFG the other way round",
         f"{_OPS}combine_guidance.py",
         "torch.lerp(uncond.to(wide), c, guidance_scale)",
