@@ -13,6 +13,13 @@ _CONTEXT = ("tests/distributed/test_context.py", "-k", "picture and Flux")
 
 NUMBERS = [
     Fault(
+        "pictures of 8 bits are compared as if they were in [0, 1]",
+        "pag_fast/tools/metrics.py",
+        "if not is_tensor or not found.is_floating_point():",
+        "if not is_tensor:",
+        tests_of("fidelity", "no_picture"),
+    ),
+    Fault(
         "any number is a size",
         "pag_fast/models/inputs.py",
         "whole_number(name, x, least=1)",
