@@ -57,8 +57,8 @@ def _check(image: Any, reference: Any) -> None:
         if found.numel() and (found.min() < 0 or found.max() > 1):
             raise ValueError(
                 f"Pictures are compared in [0, 1]; got numbers from {found.min().item():.4g} to "
-                f"{found.max().item():.4g}. Divide those of 8 bits by 255; (x + 1) / 2 of those from "
-                "-1 to 1."
+                f"{found.max().item():.4g}. Divide those of 8 bits by 255; of those from -1 to 1 "
+                "take (x + 1) / 2."
             )
     if image.shape != reference.shape:
         raise ValueError(
