@@ -110,6 +110,21 @@ def test_what_comes_behind_the_last_step() -> None:
             assert what in message
 
 
+def stopped(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = torch.distributed.get_rank() == 1
+    return {}
+
+
+def ends_early(mesh: Any) -> str:
+    return raised(mesh, Case(SDXL, {"steps": 3}), callback_on_step_end=stopped)
+
+
+def test_a_call_that_ends_early_on_one_rank() -> None:
+    goes_on, ended = processes.run(2, ends_early)
+    assert "they differ in branches of a step" in goes_on
+    assert "they differ in where the call ends" in ended
+
+
 def gone(mesh: Any) -> str:
     pipe = build(mesh, Case(SDXL))
     torch.distributed.destroy_process_group()
