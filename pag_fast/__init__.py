@@ -70,6 +70,7 @@ _PACKAGES = (
     "guiders",
     "models",
     "ops",
+    "parallel",
     "patching",
     "perturbations",
     "pipelines",

@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input, and files that cannot be read or written, end with a sentence on standard error and
     status 2. A reader that has gone, as that of ``| head``, ends the command without one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # a report has characters that not every encoding has, and the work is done when it is shown
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         arguments = _parser().parse_args(argv)
         status = int(arguments.run(arguments) or 0)
@@ -213,9 +217,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         del call["pag_scale"]
     pipe.set_progress_bar_config(disable=True)
     result = verify(pipe, layers=arguments.layers, **call)
-    print(result)
-    if arguments.json is not None:
-        write_json(arguments.json, result.as_dict())
+    try:  # a report that cannot be shown is there all the same, and the other way round
+        if arguments.json is not None:
+            write_json(arguments.json, result.as_dict())
+    finally:
+        print(result)
     return 0 if result.ok else 1
 
 
@@ -233,12 +239,15 @@ def _describe(arguments: argparse.Namespace) -> None:
     pipe = models.load(arguments.pipeline, as_saved=True)
     pipe.set_progress_bar_config(disable=True)
     found = describe_by_call(pipe, arguments.layers, **call)
-    print(found)
+    try:
+        if arguments.write is not None and found.sources:
+            arguments.write.write_text("\n\n".join(found.sources.values()), encoding="utf-8")
+    finally:
+        print(found)
     if arguments.write is None:
         return
     if not found.sources:
         raise ValueError("Nothing was written: every denoiser of this pipeline is described.")
-    arguments.write.write_text("\n\n".join(found.sources.values()), encoding="utf-8")
     print(f"\n{arguments.write}: put it into pag_fast/models, and see CONTRIBUTING.md")
 
 

@@ -61,8 +61,10 @@ def _layers(arguments: argparse.Namespace) -> None:
         return
     size = given(arguments, height="height", width="width", frames="frames")
     costs = layer_costs(_pipeline(arguments.model), cfg=arguments.cfg == "on", **size)
-    print(costs.table(every=arguments.all))
-    _keep(arguments, costs, "layers_figure")
+    try:
+        _keep(arguments, costs, "layers_figure")
+    finally:
+        print(costs.table(every=arguments.all))
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -79,12 +81,14 @@ def _explain(arguments: argparse.Namespace) -> None:
         explanation = replace(
             explanation, findings=(), launches=(), notes=(*explanation.notes, _UNSEEN)
         )
-    print(explanation)
-    _keep(arguments, explanation, "explanation_figure")
+    try:
+        _keep(arguments, explanation, "explanation_figure")
+    finally:
+        print(explanation)
 
 
 def _keep(arguments: argparse.Namespace, shown: Any, figure: str) -> None:
-    """Write what was printed as JSON and as a picture, where that is asked for."""
+    """Write what is printed as JSON and as a picture, where that is asked for."""
     if arguments.json is not None:
         _write(arguments.json, shown.as_dict())
     if arguments.plot is not None:
@@ -115,10 +119,12 @@ def _ledger(arguments: argparse.Namespace) -> None:
         print(f"counted {entry.label}", file=sys.stderr)
     costs = [(entry.label, entry.cost) for entry in entries]
     unit = flops_unit(costs)
-    print(f"{unit} per step and image, matrix products, convolutions and attention\n")
-    print("\n".join(flops_table(costs, "pipeline")))
-    if arguments.json is not None:
-        _write(arguments.json, [entry.as_dict() for entry in entries])
+    try:
+        if arguments.json is not None:
+            _write(arguments.json, [entry.as_dict() for entry in entries])
+    finally:
+        print(f"{unit} per step and image, matrix products, convolutions and attention\n")
+        print("\n".join(flops_table(costs, "pipeline")))
 
 
 def _write(path: Path, data: Any) -> None:

@@ -84,21 +84,27 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     own = wanted if perturbs or host is not None else None
     cls = type(pipe) if before is None else before.original_class
     new = PatchState(config, cls, original, own, host)
+    _hand_over(before, new)
     if before is not None:
-        new.inherit(before)
         before.release()
     try:
         new.recall(pipe)
         new.compile(pipe)
     except BaseException:
         if before is not None:  # it goes on, and compiles again in its next call
-            before.inherit(new)
+            _hand_over(new, before)
             before.enter_models(pipe)
         raise
     _put_on(pipe, new)
     if own is not None and host is None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
+
+
+def _hand_over(before: BasicState | None, new: BasicState | None) -> None:
+    """What a patch with PAG has made is the next one's: those of other kinds make nothing."""
+    if isinstance(before, PatchState) and isinstance(new, PatchState):
+        new.inherit(before)
 
 
 def _wanted(pipe: Any, config: PatchConfig, original: Any) -> list[str | int]:
@@ -156,9 +162,7 @@ def patched(pipe: P, layers: Layers | None = None, **options: Any) -> Iterator[P
     try:
         yield pipe
     finally:
-        inner = getattr(pipe, "_pag_fast", None)
-        if isinstance(before, PatchState) and isinstance(inner, PatchState):
-            before.inherit(inner)
+        _hand_over(getattr(pipe, "_pag_fast", None), before)
         unpatch(pipe)
         if before is not None:
             injected = before.host is not None

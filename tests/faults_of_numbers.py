@@ -13,6 +13,20 @@ _CONTEXT = ("tests/distributed/test_context.py", "-k", "picture and Flux")
 
 NUMBERS = [
     Fault(
+        "pictures of 8 bits are compared as if they were in [0, 1]",
+        "pag_fast/tools/metrics.py",
+        "if not is_tensor or not found.is_floating_point():",
+        "if not is_tensor:",
+        tests_of("fidelity", "no_picture"),
+    ),
+    Fault(
+        "any number is a size",
+        "pag_fast/models/inputs.py",
+        "whole_number(name, x, least=1)",
+        "x",
+        tests_of("options", "sizes_are_whole"),
+    ),
+    Fault(
         "CFG the other way round",
         f"{_OPS}combine_guidance.py",
         "torch.lerp(uncond.to(wide), c, guidance_scale)",

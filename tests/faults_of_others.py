@@ -12,6 +12,20 @@ _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
     Fault(
+        "what is equal to something row-wise is row-wise",
+        "pag_fast/runtime/compatibility_origins.py",
+        "_ROW_WISE.get(id(thing)) is thing or",
+        "any(thing == marked for marked in _ROW_WISE.values()) or",
+        tests_of("compatibility_hooks", "row_wise_goes_by"),
+    ),
+    Fault(
+        "a report that an encoding lacks characters for ends the command",
+        "pag_fast/cli.py",
+        'stream.reconfigure(errors="replace")',
+        "pass",
+        tests_of("verify_command", "encoding"),
+    ),
+    Fault(
         "ops are opaque to gradients",
         "pag_fast/ops/backend.py",
         "return torch.is_grad_enabled() and any(",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planting import Fault
 
 _PLACEMENT, _RANKS = "pag_fast/parallel/placement.py", "pag_fast/parallel/ranks.py"
+_AGREEMENT = "pag_fast/parallel/agreement.py"
 _ON_RANKS, _AHEAD = "pag_fast/runtime/on_ranks.py", "pag_fast/runtime/ahead.py"
 
 
@@ -31,8 +32,36 @@ RANKS = [
         "ranks compare nothing behind the first step",
         _RANKS,
         "differs = (notes != notes[0]).any(0)",
-        "differs = torch.zeros(3, dtype=torch.bool)",
+        "differs = torch.zeros(4, dtype=torch.bool)",
         _tests("ranks_agree", "callback_sets_apart"),
+    ),
+    Fault(
+        "ranks do not compare what the last step leaves",
+        _RANKS,
+        "refuse(torch.stack([ended, latents, kind & latents]), _DRAWN)",
+        "pass",
+        _tests("ranks_agree", "behind_the_last"),
+    ),
+    Fault(
+        "ranks do not compare their guidance scales",
+        _RANKS,
+        "code(scales)",
+        "0",
+        _tests("ranks_agree", "last_combination"),
+    ),
+    Fault(
+        "ranks do not compare their settings when a call begins",
+        _AGREEMENT,
+        "refuse((found != found[0]).any(0), names)",
+        "pass",
+        _tests("ranks_agree", "last_combination"),
+    ),
+    Fault(
+        "a layer's heads are told from rows that a rank has none of",
+        "pag_fast/processors/rows.py",
+        "heads, x.shape[2] // heads)",
+        "heads, -1)",
+        _tests("ranks", "every_perturbation and 3"),
     ),
     Fault(
         "uncond ahead has cond's kept conditioning",

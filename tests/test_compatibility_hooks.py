@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -22,6 +23,7 @@ from pag_fast.runtime.compatibility import (
     refuse,
     row_wise,
 )
+from pag_fast.runtime.compatibility_origins import is_row_wise
 from pag_fast.sharing.replacement import Replacement
 from pag_fast.sharing.rows import BranchState
 
@@ -170,6 +172,31 @@ def test_what_is_said_to_be_row_wise() -> None:
 
     block.register_forward_hook(wrapper)  # a wrapper is another thing
     assert [f.answer for f in look(model)] == [UNKNOWN]
+
+
+def test_row_wise_goes_by_what_a_thing_is_not_by_what_it_equals() -> None:
+    first, second = _Settings(), _Settings()  # equal, and without a hash
+    assert row_wise(first) is first and is_row_wise(first) and not is_row_wise(second)
+    assert row_wise(first.__call__) == first.__call__ and is_row_wise(second.__call__)
+    with pytest.raises(ValueError, match=r"mark its class, row_wise\(_Slotted\)"):
+        row_wise(_Slotted())
+    with pytest.raises(ValueError, match="row_wise takes what can be referred to weakly"):
+        row_wise(3)
+    assert not is_row_wise(_Slotted())
+    row_wise(_Slotted)
+    assert is_row_wise(_Slotted())
+
+
+@dataclass
+class _Settings:
+    strength: float = 1.0
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Slotted:
+    __slots__ = ("x",)
 
 
 def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:

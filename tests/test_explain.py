@@ -271,6 +271,7 @@ def test_env(capsys):
     [
         (["layers", "NoPipeline"], "Unknown pipeline 'NoPipeline'"),
         (["layers", "no/such/folder"], "could not be read as a pipeline"),
+        (["layers", ""], "'' could not be read as a pipeline of diffusers: it names nothing."),
         (
             ["layers", "SanaPAGPipeline", "--frames", "9"],
             "frames is for pipelines that make videos",

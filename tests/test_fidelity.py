@@ -49,6 +49,19 @@ def test_shapes_must_agree(metric):
         metric(_pictures(2), _pictures(3))
 
 
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_what_is_no_picture_is_a_sentence(metric):
+    right = torch.rand(1, 3, 16, 16)
+    bytes_ = (right * 255).to(torch.uint8)
+    for wrong in (bytes_, right.numpy(), [right], None, right > 0.5):
+        for pair in ((wrong, right), (right, wrong), (wrong, wrong)):
+            with pytest.raises(ValueError, match=r"tensors of floating-point numbers in \[0, 1\]"):
+                metric(*pair)
+    for wrong in (bytes_.float(), right * 2 - 1):
+        with pytest.raises(ValueError, match=r"compared in \[0, 1\]; got numbers from"):
+            metric(wrong, right)
+
+
 def test_nearest_picture_and_ranks():
     images = _pictures()
     known = NearestPicture("abcd", images)

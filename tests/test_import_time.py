@@ -80,5 +80,7 @@ def test_what_a_type_checker_sees_is_what_there_is():
     lazy = {name: module for name, module in pag_fast._MODULES.items() if name in typed}
     assert typed == lazy
     assert {*typed, "__version__"} == set(pag_fast.__all__)
-    folders = {path.stem for path in Path(pag_fast.__file__).parent.iterdir()}
-    assert set(pag_fast._PACKAGES) <= folders
+    found = [*Path(pag_fast.__file__).parent.iterdir()]
+    assert set(pag_fast._PACKAGES) <= {path.stem for path in found}
+    packages = {path.name for path in found if (path / "__init__.py").exists()}
+    assert packages <= set(pag_fast._PACKAGES)

@@ -14,6 +14,8 @@ from fractions import Fraction
 
 import numpy
 import pytest
+import tiny_ltx2
+import tiny_sag
 import torch
 from tiny import build, call_kwargs, latents
 
@@ -146,6 +148,28 @@ def test_whole_numbers():
     assert NoisyScores(seed=2**63 - 1).seed == 2**63 - 1
     with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*63"):
         NoisyScores(seed=2**63)
+
+
+@pytest.mark.parametrize("asked", [pag_fast.explain, pag_fast.layer_costs])
+def test_sizes_are_whole_numbers(asked):
+    pipe = build("StableDiffusionPAGPipeline")
+    for wrong in (*NO_NUMBERS, 64.0, 0, -8):
+        for name in ("height", "width", "frames"):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1"):
+                asked(pipe, **{name: wrong})
+    with pytest.raises(ValueError, match="frames is for pipelines that make videos"):
+        asked(pipe, frames=9)
+    switch = "cfg" if asked is pag_fast.layer_costs else "flops"
+    with pytest.raises(ValueError, match=f"{switch} must be True or False; got 'yes'"):
+        asked(pipe, **{switch: "yes"})
+    assert str(asked(pipe, height=numpy.int64(64), width=torch.tensor(64)))
+
+
+@pytest.mark.parametrize("build_other", [tiny_sag.build_sag, tiny_ltx2.build])
+def test_sizes_of_pipelines_without_pag_are_whole_numbers_too(build_other):
+    for wrong in ("64", 64.0, True, 0):
+        with pytest.raises(ValueError, match="height must be a whole number of at least 1"):
+            pag_fast.explain(build_other(), height=wrong)
 
 
 def test_fractions_of_the_steps_stay_fractions():

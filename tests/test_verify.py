@@ -144,12 +144,31 @@ def test_a_fault_of_what_is_shared_is_told_apart(monkeypatch):
     assert "sharing is the reason" in str(found)
 
 
-def test_where_diffusers_fails():
+def test_where_diffusers_fails(snapshot):
     """SD3.5 with dual attention is what diffusers' own PAG cannot run."""
     name = "StableDiffusion3PAGPipeline"
     pipe = build(name, sd35=True)
+    before = snapshot(pipe)
     found = pag_fast.verify(pipe, **_call(name, pipe))
     assert found.ok and "nothing shared, as diffusers' own fails with" in found.reference
+    assert snapshot(pipe) == before
+
+
+def test_what_stock_leaves_where_it_alone_fails(snapshot):
+    """CFG turned off by a callback: diffusers' own PAG cannot tell its rows apart."""
+
+    def without_cfg(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]} if index == 0 else {}
+
+    pipe = build(UNET)
+    before, wanted = snapshot(pipe), tiny.latents(pipe, tiny.call_kwargs(UNET, pipe, pag_scale=0.0))
+    call = _call(UNET, pipe, callback_on_step_end=without_cfg)
+    found = pag_fast.verify(pipe, **call, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert found.ok and "diffusers' own fails with" in found.reference
+    assert snapshot(pipe) == before
+    again = tiny.latents(pipe, tiny.call_kwargs(UNET, pipe, pag_scale=0.0))
+    assert torch.equal(again, wanted)
 
 
 def test_what_is_not_finite_differs(monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import sys
 
 import diffusers
 import pytest
@@ -18,6 +20,37 @@ def test_command(capsys, tmp_path):
     assert "StableDiffusionPAGPipeline: equal but for rounding" in text
     assert "compared with diffusers' own pipeline" in text and "steps: shared 2" in text
     assert json.loads(file.read_text("utf-8"))["ok"] is True
+
+
+class _Stream(io.TextIOWrapper):
+    def shown(self):
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_report_in_an_encoding_that_has_not_all_its_characters(encoding, monkeypatch, tmp_path):
+    """As in a Windows console, or in a pipe where the locale is C."""
+    file = tmp_path / "x.json"
+    for command in (["verify", "--steps", "1"], ["explain"], ["layers", "emoji"]):
+        out = _Stream(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*command, "--json", str(file)]) == 0
+        assert "StableDiffusionPAGPipeline" in out.shown() and json.loads(file.read_text("utf-8"))
+        assert encoding != "ascii" or "?" in out.shown()
+        file.unlink()
+
+
+def test_what_was_written_is_there_where_nobody_can_be_told(monkeypatch, tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    for command in (["verify", "--steps", "1"], ["explain"], ["layers", "emoji"]):
+        file = tmp_path / f"{command[0]}.json"
+        assert main([*command, "--json", str(file)]) == 2
+        assert json.loads(file.read_text("utf-8"))
 
 
 def test_command_with_a_pipeline_of_ones_own(capsys, tmp_path):

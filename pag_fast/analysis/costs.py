@@ -14,7 +14,14 @@ from ..models.layer_names import resolve, self_attentions
 from ..models.registry import denoiser_name, family_of, uncompiled
 from ..patching import applied_layers, check_pipeline
 from ..pipelines.description import PipelineDescription
-from ..pipelines.registry import HOSTS, has_layers, host_of
+from ..pipelines.registry import (
+    HOSTS,
+    describe_pipeline,
+    described_with,
+    has_layers,
+    host_of,
+)
+from ..settings.checks import switch
 from ..settings.layers import as_list
 from .flops import patched_flops
 from .lower_bound import Bound, Traced, row_flops, trace
@@ -103,11 +110,19 @@ def _has_uncond(title: str, host: PipelineDescription | None) -> bool:
     return False
 
 
-def _check(pipe: Any) -> None:
-    """Raises ValueError for a pipeline that cannot be patched, or has no layers to choose."""
+def _host_with_layers(pipe: Any) -> tuple[PipelineDescription | None, tuple[str | int, ...]]:
+    """The description of a pipeline without PAG as it would be with layers, and its layers.
+
+    Raises:
+        ValueError: a pipeline that cannot be patched, or has no layers to choose.
+    """
     check_pipeline(pipe)
+    found = describe_pipeline(pipe)
+    if found.kind == "stock":  # it gets PAG on the layers that are named, and has none of its own
+        return described_with(pipe, perturbs=True), ()
     if not has_layers(pipe):
         raise ValueError(f"{type(pipe).__name__} has no layers to choose: it gets no PAG.")
+    return host_of(pipe), tuple(as_list(applied_layers(pipe)))
 
 
 def layer_costs(
@@ -134,24 +149,21 @@ def layer_costs(
     Raises:
         ValueError: a pipeline that cannot be patched, or a name that is not known.
     """
+    switch("cfg", cfg)
     config = PatchConfig()
     if isinstance(pipe, str):
         card = find_card(pipe)
-        size = card.size
+        size = card.size.but(height, width, frames)
         host = HOSTS.get(card.pipeline)
         layers: tuple[str | int, ...] = card.documented_layers
         title, model = f"{card.name}, {card.checkpoint}", meta_model(card)
     else:
-        _check(pipe)
+        host, layers = _host_with_layers(pipe)
         if hasattr(pipe, "_pag_fast"):
             config = pipe._pag_fast.config
-        size = Size.of(pipe)
-        host, layers = host_of(pipe), tuple(as_list(applied_layers(pipe)))
-        title, model = (
-            type(pipe).__name__,
-            meta_twin(uncompiled(getattr(pipe, denoiser_name(pipe)))),
-        )
-    size = size.but(height, width, frames)
+        size = Size.of(pipe).but(height, width, frames)
+        denoiser = uncompiled(getattr(pipe, denoiser_name(pipe)))
+        title, model = type(pipe).__name__, meta_twin(denoiser)
     try:
         chosen = tuple(resolve(model, layers, exact=config.exact_layers))
     except ValueError:  # a small model has not the layers that are named for the published one

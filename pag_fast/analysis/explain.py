@@ -9,7 +9,7 @@ import torch
 
 from ..config import PatchConfig
 from ..fusion import Fusion
-from ..models.inputs import Inputs, Size
+from ..models.inputs import Inputs, Size, given_sizes
 from ..models.registry import (
     controlnets,
     denoiser_name,
@@ -23,6 +23,7 @@ from ..pipelines.registry import denoiser_names, describe_pipeline
 from ..runtime.compatibility import explain_lines, look, own_package
 from ..runtime.installation import Installation, is_eager
 from ..runtime.perturbed_branches import PerturbedBranch
+from ..settings.checks import switch
 from ..sharing.conditioning_cache import invariant_modules
 from ..sharing.plan import BranchPlan
 from ..sharing.unet_plan import plan_controlnet
@@ -59,10 +60,11 @@ def explain(
     from .sag import explain_sag
 
     check_pipeline(pipe)
+    switch("flops", flops)
     if is_sag(pipe):
-        return explain_sag(pipe, size=(height, width))
+        return explain_sag(pipe, size=given_sizes(height, width, frames, video=False))
     if describe_pipeline(pipe).kind == "stock":
-        return explain_stock(pipe, size=(height, width))
+        return explain_stock(pipe, size=given_sizes(height, width, frames, video=True))
     found = getattr(pipe, "_pag_fast", None)
     config = PatchConfig() if found is None else found.config
     model = uncompiled(getattr(pipe, denoiser_name(pipe)))

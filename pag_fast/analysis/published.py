@@ -97,7 +97,12 @@ def find_card(pipeline: str) -> ModelCard:
     """
     if pipeline in CARDS:
         return CARDS[pipeline]
-    if pipeline in SAG_PIPELINES or pipeline in STOCK_PIPELINES:
+    if pipeline in STOCK_PIPELINES:
+        raise ValueError(
+            f"{pipeline} gets PAG on layers that are named, and the published size of its model is "
+            "not known here: give layer_costs a pipeline that is loaded."
+        )
+    if pipeline in SAG_PIPELINES:
         raise ValueError(f"{pipeline} has no layers to choose: it gets no PAG.")
     if pipeline not in HOSTS:
         near = difflib.get_close_matches(pipeline, known_names(), 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..config import PatchConfig
@@ -15,7 +15,7 @@ from .explanation import Explanation, ModelCall
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
-def explain_sag(pipe: Any, *, size: tuple[int | None, int | None] = (None, None)) -> Explanation:
+def explain_sag(pipe: Any, *, size: Mapping[str, int]) -> Explanation:
     """The answer of :func:`pag_fast.explain` for ``StableDiffusionSAGPipeline``.
 
     FLOPs are not predicted: they are stock's but for text keys and values.
@@ -39,7 +39,7 @@ def explain_sag(pipe: Any, *, size: tuple[int | None, int | None] = (None, None)
         calls=tuple(ModelCall(type(model).__name__, cfg, 3 if cfg else 2, rows) for cfg, rows in
                     ((True, "2, then 1"), (False, "1, then 1"))),
         flops=(),
-        size=(size[0] or side, size[1] or side),
+        size=(size.get("height", side), size.get("width", side)),
         schedule="",
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import PatchConfig
@@ -39,7 +40,7 @@ def in_words(guidance: StockGuidance) -> str:
     )
 
 
-def explain_stock(pipe: Any, *, size: tuple[int | None, int | None] = (None, None)) -> Explanation:
+def explain_stock(pipe: Any, *, size: Mapping[str, int]) -> Explanation:
     """The answer of :func:`pag_fast.explain` for a pipeline that gets no PAG."""
     found, described = getattr(pipe, "_pag_fast", None), describe_pipeline(pipe)
     guidance = described.stock_guidance
@@ -61,7 +62,7 @@ def explain_stock(pipe: Any, *, size: tuple[int | None, int | None] = (None, Non
             for name, rows in ((kind, 1 + cfg), (f"{kind}, {guidance.name}", 1))
         ),
         flops=(),
-        size=(size[0] or 0, size[1] or 0),
+        size=(size.get("height", 0), size.get("width", 0)),
         schedule="",
         steps={} if found is None else dict(found.steps),
         fallbacks={} if found is None else dict(found.fallbacks),

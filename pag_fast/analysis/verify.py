@@ -23,7 +23,7 @@ import torch
 from ..config import PatchConfig
 from ..models.registry import denoiser_name, uncompiled
 from ..patching import check_pipeline, patched
-from ..pipelines.registry import has_layers, host_of
+from ..pipelines.registry import denoiser_names, described_with
 from ..settings.layers import Layers
 from ..version import __version__
 from .explain import explain
@@ -166,7 +166,8 @@ def verify(
         found_by = _compare(out, stock)
         bound = BOUNDS.get(denoiser.dtype, BOUNDS[torch.bfloat16])
         from_unshared = None
-        if not found_by["relative"] <= bound and reference == _DIFFUSERS and has_layers(pipe):
+        differs = not found_by["relative"] <= bound
+        if differs and reference == _DIFFUSERS and explanation.layers:
             from_unshared = _compare(out, _unshared(pipe, config, call))["relative"]
     return Verification(
         pipeline=type(pipe).__name__,
@@ -204,16 +205,20 @@ def _stock(
     """What to compare with, in words, and its output."""
     default = PatchConfig()
     changes = [name for name in _CHANGES if getattr(config, name) != getattr(default, name)]
-    if host_of(pipe) is None and (not has_layers(pipe) or not changes):
+    # layers may make another pipeline of it than the patch that it has, or none, by now
+    perturbs = config.layers is not None or config.branches is not None
+    kind = described_with(pipe, perturbs=perturbs).kind
+    if kind != "injected" and not (kind == "pag" and changes):
         twin = _twin(pipe)
-        if has_layers(pipe):
+        if kind == "pag":
             # by their full names: stock takes neither short names nor numbers
             twin.pag_applied_layers = [f"^{re.escape(name)}$" for name in explanation.layers]
         try:
-            return _DIFFUSERS, _run(twin, call)
+            with _processors_kept(pipe):
+                return _DIFFUSERS, _run(twin, call)
         except Exception as error:  # it has defects that a patch mends; ARCHITECTURE.md lists them
             why = f"diffusers' own fails with {type(error).__name__}: {error}"
-    elif host_of(pipe) is None:
+    elif kind != "injected":
         why = f"the patch has {', '.join(changes)}"
     else:
         why = "the pipeline has no PAG itself"
@@ -297,6 +302,20 @@ def _call(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- nothing is left behind ----
+
+
+@contextmanager
+def _processors_kept(pipe: Any) -> Iterator[None]:
+    """Stock leaves its processors on the model where its call raises."""
+    models = [uncompiled(getattr(pipe, name)) for name in denoiser_names(pipe)]
+    layers = [m for model in models for m in model.modules() if hasattr(m, "set_processor")]
+    before = [(layer, layer.processor) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, processor in before:
+            if layer.processor is not processor:
+                layer.set_processor(processor)
 
 
 @contextmanager

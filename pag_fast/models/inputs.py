@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..settings.checks import whole_number
 from .description import ControlNetDescription
 from .registry import CONTROLNETS, DESCRIPTIONS, find, find_controlnet
 from .tensors import NewTensors
@@ -41,13 +42,8 @@ class Size:
         Raises:
             ValueError: a number that is no size, or frames of a picture.
         """
-        given = {"height": height, "width": width, "frames": frames}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
-        if frames is not None and self.frames == 1:
-            raise ValueError("frames is for pipelines that make videos: this one makes pictures.")
-        return replace(self, **{k: v for k, v in given.items() if v is not None})
+        given = given_sizes(height, width, frames, video=self.frames > 1)
+        return replace(self, **given)
 
     @staticmethod
     def of(pipe: Any) -> Size:
@@ -74,6 +70,19 @@ class Size:
     def inputs(self, model: Any) -> Inputs:
         """Forward arguments of ``model`` at this size."""
         return lambda rows: forward_kwargs(model, rows=rows, **asdict(self))
+
+
+def given_sizes(height: Any, width: Any, frames: Any, *, video: bool) -> dict[str, int]:
+    """Those that are given, by name.
+
+    Raises:
+        ValueError: a number that is no size, or frames of a picture.
+    """
+    found = {"height": height, "width": width, "frames": frames}
+    given = {name: whole_number(name, x, least=1) for name, x in found.items() if x is not None}
+    if frames is not None and not video:
+        raise ValueError("frames is for pipelines that make videos: this one makes pictures.")
+    return given
 
 
 _SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")

@@ -33,6 +33,8 @@ class Exchange:
     def __init__(self, mesh: Any) -> None:
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self._group = mesh.get_group()
+        # of the latest slabs: bytes in front of the notes
+        self._end = 0
 
     def _all(self, mine: torch.Tensor) -> torch.Tensor:
         """``[n]`` of every rank as ``[ranks, n]``."""
@@ -59,7 +61,7 @@ class Exchange:
         """
         shape, dtype = mine.shape[1:], mine.dtype
         each = unit * shape.numel() * mine.element_size()
-        end = -(-most * each // 8) * 8  # numbers begin on eight bytes
+        self._end = end = -(-most * each // 8) * 8  # numbers begin on eight bytes
         sent = torch.empty(end + 8 * note.numel(), dtype=torch.uint8, device=mine.device)
         own = counts[self.rank] * unit
         sent[: own * each // unit] = mine[:own].contiguous().flatten().view(torch.uint8)
@@ -70,3 +72,13 @@ class Exchange:
             for row, count in zip(got, counts, strict=True)
         ]
         return torch.cat(parts), got[:, end:].contiguous().view(_NUMBER)
+
+    def last(self, note: torch.Tensor) -> torch.Tensor:
+        """The notes of all ranks, ``[ranks, n]``, without slabs.
+
+        As long as the latest slabs, so that it meets those of a rank that has not ended yet.
+        """
+        sent = note.new_zeros(self._end // 8 + note.numel())
+        sent[self._end // 8 :] = note
+        got = self._all(sent.view(torch.uint8))
+        return got[:, self._end :].contiguous().view(_NUMBER)

@@ -6,8 +6,7 @@ gets the predictions of all: from there on, all ranks compute the same from the 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +14,18 @@ import torch
 from ..models.registry import PERTURBED, UNCOND
 from ..sharing.arguments import batched, latents_of
 from ..sharing.rows import BranchState
+from .agreement import code, refuse
 from .exchange import Exchange, checksum
 from .placement import cut, slabs_of, spans
 
 _AGREED = ("latents' size or dtype", "number of steps", "perturbed layers")
-_NOTED = ("branches of a step", "prompts or other conditioning", "latents or timesteps")
+_NOTED = (
+    "branches of a step",
+    "guidance scales",
+    "prompts or other conditioning",
+    "latents or timesteps",
+)
+_DRAWN = ("where the call ends", "latents behind the last step", "output_type")
 
 
 class Ranks:
@@ -54,6 +60,7 @@ class Ranks:
         *,
         same: bool,
         settings: Sequence[Any],
+        scales: Sequence[Any],
         ahead: dict[str, Any] | None = None,
     ) -> tuple[str, ...]:
         """Leave this rank's rows alone in ``call``, and its slabs in ``state``.
@@ -61,6 +68,7 @@ class Ranks:
         Args:
             same: the conditioning is that of the forward before.
             settings: numbers and words that have to be equal on all ranks: steps, layers.
+            scales: the same, of this step: what predictions are going to be combined with.
             ahead: arguments of a forward of uncond by itself, which runs now on the first rank:
                 :meth:`gathered` then returns its prediction, too, in front of the others.
 
@@ -74,7 +82,7 @@ class Ranks:
         found = spans(everything, self.size)
         self._counts = tuple(stop - start for start, stop in found)
         self._unit = unit
-        self._write_note(call, layout, frames, same=same)
+        self._write_note(call, layout, frames, scales, same=same)
         if not self._agreed:
             self._agree(call, settings)
         start, stop = found[self.rank]
@@ -93,7 +101,13 @@ class Ranks:
         return mine
 
     def _write_note(
-        self, call: dict[str, Any], layout: Sequence[str], frames: int, *, same: bool
+        self,
+        call: dict[str, Any],
+        layout: Sequence[str],
+        frames: int,
+        scales: Sequence[Any],
+        *,
+        same: bool,
     ) -> None:
         latents = latents_of(call)
         device, rows = latents.device, latents.shape[0]
@@ -102,19 +116,19 @@ class Ranks:
             found = batched(lasting, rows, frames)
             self._conditioning = checksum(found.values(), device)
         of_step = [latents, *(x for x in [call.get("timestep")] if isinstance(x, torch.Tensor))]
-        key = tuple(layout), device
+        key = tuple(layout), tuple(scales), device
         if key not in self._codes:
-            self._codes[key] = torch.tensor([_code(layout)], device=device)
+            self._codes[key] = torch.tensor([code(layout), code(scales)], device=device)
         parts = self._codes[key], self._conditioning, checksum(of_step, device)
         self._note = torch.cat(parts)
 
     def _agree(self, call: dict[str, Any], settings: Sequence[Any]) -> None:
         """Compare what predictions could not even be exchanged without."""
         latents = latents_of(call)
-        own = [_code([*latents.shape, latents.dtype]), *map(_code, settings)]
+        own = [code([*latents.shape, str(latents.dtype)]), *map(code, settings)]
         numbers = torch.cat([torch.tensor(own, device=latents.device), self._note])
         found = self._exchange.numbers(numbers).cpu()
-        self._refuse((found != found[0]).any(0), (*_AGREED, *_NOTED))
+        refuse((found != found[0]).any(0), (*_AGREED, *_NOTED))
         self._agreed = True
 
     def prompts(self, layout: Sequence[str]) -> tuple[int, int]:
@@ -142,29 +156,24 @@ class Ranks:
             differs |= self._differing
         self._differing = differs
         if not differs.is_cuda:
-            self.finish()
+            self._look()
         return whole
 
-    def finish(self) -> None:
-        """The call has ended.
+    def _look(self) -> None:
+        differing, self._differing = self._differing, None
+        if differing is not None:
+            refuse(differing.cpu(), _NOTED)
+
+    def finish(self, drawn: Iterable[torch.Tensor], output_type: Any) -> None:
+        """The call has ended, with ``drawn``: the last combination, and who changes it, come late.
 
         Raises:
             ValueError: on all ranks, ones that did not draw the same picture.
         """
-        differing, self._differing = self._differing, None
-        if differing is not None:
-            self._refuse(differing.cpu(), _NOTED)
-
-    def _refuse(self, differing: torch.Tensor, names: Sequence[str]) -> None:
-        wrong = [name for name, differs in zip(names, differing.tolist(), strict=True) if differs]
-        if wrong:
-            raise ValueError(
-                f"The {self.size} ranks of this mesh do not draw the same picture: they differ in "
-                f"{', '.join(wrong)}. Give all of them the same arguments, and a generator with "
-                "the same seed."
-            )
-
-
-def _code(value: Any) -> int:
-    """A number that is the same in every process for equal words and numbers."""
-    return zlib.crc32(repr(value).encode())
+        self._look()
+        device = self._note.device
+        said = torch.tensor([code(_DRAWN), code(output_type), 0], device=device)
+        notes = self._exchange.last(torch.cat([said, checksum(drawn, device)])).cpu()
+        ended, kind, _, latents = (notes != notes[0]).any(0)
+        # where only the output is another, some loops leave the same latents
+        refuse(torch.stack([ended, latents, kind & latents]), _DRAWN)

@@ -273,7 +273,8 @@ def _unchanged(value: Any) -> Any:
 
 def heads_last(x: torch.Tensor, heads: int) -> torch.Tensor:
     """A projection ``[rows, N, H·D]`` seen as ``[rows, N, H, D]``."""
-    return x.view(*x.shape[:2], heads, -1)
+    # not −1, which PyTorch cannot tell of no rows: a rank that perturbs alone has none that attend
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads)
 
 
 def project_out(attn: Any, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -49,8 +49,9 @@ _SETTERS = ("set_", "from_", "save_", "load_", "push_to_hub", "enable_", "disabl
 _LOOKED_AT = frozenset({"forward", "processor", "_compiled_call_impl"})
 
 T = TypeVar("T")
-# not an attribute, which functools.wraps would hand on to wrappers
-_ROW_WISE: WeakSet[Any] = WeakSet()
+# not an attribute, which functools.wraps would hand on to wrappers; by id, as what is equal is not
+# the same, and some things have no hash
+_ROW_WISE: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def row_wise(thing: T) -> T:
@@ -62,18 +63,27 @@ def row_wise(thing: T) -> T:
 
     Returns:
         ``thing`` itself, so that it can decorate.
+
+    Raises:
+        ValueError: something that cannot be remembered without keeping it alive.
     """
-    _ROW_WISE.add(getattr(thing, "__func__", thing))
+    marked = getattr(thing, "__func__", thing)
+    try:
+        _ROW_WISE[id(marked)] = marked
+    except TypeError:
+        name = type(marked).__name__
+        raise ValueError(
+            f"row_wise takes what can be referred to weakly, and an object of {name} cannot: mark "
+            f"its class, row_wise({name}), or add '__weakref__' to its __slots__."
+        ) from None
     return thing
 
 
 def is_row_wise(thing: Any) -> bool:
     """Whether :func:`row_wise` has been said of it, or of its class."""
     thing = getattr(thing, "__func__", thing)
-    try:
-        return thing in _ROW_WISE or type(thing) in _ROW_WISE
-    except TypeError:  # neither hashable nor to be referred to weakly, so nobody has marked it
-        return False
+    cls = type(thing)
+    return _ROW_WISE.get(id(thing)) is thing or _ROW_WISE.get(id(cls)) is cls
 
 
 def origin(function: Any) -> str:
@@ -101,7 +111,7 @@ def package(name: str) -> str:
 
 def foreign_class(cls: type) -> str:
     """The package that gives a class behaviour of its own, if it is none that is trusted."""
-    if cls in _ROW_WISE:
+    if _ROW_WISE.get(id(cls)) is cls:
         return ""
     for base in inspect.getmro(cls):
         where = package(base.__module__)

@@ -83,11 +83,11 @@ class InjectedSession(Session):
         self._rows = RowDecision(
             self.installed, self.patch, RowEquality(nobody_writes), copies=True
         )
-        if self.host.stock_guidance is not None and self.patch.config.share_branches:
+        own = self.host.stock_guidance if self.patch.config.share_branches else None
+        # where a trace has the call begin anew, what was kept of cond's forward stays good
+        if own is not None and self._stock is None:
             denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
-            self._stock = StockPasses(
-                self.patch, self.pipe, denoiser, self.host.stock_guidance, graphs=graphs
-            )
+            self._stock = StockPasses(self.patch, self.pipe, denoiser, own, graphs=graphs)
 
     def begin_loop(self) -> None:
         super().begin_loop()

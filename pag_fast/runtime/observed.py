@@ -127,6 +127,7 @@ class ObservedLoop:
         guidance: what it subtracts is cond's.
         """
         self.assumed = False
+        before = self.seen.get("branches")
         found = self._pass_of(call, rows, local, seen)
         if found != COND:
             return found
@@ -134,6 +135,8 @@ class ObservedLoop:
         if COND not in seen:
             self._first = settings
         elif settings != self._first and settings[0] == self._first[0]:
+            if before is not None:  # it has no rows of uncond, wherever those are
+                self.seen["branches"] = before
             return SKIP
         return COND
 

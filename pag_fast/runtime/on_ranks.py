@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..models.registry import COND, UNCOND
+from ..parallel.agreement import agree_on, settings_of
 from ..parallel.ranks import Ranks
 from ..sharing.arguments import complete_rows, frames_of, latents_of
 from .ahead import Ahead
@@ -26,6 +32,25 @@ if TYPE_CHECKING:
 _SEES_ALL = (Answer.UNSHARED, Answer.KEEP_ROWS, Answer.RECHECK)
 
 
+def agree(pipe: Any, patch: PatchState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A call on ranks is about to begin: all of them have the same settings, and all have PAG.
+
+    Raises:
+        ValueError: on all ranks, if they have not.
+    """
+    found: dict[str, Any] = {
+        "pag_scale": patch.pag_scale,
+        "pag_adaptive_scale": patch.pag_adaptive_scale,
+    }
+    if patch.host is None:
+        with suppress(TypeError):  # arguments that do not fit are the call's to refuse
+            bound = inspect.signature(patch.original_class.__call__).bind(pipe, *args, **kwargs)
+            bound.apply_defaults()
+            given = {**kwargs, **bound.arguments}
+            found = {name: given.get(name) for name in found}
+    agree_on(patch.config.mesh, settings_of(patch.config) | found, pipe._execution_device)
+
+
 class OnRanks(Session):
     """As the session that it is mixed into, on this rank's rows; all ranks combine the same."""
 
@@ -34,14 +59,25 @@ class OnRanks(Session):
     def __init__(self, pipe: Any, patch: PatchState, *args: Any) -> None:
         super().__init__(pipe, patch, *args)
         self.ranks = Ranks(patch.config.mesh)
+        # of the perturbed branches, in the step that begins
+        self._scales_now: tuple[float, ...] = ()
 
     def begin(self, layers: Any, cfg: bool) -> None:
         super().begin(layers, cfg)
         self.ranks.branches = len(self.installed.branches)
 
     def end(self, *, whole: bool) -> None:
-        told = [self.ranks.finish] if whole else []
+        # the frame of a loop that has returned still has its variables
+        ran = self._frame if whole and self.forwards else None
+        told = [] if ran is None else [partial(self._finish, ran.f_locals)]
         undo_all(*told, partial(super().end, whole=whole))
+
+    def _finish(self, local: Mapping[str, Any]) -> None:
+        self.ranks.finish(_drawn(local), local.get("output_type"))
+
+    def _scales_at(self, timestep: Any) -> tuple[float, ...]:
+        self._scales_now = super()._scales_at(timestep)
+        return self._scales_now
 
     def _own_rows(
         self, call: Call, layout: tuple[str, ...], frames: int, found: Findings, *, same: bool
@@ -69,6 +105,7 @@ class OnRanks(Session):
             self.installed.state,
             same=same,
             settings=(steps, self.installed.plan.order),
+            scales=(*self._scales_now, self._own_rescale(), *_scales_among(self._locals)),
             ahead=self._uncond_ahead(),
         )
         return mine, same
@@ -84,6 +121,21 @@ class OnRanks(Session):
         """The output with the predictions of all branches."""
         whole = self.ranks.gathered(prediction_of(out))
         return out if whole is out[0] else with_prediction(out, whole)
+
+
+def _drawn(local: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What a loop leaves: its latents, or all that it has where it calls them otherwise."""
+    latents = local["latents"] if "latents" in local else None  # noqa: SIM401
+    if isinstance(latents, torch.Tensor):
+        return [latents]
+    return [x for _, x in sorted(local.items()) if isinstance(x, torch.Tensor)]
+
+
+def _scales_among(local: Mapping[str, Any]) -> Iterator[float]:
+    """The numbers of a loop that it calls scales: every pipeline has some of its own."""
+    for name, x in sorted(local.items()):
+        if "scale" in name and isinstance(x, int | float):
+            yield x
 
 
 class InjectedOnRanks(OnRanks, InjectedSession):

@@ -28,7 +28,7 @@ from .injected import InjectedSession
 from .installation import Installation
 from .loop import Loop
 from .observed_session import session_of
-from .on_ranks import InjectedOnRanks, OnRanks
+from .on_ranks import InjectedOnRanks, OnRanks, agree
 from .perturbed_branches import perturbed_branches
 from .retained import leave_behind, take_over
 from .session import Session
@@ -144,10 +144,10 @@ class PatchState(BasicState):
                 value = check_scale(name, kwargs.get(name))
                 if self.host is not None:
                     kwargs.pop(name, None)
-                if value is not None and self.host is not None:
-                    setattr(self, name, value)
-                elif value is not None:
-                    kwargs[name] = value
+                if value is not None:
+                    (kwargs if self.host is None else vars(self))[name] = value
+            if self.config.mesh is not None:
+                agree(pipe, self, args, kwargs)
             if self.host is not None and self.pag_scale == 0.0:
                 return self._run_without(pipe, call, args, kwargs)
             with own_number_of_steps(pipe):

@@ -181,6 +181,8 @@ def _check_source(source: str) -> None:
     """Raises where there is no folder, and no such id can be: nobody waits for a network."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if not source.strip():  # to Python the folder that it runs in
+        raise _Damaged("it names nothing.")
     if Path(source).is_dir():
         return
     if Path(source).exists():

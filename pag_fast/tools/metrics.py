@@ -17,7 +17,7 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
     nothing before.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or these are no pictures in [0, 1].
     """
     _check(image, reference)
     error = (image.double() - reference.double()).square().mean().item()
@@ -31,7 +31,7 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
     'pag-fast[metrics]'``).
 
     Raises:
-        ValueError: the shapes differ or are not (n, 3, H, W).
+        ValueError: the shapes differ or are not (n, 3, H, W), or these are no pictures in [0, 1].
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -45,7 +45,21 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
     return value.item()
 
 
-def _check(image: torch.Tensor, reference: torch.Tensor) -> None:
+def _check(image: Any, reference: Any) -> None:
+    for found in (image, reference):
+        is_tensor = isinstance(found, torch.Tensor)
+        if not is_tensor or not found.is_floating_point():
+            kind = f"a tensor of {found.dtype}" if is_tensor else f"a {type(found).__name__}"
+            raise ValueError(
+                "Pictures are compared as tensors of floating-point numbers in [0, 1]; got "
+                f"{kind}. Convert what has 8 bits: torch.from_numpy(numpy.array(picture)) / 255."
+            )
+        if found.numel() and (found.min() < 0 or found.max() > 1):
+            raise ValueError(
+                f"Pictures are compared in [0, 1]; got numbers from {found.min().item():.4g} to "
+                f"{found.max().item():.4g}. Divide those of 8 bits by 255; of those from -1 to 1 "
+                "take (x + 1) / 2."
+            )
     if image.shape != reference.shape:
         raise ValueError(
             f"Pictures of shape {tuple(image.shape)} cannot be compared with pictures of shape "

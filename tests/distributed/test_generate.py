@@ -119,6 +119,16 @@ def test_a_bad_row_fails_alone_and_is_named(tmp_path: Path) -> None:
     assert json.loads((out / "report.0-of-1.json").read_text())["drawn"] == 1
 
 
+def test_the_longest_id_and_what_is_said_of_a_row_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "dog", "id": "x" * 251}, {"prompt": "dog", "nonsense": 1}]
+    assert _generate(_prompts(tmp_path, rows), tmp_path / "out") == 1
+    assert list(_pictures(tmp_path / "out")) == [f"{'x' * 251}.png"]
+    said = capsys.readouterr()
+    assert "1 drawn, 0 were there, 1 failed" in said.out and "picture" not in said.err
+
+
 def test_other_settings_and_other_rows_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +196,10 @@ def test_shards_that_are_none(text: str) -> None:
         ('{"prompt": 3}', "has no prompt"),
         ('{"prompt": "dog", "id": "../x"}', "cannot be the name of a file"),
         ('{"prompt": "dog", "id": ".x"}', "cannot be the name of a file"),
-        ('{"prompt": "dog", "id": true}', "cannot be the name of a file"),
+        ('{"prompt": "dog", "id": true}', "id true cannot be the name of a file"),
+        ('{"prompt": "dog", "id": null}', "id null cannot be the name of a file"),
+        ('{"prompt": "dog", "id": ""}', "id '' cannot be the name of a file"),
+        (f'{{"prompt": "dog", "id": "{"x" * 252}"}}', "use at most 251 letters"),
         ('{"prompt": "dog", "seed": -1}', "seed -1"),
         ('{"prompt": "dog", "seed": 1.5}', "seed 1.5"),
         ('{"prompt": "dog", "negative_prompt": 1}', "negative_prompt 1"),

@@ -21,6 +21,7 @@ from examples.ranks.draw import main as draw_example
 from pag_fast import Branch, Reuse, Schedule
 from pag_fast.analysis.counter import FlopCounter
 from pag_fast.analysis.ranks import rank_costs
+from pag_fast.perturbations.branch import NAMES
 from pag_fast.runtime.compatibility_origins import row_wise
 from pag_fast.tools.load import emoji
 
@@ -93,6 +94,13 @@ def test_pictures_of_other_pipelines(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_options(size: int) -> None:
     compare(size, OPTIONS if size == 3 else [*OPTIONS[:5], Case("Flux2Pipeline")])
+
+
+@pytest.mark.parametrize(("size", "name"), [(2, SD3), (3, SDXL)])
+def test_every_perturbation(size: int, name: str) -> None:
+    # each alone on a rank, where no row attends
+    call = {"cfg": size == 3, "steps": 1}
+    compare(size, [Case(name, call, {"perturbation": perturbation}) for perturbation in NAMES])
 
 
 def test_compiled() -> None:

@@ -10,9 +10,12 @@ import pytest
 import tiny
 import tiny_hosts
 import torch
-from rank_cases import SD3, SDXL, Case, build, check, draw, module_of
+from rank_cases import FLUX, SD3, SDXL, Case, build, check, draw, module_of
 
 import pag_fast
+from pag_fast import Branch, PatchConfig, Schedule
+from pag_fast.parallel.agreement import code, settings_of
+from pag_fast.perturbations import Identity, NoisyScores, SoftIdentity
 
 
 def raised(mesh: Any, case: Case, **more: Any) -> str:
@@ -40,6 +43,104 @@ def test_ranks_that_differ_raise_on_all() -> None:
     for found in processes.run(2, disagree):
         for what, message in found.items():
             assert "do not draw the same picture" in message and what in message, message
+
+
+# what one rank has of its own in a call of one step: only the last combination shows it
+APART: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "pag_scale": ({"pag_scale": 0.0}, {}),
+    "guidance scales": ({"guidance_rescale": 0.7}, {}),
+    "perturbation": ({}, {"perturbation": NoisyScores(seed=1)}),
+    "rescale, rescale_mode": ({}, {"rescale_mode": "full", "rescale": 0.7}),
+    "schedule": ({}, {"schedule": Schedule(per_step=[2.0])}),
+}
+
+
+def disagree_at_last(mesh: Any) -> dict[str, str]:
+    found = {}
+    for what, (call, options) in APART.items():
+        mine = (call, options) if mesh.get_rank() else ({}, {})
+        found[what] = raised(mesh, Case(SDXL, {"steps": 1}, mine[1]), **mine[0])
+    weak = {"true_cfg_scale": 4.0 - mesh.get_rank()}
+    found["guidance scales "] = raised(mesh, Case(FLUX, {"steps": 1}), **weak)
+    weak = {"pag_scale": float(mesh.get_rank())}
+    found["pag_scale "] = raised(mesh, Case(FLUX, {"steps": 1}), **weak)
+    return found
+
+
+def test_what_only_the_last_combination_shows() -> None:
+    for found in processes.run(2, disagree_at_last):
+        assert len(found) == len(APART) + 2
+        for what, message in found.items():
+            assert f"they differ in {what.strip()}" in message, message
+
+
+def test_settings_that_are_the_same_picture_are_the_same_number() -> None:
+    def one(step: Any) -> float:
+        return 1.0
+
+    alike = [
+        PatchConfig(branches=[Branch("mid", "identity")], schedule=Schedule(per_step=one)),
+        PatchConfig(branches=[Branch(["mid"], Identity())], schedule=Schedule(per_step=one)),
+    ]
+    (first, second) = [
+        {name: code(value) for name, value in settings_of(config).items()} for config in alike
+    ]
+    assert first == second
+    assert code(3) == code(3.0) != code(True)
+    other = settings_of(PatchConfig(branches=[Branch("mid", SoftIdentity(0.5))]))
+    assert code(other["branches"]) != first["branches"]
+
+
+def moved(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": kwargs["latents"] + torch.distributed.get_rank()}
+
+
+def late(mesh: Any) -> dict[str, str]:
+    one, first = Case(SDXL, {"steps": 1}), mesh.get_rank() == 0
+    return {
+        "differ in latents behind the last step.": raised(mesh, one, callback_on_step_end=moved),
+        # what a loop leaves has then been scaled for the VAE
+        "step, output_type.": raised(mesh, one, output_type="pt" if first else "latent"),
+    }
+
+
+def test_what_comes_behind_the_last_step() -> None:
+    for found in processes.run(2, late):
+        for what, message in found.items():
+            assert what in message
+
+
+def stopped(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = torch.distributed.get_rank() == 1
+    return {}
+
+
+def ends_early(mesh: Any) -> str:
+    return raised(mesh, Case(SDXL, {"steps": 3}), callback_on_step_end=stopped)
+
+
+def test_a_call_that_ends_early_on_one_rank() -> None:
+    goes_on, ended = processes.run(2, ends_early)
+    assert "they differ in branches of a step" in goes_on
+    assert "they differ in where the call ends" in ended
+
+
+def gone(mesh: Any) -> str:
+    pipe = build(mesh, Case(SDXL))
+    torch.distributed.destroy_process_group()
+    try:
+        pipe(**tiny.call_kwargs(SDXL, pipe))
+    except ValueError as error:
+        return str(error)
+    finally:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return "nothing was raised"
+
+
+def test_a_call_without_its_process_group() -> None:
+    for found in processes.run(2, gone):
+        assert "mesh needs the process group that it was made in" in found
 
 
 def shifted(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Folder:
 
     def save(self, row: Row, picture: Image.Image) -> None:
         """Write a picture to its place: whole, or not at all."""
-        part, text = self._part(row.name), PngInfo()
+        part, text = self._part(row.digest), PngInfo()  # a name may be as long as a file's can be
         text.add_text(_KEY, row.digest)
         try:
             with part.open("wb") as file:

@@ -13,6 +13,7 @@ from typing import Any
 from ...settings import checks
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_LONGEST = 255 - len(".png")
 _SCALES = frozenset({"pag_scale", "guidance_scale"})
 # what this command sets itself, for all rows
 _SET = frozenset({"generator", "num_images_per_prompt", "output_type", "return_dict", "latents"})
@@ -82,12 +83,13 @@ def _row(file: Path, number: int, line: str, seed: int) -> Row:
         raise ValueError(f"{where} is no JSON ({error}): write {{'prompt': '...'}}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}.')
-    name = content.pop("id", f"{number:06d}")
-    name = str(name) if isinstance(name, int | str) and not isinstance(name, bool) else ""
-    if not _NAME.fullmatch(name):
+    given = content.pop("id", f"{number:06d}")
+    name = str(given) if isinstance(given, int | str) and not isinstance(given, bool) else ""
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST:
+        said = repr(given) if isinstance(given, str) else json.dumps(given)
         raise ValueError(
-            f"{where}: id {name!r} cannot be the name of a file: use letters, digits, '_', '-' "
-            "and '.'."
+            f"{where}: id {said} cannot be the name of a file: use at most {_LONGEST} letters, "
+            "digits, '_', '-' and '.'."
         )
     own = content.pop("seed", seed + number)
     if not isinstance(own, int) or isinstance(own, bool) or not 0 <= own < 2**63:

@@ -139,7 +139,7 @@ def _draw_all(
     draw: _Drawing, rows: list[Row], folder: Folder, size: int, shard: Shard
 ) -> list[dict[str, str]]:
     failed: list[dict[str, str]] = []
-    with progress(len(rows), "picture", name=f"shard {shard}") as bar:
+    with progress(len(rows), "row", name=f"shard {shard}") as bar:
         for batch in batches(rows, size):
             for row, error in _draw(draw, batch, folder):
                 if error is not None:
