@@ -100,4 +100,18 @@ OPS = [
         "not number < stop",
         tests_of("op_arguments", "refused"),
     ),
+    Fault(
+        "calls inside of torch.func run",
+        "pag_fast/runtime/compatibility_surroundings.py",
+        "if peek_interpreter_stack() is not None:",
+        "if False:",
+        tests_of("tangents", "transforms"),
+    ),
+    Fault(
+        "weights are packed where one has a tangent",
+        "pag_fast/runtime/compatibility_surroundings.py",
+        "if forward_ad._current_level >= 0:",
+        "if False:",
+        tests_of("tangents", "weight"),
+    ),
 ]
