@@ -112,12 +112,14 @@ def check_mask(
     dtype = attn_mask.dtype
     if dtype != torch.bool and not dtype.is_floating_point:
         raise ValueError(f"attn_mask must be boolean or floating-point numbers; got {dtype}.")
-    shape = tuple(attn_mask.shape)
-    sizes = zip(reversed(shape), reversed(scores), strict=False)
-    known = len(shape) < 4 or shape[0] in (1, scores[0], query_rows)
-    if len(shape) > 4 or not known or any(a not in (1, b) for a, b in list(sizes)[:3]):
+    fits = attn_mask.ndim <= 4
+    if fits:
+        rows, heads, queries, keys = (1, 1, 1, 1)[attn_mask.ndim :] + attn_mask.shape
+        known = rows in (1, scores[0], query_rows) and heads in (1, scores[1])
+        fits = known and queries in (1, scores[2]) and keys in (1, scores[3])
+    if not fits:
         raise ValueError(
             f"attn_mask must broadcast to [rows, heads, queries, keys], {tuple(scores)}; got "
-            f"{shape}."
+            f"{tuple(attn_mask.shape)}."
         )
     return attn_mask if attn_mask.ndim > 1 else attn_mask.reshape(1, -1)

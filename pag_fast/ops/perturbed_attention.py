@@ -49,8 +49,6 @@ def perturbed_attention(
     derived = check_attention(
         q, k, v, num_attend, num_context, attn_mask, num_forked, perturbation, strength
     )
-    if attn_mask is not None and attn_mask.ndim < 2:
-        attn_mask = attn_mask.reshape(1, -1)
     if derived and is_differentiated(q, k, v, attn_mask, strength):
         check_backend(backend)
         return torch_perturbed_attention(
@@ -66,19 +64,8 @@ def perturbed_attention(
     )
     op = torch.ops.pag_fast.perturbed_attention.default
     run = _perturbed_attention if is_unwatched(v) else op
-    return run(
-        q,
-        k,
-        v,
-        num_attend,
-        num_context,
-        attn_mask,
-        scale,
-        num_forked,
-        perturbation,
-        strength,
-        backend,
-    )
+    rest = num_context, attn_mask, scale, num_forked, perturbation, strength, backend
+    return run(q, k, v, num_attend, *rest)
 
 
 def perturbed_attention_(
@@ -100,8 +87,6 @@ def perturbed_attention_(
     rows than ``v``.
     """
     derived = check_attention(q, k, v, num_attend, num_context, attn_mask)
-    if attn_mask is not None and attn_mask.ndim < 2:
-        attn_mask = attn_mask.reshape(1, -1)
     if derived and is_differentiated(q, k, v, attn_mask):
         # attention has kept its values for the way back
         return perturbed_attention(
@@ -299,6 +284,9 @@ def softmax_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """PyTorch's attention on ``[rows, N, H, D]``, the layout of all ops here."""
+    if attn_mask is not None and attn_mask.ndim < 2:
+        # fused attention wants queries and keys
+        attn_mask = attn_mask.reshape(1, -1)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, scale=scale
     ).transpose(1, 2)
