@@ -18,6 +18,7 @@ from pathlib import Path
 from faults_of_calls import CALLS
 from faults_of_kept import KEPT
 from faults_of_numbers import NUMBERS
+from faults_of_ops import OPS
 from faults_of_others import OTHERS
 from faults_of_ranks import RANKS
 from faults_of_seen import SEEN
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 _IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "bench-results")
 
 
-FAULTS = [*NUMBERS, *CALLS, *KEPT, *SEEN, *STOCK, *OTHERS, *RANKS]
+FAULTS = [*NUMBERS, *OPS, *CALLS, *KEPT, *SEEN, *STOCK, *OTHERS, *RANKS]
 
 
 def anchors() -> list[str]:

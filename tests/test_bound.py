@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from pag_fast_kernels.bound import MOST, Launcher, aligned, stride_unit
+from pag_fast_kernels.bound import MOST, Launcher, aligned, laid_out, stride_unit
 
 
 class _Binary:
@@ -63,7 +63,23 @@ def test_other_keys_and_none_are_prepared():
         launch(key, (x, x), (1.0,), _prepare)
     assert len(kernel.whole) == 4
     assert log == []
-    assert set(launch.bound) == {"one", "two"}
+    assert {key for key, *_ in launch.bound} == {"one", "two"}
+
+
+@pytest.mark.parametrize("pointer", [0, 1])
+def test_a_binary_is_of_the_dtypes_of_all_pointers(pointer):
+    launch = Launcher(_Kernel(_Binary([])))
+    for dtype in (torch.float32, torch.float16):
+        pointers = [torch.zeros(4), torch.zeros(4)]
+        pointers[pointer] = pointers[pointer].to(dtype)
+        launch("key", pointers, (1.0,), _prepare)
+    assert len(launch.kernel.whole) == len(launch.bound) == 2
+
+
+def test_an_empty_grid_is_not_launched():
+    launch = Launcher(_Kernel(_Binary([])))
+    launch("key", (torch.zeros(0), torch.zeros(0)), (1.0,), lambda: ((7, 0), (), {}, {}))
+    assert launch.kernel.whole == [] and not launch.bound
 
 
 def test_the_interpreter_has_no_binaries():
@@ -80,6 +96,17 @@ def test_it_does_not_grow_without_end():
     for key in range(MOST + 5):
         launch(key, (x, x), (1.0,), _prepare)
     assert len(launch.bound) <= MOST
+
+
+def test_what_kernels_cannot_address_is_copied():
+    x = torch.empty(2, 8, 4, 16, device="meta")
+    columns = torch.empty(2, 8, 4, 32, device="meta")[..., ::2]
+    # eight times the stride of a token passes 32 bits
+    far = torch.empty_strided((2, 8, 4, 16), (64, 2**28, 16, 1), device="meta")
+    near = torch.empty_strided((2, 8, 4, 16), (64, 2**27, 16, 1), device="meta")
+    found = laid_out(x, columns, far, near)
+    assert found[0] is x and found[3] is near
+    assert [y.stride() for y in found[1:3]] == [x.stride()] * 2
 
 
 def test_alignment():

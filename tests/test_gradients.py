@@ -103,6 +103,29 @@ def test_kernels_have_no_derivative(name):
     _check(name, backend="triton")
 
 
+@pytest.mark.skipif(not pag_fast.ops.backend._installed(), reason="without kernels")
+@pytest.mark.parametrize("part", ["to_q", "to_k", "norm_q", "norm_k"])
+def test_of_one_weight_alone(part):
+    """The key or a norm may be all that is differentiated of what a kernel writes in place."""
+
+    def run(patched):
+        pipe, _ = _built(HUNYUAN, False)
+        named = pipe.transformer.named_parameters()
+        weights = [p for name, p in named if f"attn1.{part}." in name]
+        for p in weights:
+            p.requires_grad_(True)
+        if patched:
+            pag_fast.patch(pipe, backend="triton")
+        kwargs = tiny.call_kwargs(HUNYUAN, pipe, steps=2)
+        with torch.enable_grad():
+            type(pipe).__call__.__wrapped__(pipe, **kwargs)[0].square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in weights])
+
+    stock = run(False)
+    assert stock.norm() > 0
+    assert relative(run(True), stock) < 1e-4
+
+
 def test_compiled():
     # traced, and differentiated by the compiler
     _check(SD3, compile=pag_fast.CompileConfig(backend="aot_eager"))

@@ -208,13 +208,13 @@ def test_auto_on_a_chip_without_a_table(gpu):
     for arguments in ({}, {"num_context": 77}, {"perturbation": "blur"}):
         assert attention_backend("auto", _on_gpu(), num_attend=2, **arguments) == "torch"
     assert attention_backend("triton", _on_gpu(), num_attend=2) == "triton"
-    assert ops.resolve_backend("auto", _on_gpu(), fits=True, default="triton") == "torch"
+    assert ops.resolve_backend("auto", _on_gpu(), default="triton") == "torch"
 
 
 def test_auto_where_the_table_is_silent(gpu):
     gpu["something else"] = None
     v = _on_gpu()
-    assert ops.resolve_backend("auto", v, fits=True, default="triton") == "triton"
+    assert ops.resolve_backend("auto", v, default="triton") == "triton"
     assert attention_backend("auto", v, num_attend=2) == "torch"
     assert attention_backend("auto", v, num_attend=2, num_context=77) == "triton"
     assert attention_backend("auto", v, num_attend=2, perturbation="blur") == "triton"

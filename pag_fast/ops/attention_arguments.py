@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -22,14 +25,25 @@ def check_attention(
     num_forked: int = 0,
     perturbation: str = "identity",
     strength: torch.Tensor | None = None,
-) -> None:
-    """Raises ValueError where the arguments of an attention op do not fit together."""
+) -> bool:
+    """Whether derivatives may go through the call, as far as attributes tell.
+
+    Reading them here costs no call; :func:`pag_fast.ops.backend.is_differentiated` has the rest.
+
+    Raises:
+        ValueError: arguments of an attention op that do not fit together.
+    """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             "perturbed_attention takes q, k and v as [rows, tokens, heads, head_dim]; got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
     rows, tokens = v.shape[:2]
+    if not v.dtype.is_floating_point or not tokens or not v.shape[3]:
+        raise ValueError(
+            "Attention takes floating-point q, k and v of at least one token and one channel; got "
+            f"{tuple(v.shape)} in {v.dtype}."
+        )
     if not 0 <= num_attend <= rows:
         raise ValueError(f"num_attend must be in 0..{rows} (the rows of v); got {num_attend}.")
     if not 0 <= num_context < tokens:
@@ -46,11 +60,8 @@ def check_attention(
         )
     if (strength is not None) != (perturbation == "soft"):
         raise ValueError("strength belongs to perturbation='soft', which cannot do without it.")
-    if strength is not None and tuple(strength.shape) != (v.shape[2],):
-        raise ValueError(
-            f"strength must hold one number for each of {v.shape[2]} heads; got shape "
-            f"{tuple(strength.shape)}."
-        )
+    if strength is not None:
+        _check_strength(strength, v.shape[2])
     expected = (rows if num_context or perturbation != "identity" else num_attend, *v.shape[1:])
     if q.shape != expected or k.shape != expected:
         raise ValueError(
@@ -59,8 +70,56 @@ def check_attention(
         )
     if q.dtype != v.dtype or k.dtype != v.dtype:
         raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    if attn_mask is not None and num_context and (attn_mask.ndim != 4 or attn_mask.shape[2] != 1):
+    derived = q.requires_grad or k.requires_grad or v.requires_grad
+    if attn_mask is not None:
+        mask = check_mask(attn_mask, (rows, v.shape[2], tokens, tokens), q.shape[0])
+        one_for_all = perturbation == "blur" and (rows > num_attend or num_forked)
+        if (num_context or one_for_all) and (mask.ndim != 4 or mask.shape[2] != 1):
+            raise ValueError(
+                "With text tokens, and for perturbation='blur', attn_mask says which keys are seen "
+                f"and has shape [rows, heads or 1, 1, tokens]; got {tuple(attn_mask.shape)}."
+            )
+        derived = derived or mask.requires_grad
+    derived = derived or (strength is not None and strength.requires_grad)
+    return derived or forward_ad._current_level >= 0
+
+
+def _check_strength(strength: torch.Tensor, heads: int) -> None:
+    if not isinstance(strength, torch.Tensor):
         raise ValueError(
-            "With text tokens, attn_mask says which keys are seen and has shape [rows, heads or 1, "
-            f"1, tokens]; got {tuple(attn_mask.shape)}."
+            f"strength must be a tensor of one number for each of {heads} heads; got {strength!r}."
         )
+    if tuple(strength.shape) != (heads,):
+        raise ValueError(
+            f"strength must hold one number for each of {heads} heads; got shape "
+            f"{tuple(strength.shape)}."
+        )
+
+
+def check_mask(
+    attn_mask: torch.Tensor, scores: Sequence[int], query_rows: int | None = None
+) -> torch.Tensor:
+    """The mask with the two dimensions, queries and keys, that PyTorch's attention wants.
+
+    ``scores`` is the shape [rows, heads, queries, keys] that it broadcasts to; ``query_rows`` other
+    rows that it may have.
+
+    Raises:
+        ValueError: no tensor, of integers, or of a shape that does not broadcast.
+    """
+    if not isinstance(attn_mask, torch.Tensor):
+        raise ValueError(f"attn_mask must be a tensor; got {type(attn_mask).__name__}.")
+    dtype = attn_mask.dtype
+    if dtype != torch.bool and not dtype.is_floating_point:
+        raise ValueError(f"attn_mask must be boolean or floating-point numbers; got {dtype}.")
+    fits = attn_mask.ndim <= 4
+    if fits:
+        rows, heads, queries, keys = (1, 1, 1, 1)[attn_mask.ndim :] + attn_mask.shape
+        known = rows in (1, scores[0], query_rows) and heads in (1, scores[1])
+        fits = known and queries in (1, scores[2]) and keys in (1, scores[3])
+    if not fits:
+        raise ValueError(
+            f"attn_mask must broadcast to [rows, heads, queries, keys], {tuple(scores)}; got "
+            f"{tuple(attn_mask.shape)}."
+        )
+    return attn_mask if attn_mask.ndim > 1 else attn_mask.reshape(1, -1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BACKENDS = ("auto", "torch", "triton")
@@ -15,6 +16,11 @@ OLDEST_TRITON = (3, 6)
 # Triton's interpreter is for tests: "auto" does not even import it
 _LEFT_ALONE = ("cpu",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# kernels count elements within a row in 32 bits
+MOST_IN_A_ROW = 2**31
+
+# why the kernel of an op cannot do what a call asks for, given the tensor that decides
+Unfit = Callable[[torch.Tensor], "str | None"]
 
 _LIBRARY = torch.library.Library("pag_fast", "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -45,14 +51,34 @@ def check_backend(backend: str) -> None:
         )
 
 
+def too_large(tensor: torch.Tensor) -> str | None:
+    """Why a kernel cannot address a row of ``tensor``, or ``None``."""
+    elements = tensor.numel() // max(1, tensor.shape[0])
+    if elements < MOST_IN_A_ROW:
+        return None
+    return f"the kernels count elements of a row in 32 bits, and a row has {elements}"
+
+
+def too_wide(tensor: torch.Tensor, widest: int) -> str | None:
+    """As :func:`too_large`, also for more than ``widest`` channels a head."""
+    if tensor.shape[-1] <= widest:
+        return too_large(tensor)
+    return f"the kernel takes heads of up to {widest} channels, not of {tensor.shape[-1]}"
+
+
 def resolve_backend(
-    backend: str, tensor: torch.Tensor, *, fits: bool, default: str | Callable[[], str]
+    backend: str,
+    tensor: torch.Tensor,
+    *,
+    unfit: Unfit = too_large,
+    default: str | Callable[[], str],
 ) -> str:
     """``"torch"`` or ``"triton"`` for one call of an op.
 
     Args:
         tensor: its device and dtype have to be among those the kernels run on.
-        fits: the kernel can do what this call asks for.
+        unfit: says what the kernel of the op cannot do of what this call asks for, if anything. It
+            is asked where kernels could run.
         default: what ``"auto"`` means on a chip that the kernels were measured on. On others it
             means PyTorch.
 
@@ -63,9 +89,8 @@ def resolve_backend(
         return "torch"
     check_backend(backend)
     device = tensor.device
-    runs = fits and tensor.dtype in DTYPES and runs_kernels(device.type, device.index)
-    if device.type == "cpu" and tensor.dtype == torch.bfloat16:
-        runs = False  # Triton's interpreter computes bf16 products wrongly, and does not say so
+    why = _nowhere(tensor) or unfit(tensor)
+    runs = why is None
     if backend == "auto":
         # a chip that nobody has run the kernels on may have surprises
         if not runs or not is_measured(device.type, device.index):
@@ -73,12 +98,25 @@ def resolve_backend(
         return default if isinstance(default, str) else default()
     if not runs:
         raise ValueError(
-            f"backend='triton' cannot run this call on {device} in {tensor.dtype}: the kernels "
-            "take fp16, bf16 and fp32 on NVIDIA GPUs from compute capability 8.0 on and on AMD "
-            "gfx942 and gfx1100, and no mask but a bias per key. backend='auto' falls back to "
-            "PyTorch."
+            f"backend='triton' cannot run this call on {device} in {tensor.dtype}: {why}. "
+            "backend='auto' falls back to PyTorch."
         )
     return "triton"
+
+
+def _nowhere(tensor: torch.Tensor) -> str | None:
+    """Why no kernel takes tensors of that device and dtype."""
+    device, dtype = tensor.device, tensor.dtype
+    if dtype not in DTYPES:
+        return "the kernels take fp16, bf16 and fp32"
+    if not runs_kernels(device.type, device.index):
+        return (
+            "the kernels run on NVIDIA GPUs from compute capability 8.0 on and on AMD gfx942 and "
+            "gfx1100"
+        )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bf16 products wrongly, and does not say so"
+    return None
 
 
 def is_left_alone(backend: str, tensor: torch.Tensor) -> bool:
@@ -87,11 +125,15 @@ def is_left_alone(backend: str, tensor: torch.Tensor) -> bool:
 
 
 def is_differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether gradients go through a call: it then runs in PyTorch, out of place and as no op.
+    """Whether derivatives go through a call: it then runs in PyTorch, out of place and as no op.
 
     Kernels have no derivative, and an op cuts the graph, for compilers and dispatch modes, too.
+    Inside of a level of forward-mode differentiation any tensor may have a tangent, also where
+    gradients are off.
     """
-    # most calls have none, and attributes are read without a call of their own
+    # what follows is calls, and there is a level for nearly nobody
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

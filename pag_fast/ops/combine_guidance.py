@@ -8,9 +8,17 @@ has a thousand and more. PyTorch runs it on every backend; where it is compiled,
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
-from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
+from .backend import (
+    check_backend,
+    define,
+    is_differentiated,
+    is_unwatched,
+    resolve_backend,
+    too_large,
+)
 
 
 def combine_guidance(
@@ -32,26 +40,37 @@ def combine_guidance(
     rescale.
 
     Raises:
-        ValueError: branches of different shapes, an unknown mode, ``"snf"`` with a strength or with
-            predictions that are no pictures, or a backend that is not available.
+        ValueError: branches of different shapes or of integers, an unknown mode, ``"snf"``
+            with a strength or with predictions that are no pictures, or a backend that is not
+            available.
     """
-    for name, branch in (("uncond", uncond), ("perturbed", perturbed)):
-        if branch is not None and branch.shape != cond.shape:
+    # attributes are read without a call
+    derived = forward_ad._current_level >= 0
+    for name, branch in (("uncond", uncond), ("cond", cond), ("perturbed", perturbed)):
+        if branch is None:
+            continue
+        if branch.shape != cond.shape:
             raise ValueError(
                 f"{name} must have the shape of cond, {tuple(cond.shape)}; "
                 f"got {tuple(branch.shape)}."
             )
+        if not (branch.dtype.is_floating_point or branch.dtype.is_complex):
+            raise ValueError(
+                f"Predictions are floating-point numbers: {name} is {branch.dtype}, which would "
+                "cut off what is behind the point."
+            )
+        derived = derived or branch.requires_grad
     check_rescale_mode(rescale_mode)
     if rescale_mode == "snf":
         _check_pictures(cond, rescale)
         check_backend(backend)
         backend = "torch"
-    if cond.requires_grad and is_differentiated(cond):
+    if derived and is_differentiated(uncond, cond, perturbed):
         check_backend(backend)
         return _combine_guidance(
             uncond, cond, perturbed, guidance_scale, pag_scale, rescale, "torch", rescale_mode
         )
-    backend = resolve_backend(backend, cond, fits=cond.ndim > 1, default="triton")
+    backend = resolve_backend(backend, cond, unfit=_unfit, default="triton")
     if torch.compiler.is_compiling():
         return reference.combine_guidance(
             uncond, cond, perturbed, guidance_scale, pag_scale, rescale, rescale_mode
@@ -59,6 +78,12 @@ def combine_guidance(
     op = torch.ops.pag_fast.combine_guidance.default
     run = _combine_guidance if is_unwatched(cond) else op
     return run(uncond, cond, perturbed, guidance_scale, pag_scale, rescale, backend, rescale_mode)
+
+
+def _unfit(cond: torch.Tensor) -> str | None:
+    if cond.ndim > 1:
+        return too_large(cond)
+    return f"the kernel takes predictions [samples, ...], not of shape {tuple(cond.shape)}"
 
 
 def check_rescale_mode(mode: str) -> None:
@@ -133,7 +158,8 @@ def _own(out: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
 
 def flat_samples(x: torch.Tensor) -> torch.Tensor:
     """``x`` with contiguous samples, as a slice of a batch and of its channels has them already."""
-    return x if x[0].is_contiguous() else x.contiguous()
+    # a batch of none has no sample to look at, and is contiguous
+    return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
 def _fake(

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import without_autocast
-from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
+from .backend import (
+    check_backend,
+    define,
+    is_differentiated,
+    is_unwatched,
+    resolve_backend,
+    too_large,
+)
 from .combine_guidance import flat_samples
 
 
@@ -24,22 +32,35 @@ def degrade_latents(
 ) -> torch.Tensor:
     """Latents with their salient parts blurred: one launch with Triton, ten with PyTorch.
 
-    Arguments and dtypes: :func:`pag_fast.ops.reference.degrade_latents`. Weights are Python floats,
-    so that no step waits for the device.
+    Arguments and dtypes: :func:`pag_fast.ops.reference.degrade_latents`. The kernel has one blur
+    for all channels: it takes one that is expanded over them, as ``gaussian_kernel`` makes it.
+    Weights are Python floats, so that no step waits for the device.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
     _check(sample, model_output, received, blur, map_size)
-    if (sample.requires_grad or model_output.requires_grad) and is_differentiated(
-        sample, model_output
-    ):
+    tensors = sample, model_output, received, blur
+    derived = forward_ad._current_level >= 0
+    for x in tensors:
+        derived = derived or x.requires_grad
+    if derived and is_differentiated(*tensors):
         check_backend(backend)
         with without_autocast(sample.device.type):
             return torch_degrade_latents(
                 sample, model_output, received, blur, map_size, clean, noise
             )
-    backend = resolve_backend(backend, sample, fits=True, default="triton")
+
+    def unfit(sample: torch.Tensor) -> str | None:
+        # numbers would have to be read off the device
+        if blur.shape[0] > 1 and blur.stride(0):
+            return (
+                "the kernel has one blur for all channels, which shows where it is expanded over "
+                "them, as gaussian_kernel makes it"
+            )
+        return too_large(sample)
+
+    backend = resolve_backend(backend, sample, unfit=unfit, default="triton")
     op = torch.ops.pag_fast.degrade_latents.default
     run = _degrade_latents if is_unwatched(sample) else op
     with without_autocast(sample.device.type):
@@ -58,6 +79,9 @@ def _check(
             "degrade_latents takes latents and model output of one shape [batch, channels, height, "
             f"width]; got {tuple(sample.shape)} and {tuple(model_output.shape)}."
         )
+    for x in (sample, model_output, received, blur):
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"degrade_latents takes floating-point tensors; one is {x.dtype}.")
     batch, channels, height, width = sample.shape
     expected = batch, map_size[0] * map_size[1]
     if received.shape != expected:
@@ -65,7 +89,7 @@ def _check(
             f"received must have shape {expected}, batch by tokens of a {map_size[0]} × "
             f"{map_size[1]} map; got {tuple(received.shape)}."
         )
-    size = blur.shape[-1]
+    size = blur.shape[-1] if blur.ndim else 0
     if blur.shape != (channels, 1, size, size) or size % 2 == 0:
         raise ValueError(
             f"blur must have shape ({channels}, 1, K, K) with K odd; got {tuple(blur.shape)}."
@@ -124,7 +148,7 @@ def _degrade_latents(
         flat_samples(sample),
         flat_samples(model_output),
         received.contiguous(),
-        blur.contiguous(),
+        blur[:1].contiguous(),
         map_size=map_size,
         clean=clean,
         noise=noise,

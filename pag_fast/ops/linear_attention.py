@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .attention_arguments import check_attention
-from .backend import check_backend, define, is_differentiated, resolve_backend
+from .backend import check_backend, define, is_differentiated, resolve_backend, too_wide
 from .perturbed_attention import forked_rows_like
 
 
@@ -29,11 +29,11 @@ def linear_attention(
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
-    check_attention(q, k, v, num_attend, num_forked=num_forked)
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+    derived = check_attention(q, k, v, num_attend, num_forked=num_forked)
+    if derived and is_differentiated(q, k, v):
         check_backend(backend)
         return torch_linear_attention(q, k, v, num_attend, num_forked)
-    backend = resolve_backend(backend, v, fits=v.shape[-1] <= 128, default="triton")
+    backend = resolve_backend(backend, v, unfit=lambda v: too_wide(v, 128), default="triton")
     return torch.ops.pag_fast.linear_attention.default(q, k, v, num_attend, num_forked, backend)
 
 

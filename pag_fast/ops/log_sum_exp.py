@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
 from . import reference
@@ -71,7 +72,7 @@ def _chunks(
     out = torch.empty_like(q)
     lse = q.new_empty((rows, heads, queries), dtype=wide)
     keys, values = k.to(wide).transpose(-1, -2), v.to(wide)
-    step = max(1, _MAX_SCORES // (rows * heads * k.shape[2]))
+    step = max(1, _MAX_SCORES // max(1, rows * heads * k.shape[2]))
     for start in range(0, queries, step):
         some = slice(start, start + step)
         scores = (q[:, :, some].to(wide) @ keys).mul_(scale)
@@ -108,7 +109,9 @@ def kernel_for(
     ``bias`` is the mask as the kernel would get it.
     """
     device = q.device.type
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    wanted = wanted or (bias is not None and bias.requires_grad)
+    if forward_ad._current_level >= 0 or (wanted and torch.is_grad_enabled()):
         # the log-sum-exp of a fused kernel has no derivative
         return "chunks"
     if device == "meta":
@@ -208,7 +211,7 @@ def itself_and_text(
     bias = None if mask is None else reference.additive(mask, q.dtype)[..., num_image:]
     text_keys, text_values = k[:, num_image:], v[:, num_image:]
     rows, _, heads, dim = q.shape
-    step = max(1, _MAX_PRODUCTS // (rows * heads * dim))
+    step = max(1, _MAX_PRODUCTS // max(1, rows * heads * dim))
     for start in range(0, num_image, step):
         some = slice(start, min(start + step, num_image))
         query = q[:, some]
@@ -218,7 +221,7 @@ def itself_and_text(
         own = torch.addcmul(zero, query, k[:, some]).sum(-1)
         weight = torch.sigmoid(torch.sub(lse, own, alpha=scale)).unsqueeze(-1)
         text = torch.addcmul(zero, weight, text)
-        if text.requires_grad:
+        if text.requires_grad or forward_ad._current_level >= 0:
             out[:, some].copy_(torch.addcmul(text, 1 - weight, v[:, some]))
         else:
             torch.addcmul(text, 1 - weight, v[:, some], out=out[:, some])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .attention_arguments import check_mask
 from .backend import (
     check_backend,
     define,
     is_differentiated,
-    is_left_alone,
     is_unwatched,
     resolve_backend,
+    too_wide,
 )
 
 # scores that are materialised at a time: each takes some 64-bit integers on the way
@@ -42,26 +44,39 @@ def noisy_attention(
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
-    _check(q, k, v, clock)
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+    _check(q, k, v, clock, seed, first_head)
+    if attn_mask is not None:
+        attn_mask = check_mask(attn_mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    derived = q.requires_grad or k.requires_grad or v.requires_grad
+    derived = derived or (attn_mask is not None and attn_mask.requires_grad)
+    derived = derived or forward_ad._current_level >= 0
+    if derived and is_differentiated(q, k, v, attn_mask):
         check_backend(backend)
         return _noisy_attention(
             q, k, v, clock, layer, seed, sigma, attn_mask, scale, first_head, "torch"
         )
-    if not is_left_alone(backend, v):
+
+    def unfit(v: torch.Tensor) -> str | None:
+        if attn_mask is not None:
+            return "the kernel takes no mask"
         # registers: in fp32 a wider head would spill
-        fits = v.shape[-1] <= (64 if v.dtype == torch.float32 else 256) and attn_mask is None
-        fits = fits and all(x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 for x in (k, v))
-        default = "torch" if v.dtype == torch.float32 else "triton"
-        backend = resolve_backend(backend, v, fits=fits, default=default)
-    else:
-        backend = "torch"
+        return too_wide(v, 64 if v.dtype == torch.float32 else 256)
+
+    default = "torch" if v.dtype == torch.float32 else "triton"
+    backend = resolve_backend(backend, v, unfit=unfit, default=default)
     op = torch.ops.pag_fast.noisy_attention.default
     run = _noisy_attention if is_unwatched(v) else op
     return run(q, k, v, clock, layer, seed, sigma, attn_mask, scale, first_head, backend)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, clock: torch.Tensor) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    clock: torch.Tensor,
+    seed: int,
+    first_head: int,
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(
             "noisy_attention takes q as [rows, M, heads, head_dim], k and v as [rows, N, heads, "
@@ -72,8 +87,18 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, clock: torch.Tenso
             f"q, k and v must share heads, head_dim and dtype; got {tuple(q.shape[2:])} and "
             f"{tuple(k.shape[2:])}, {q.dtype}, {k.dtype} and {v.dtype}."
         )
+    if not v.dtype.is_floating_point or 0 in (q.shape[1], k.shape[1], q.shape[3]):
+        raise ValueError(
+            "noisy_attention takes floating-point tensors of at least one token and one channel; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)} in {v.dtype}."
+        )
+    if not isinstance(clock, torch.Tensor):
+        raise ValueError(f"clock must be a tensor of one int64 number; got {clock!r}.")
     if clock.dtype != torch.int64 or clock.numel() != 1:
         raise ValueError(f"clock must be one int64 number; got {clock.dtype} {tuple(clock.shape)}.")
+    for name, number, stop in (("seed", seed, 2**63), ("first_head", first_head, 2**31)):
+        if not isinstance(number, int) or not 0 <= number < stop:
+            raise ValueError(f"{name} must be an integer from 0 to {stop - 1}; got {number!r}.")
 
 
 def _noisy_attention(
@@ -94,7 +119,6 @@ def _noisy_attention(
     if backend == "triton":
         from pag_fast_kernels import noisy_attention as kernel
 
-        q = q if q.stride(-1) == 1 else q.contiguous()
         numbers = {"layer": layer, "seed": seed, "first_head": first_head}
         return kernel(q, k, v, out, clock=clock, **numbers, sigma=sigma, scale=scale)
     rows, queries, heads, _ = q.shape

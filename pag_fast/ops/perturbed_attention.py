@@ -18,6 +18,7 @@ from .backend import (
     is_unwatched,
     measured_backend,
     resolve_backend,
+    too_wide,
 )
 from .log_sum_exp import itself_and_text
 
@@ -39,15 +40,16 @@ def perturbed_attention(
     """Softmax attention for rows ``< num_attend``, perturbed attention for those behind, one call.
 
     Shapes and meaning of every argument: :func:`pag_fast.ops.reference.perturbed_attention`. Any
-    strides are accepted as long as the last one is 1 (a projection's own layout); fp16, bf16, fp32,
-    and fp64 on the PyTorch backend.
+    strides are accepted, and copied where kernels cannot address them; fp16, bf16, fp32, and fp64
+    on the PyTorch backend.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
     """
-    check_attention(q, k, v, num_attend, num_context, attn_mask, num_forked, perturbation, strength)
-    # attributes are read without a call
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+    derived = check_attention(
+        q, k, v, num_attend, num_context, attn_mask, num_forked, perturbation, strength
+    )
+    if derived and is_differentiated(q, k, v, attn_mask, strength):
         check_backend(backend)
         return torch_perturbed_attention(
             q, k, v, num_attend, num_context, attn_mask, scale, num_forked, perturbation, strength
@@ -62,19 +64,8 @@ def perturbed_attention(
     )
     op = torch.ops.pag_fast.perturbed_attention.default
     run = _perturbed_attention if is_unwatched(v) else op
-    return run(
-        q,
-        k,
-        v,
-        num_attend,
-        num_context,
-        attn_mask,
-        scale,
-        num_forked,
-        perturbation,
-        strength,
-        backend,
-    )
+    rest = num_context, attn_mask, scale, num_forked, perturbation, strength, backend
+    return run(q, k, v, num_attend, *rest)
 
 
 def perturbed_attention_(
@@ -95,7 +86,8 @@ def perturbed_attention_(
     overwritten. One Triton launch cannot: it returns a new tensor. Not for the fork, which has more
     rows than ``v``.
     """
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and is_differentiated(q, k, v):
+    derived = check_attention(q, k, v, num_attend, num_context, attn_mask)
+    if derived and is_differentiated(q, k, v, attn_mask):
         # attention has kept its values for the way back
         return perturbed_attention(
             q,
@@ -107,7 +99,6 @@ def perturbed_attention_(
             scale=scale,
             backend=backend,
         )
-    check_attention(q, k, v, num_attend, num_context, attn_mask)
     chosen = attention_backend(
         backend, v, num_attend=num_attend, num_context=num_context, attn_mask=attn_mask
     )
@@ -146,11 +137,14 @@ def attention_backend(
     if is_left_alone(backend, v):
         return "torch"
     rows, tokens, _, head_dim = v.shape
-    fits = head_dim <= 256 and v.stride(-1) == 1 and (attn_mask is None or is_key_bias(attn_mask))
-    # within a row the kernel counts elements in 32 bits
-    fits = fits and tokens * v.stride(1) < 2**31
-    # padded prompts are masked in joint attention: the kernel knows no bias there
-    fits = fits and (attn_mask is None or num_context == 0)
+
+    def unfit(v: torch.Tensor) -> str | None:
+        if attn_mask is not None and not is_key_bias(attn_mask):
+            return "the kernel takes no mask but a bias per key"
+        if attn_mask is not None and num_context:
+            # padded prompts are masked in joint attention: the kernel knows no bias there
+            return "the kernel takes no mask with text tokens"
+        return too_wide(v, 256)
 
     def default() -> str:
         dtype = str(v.dtype).removeprefix("torch.")
@@ -162,7 +156,7 @@ def attention_backend(
         several = num_context > 0 or perturbation != "identity"
         return "triton" if several and v.dtype != torch.float32 else "torch"
 
-    return resolve_backend(backend, v, fits=fits, default=default)
+    return resolve_backend(backend, v, unfit=unfit, default=default)
 
 
 def torch_perturbed_attention(
@@ -240,7 +234,9 @@ def _perturbed_attention(
 
     bias = None
     if attn_mask is not None:
-        bias = attn_mask.expand(q.shape[0], v.shape[2], 1, v.shape[1]).squeeze(2)
+        bias = reference.rows_of(attn_mask, slice(q.shape[0]))
+        assert bias is not None
+        bias = bias.expand(q.shape[0], v.shape[2], 1, v.shape[1]).squeeze(2)
     return kernel(
         q,
         k,
@@ -288,6 +284,9 @@ def softmax_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """PyTorch's attention on ``[rows, N, H, D]``, the layout of all ops here."""
+    if attn_mask is not None and attn_mask.ndim < 2:
+        # fused attention wants queries and keys
+        attn_mask = attn_mask.reshape(1, -1)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, scale=scale
     ).transpose(1, 2)

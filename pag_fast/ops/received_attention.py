@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import lower_all, without_autocast
-from .backend import check_backend, define, is_differentiated, is_unwatched, resolve_backend
+from .backend import (
+    check_backend,
+    define,
+    is_differentiated,
+    is_unwatched,
+    resolve_backend,
+    too_wide,
+)
 
 # queries whose scores PyTorch holds at a time, at least: fewer are not worth the launches
 _QUERIES = 32
@@ -17,9 +25,9 @@ def received_attention(
 ) -> torch.Tensor:
     """Column sums of softmax(QKᵀ), averaged over heads: ``[rows, N]`` fp32, fp64 for fp64.
 
-    Arguments: :func:`pag_fast.ops.reference.received_attention`; any strides as long as the last
-    one is 1. The N × N map is never held as a whole: the PyTorch backend has the scores of a head
-    dimension of queries at a time, as much as the queries themselves, the Triton backend none.
+    Arguments: :func:`pag_fast.ops.reference.received_attention`; any strides. The N × N map is
+    never held as a whole: the PyTorch backend has the scores of a head dimension of queries at a
+    time, as much as the queries themselves, the Triton backend none.
 
     Raises:
         ValueError: shapes that do not fit together, or a backend that is not available.
@@ -30,19 +38,21 @@ def received_attention(
             "received_attention takes q and k of one shape [rows, tokens, heads, head_dim] and one "
             f"dtype; got {tuple(q.shape)} {q.dtype} and {tuple(k.shape)} {k.dtype}."
         )
-    if (q.requires_grad or k.requires_grad) and is_differentiated(q, k):
+    if not q.dtype.is_floating_point or 0 in q.shape[1:]:
+        raise ValueError(
+            "received_attention takes floating-point q and k of at least one token, head and "
+            f"channel; got {tuple(q.shape)} in {q.dtype}."
+        )
+    derived = q.requires_grad or k.requires_grad or forward_ad._current_level >= 0
+    if derived and is_differentiated(q, k):
         check_backend(backend)
         with without_autocast(q.device.type):
             return torch_received_attention(q, k, scale)
-    tokens, head_dim = q.shape[1], q.shape[3]
     # gfx1100 has no matrix instruction for fp32, and runs out of registers
     widest = 96 if torch.version.hip and q.dtype == torch.float32 else 256
-    fits = head_dim <= widest and q.stride(-1) == 1 == k.stride(-1)
-    # within a row the kernel counts elements in 32 bits
-    fits = fits and tokens * max(q.stride(1), k.stride(1)) < 2**31
     # fp32 takes three passes of the tensor cores: no match for PyTorch
     default = "torch" if q.dtype == torch.float32 else "triton"
-    backend = resolve_backend(backend, q, fits=fits, default=default)
+    backend = resolve_backend(backend, q, unfit=lambda q: too_wide(q, widest), default=default)
     op = torch.ops.pag_fast.received_attention.default
     run = _received_attention if is_unwatched(q) else op
     with without_autocast(q.device.type):

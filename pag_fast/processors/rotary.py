@@ -32,17 +32,17 @@ class PerturbedRotaryAttention(PerturbedSelfAttention):
         alike = plain and norms[0].eps == norms[1].eps
         if not alike or query.shape[-1] % 2:
             return super().normalise(attn, query, key, rotary)
-        if query.requires_grad and ops.is_differentiated(query):
+        # a norm without a bias, or without either, has None there
+        affine = [(norm.weight, norm.bias) for norm in norms]
+        if ops.is_differentiated(query, key, *affine[0], *affine[1]):
             return super().normalise(attn, query, key, rotary)
-        if ops.resolve_backend(self.backend, query, fits=True, default="triton") == "torch":
+        if ops.resolve_backend(self.backend, query, default="triton") == "torch":
             return super().normalise(attn, query, key, rotary)
-        query_affine, key_affine = ((n.weight, n.bias) if n.weight is not None else None
-                                    for n in norms)  # fmt: skip
         ops.qk_norm_rope_(
             query,
             key,
-            q_affine=query_affine,
-            k_affine=key_affine,
+            q_affine=affine[0],
+            k_affine=affine[1],
             rotary=rotary,
             eps=norms[0].eps,
             backend="triton",

@@ -1,12 +1,17 @@
-"""What holds while a model runs without being on it: autocast, gradients, global hooks."""
+"""What holds while a model runs without being on it: autocast, derivatives, global hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, call
+from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from .compatibility_answers import UNKNOWN, WEIGHTS, Answer, Finding
@@ -16,8 +21,17 @@ _CHECKPOINTS = (
     "Gradient checkpointing runs layers a second time, behind the forward, and they would not be "
     "perturbed then: call disable_gradient_checkpointing(), or run under torch.no_grad()."
 )
+_TRANSFORMS = (
+    "Inside of torch.func's transforms (grad, vmap, jvp) tensors have no memory by which rows, "
+    "prompts and weights are told apart: differentiate by backward() or in a level of "
+    "torch.autograd.forward_ad, and give prompts as a batch in place of vmap."
+)
 # offloaded weights do not show where the model will run
 _DEVICES = ("cuda", "cpu", "mps", "xpu")
+_ask: Callable[[Any], Any] = call
+_AUTOCAST = tuple(partial(torch.is_autocast_enabled, device) for device in _DEVICES)
+# each is false nearly always, and all are asked in one call
+_REGIONS = (*_AUTOCAST, peek_interpreter_stack)
 _training = attrgetter("training")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -37,9 +51,11 @@ class Surroundings:
     def findings(self, model: nn.Module) -> tuple[Finding, ...]:
         """What holds now."""
         found: list[Finding] = []
-        if any(map(torch.is_autocast_enabled, _DEVICES)):
-            sentence = "weights are cast where they are used, so they are not fused or kept."
-            found.append(Finding("torch.autocast", "", WEIGHTS, sentence))
+        if any(map(_ask, _REGIONS)):
+            found += self._of_regions()
+        if forward_ad._current_level >= 0:
+            sentence = "tangents reach each weight by itself, so none is fused or kept."
+            found.append(Finding("forward-mode differentiation", "", WEIGHTS, sentence))
         if torch.are_deterministic_algorithms_enabled():
             sentence = "all of pag_fast's operations give the same bits every time."
             found.append(Finding("deterministic algorithms", "", Answer.FINE, sentence))
@@ -55,6 +71,13 @@ class Surroundings:
         if model.training or (self._dropouts and any(map(_training, self._dropouts))):
             found.append(self._of_training())
         return tuple(dict.fromkeys(found)) if found else ()
+
+    def _of_regions(self) -> Iterator[Finding]:
+        if any(map(_ask, _AUTOCAST)):
+            sentence = "weights are cast where they are used, so they are not fused or kept."
+            yield Finding("torch.autocast", "", WEIGHTS, sentence)
+        if peek_interpreter_stack() is not None:
+            yield Finding("torch.func", "", Answer.REFUSE, _TRANSFORMS)
 
     def _of_gradients(self, model: nn.Module) -> list[Finding]:
         # diffusers does not ask for training mode

@@ -174,8 +174,8 @@ def combine_guidance(
     Branches are [samples, …] with unit stride inside a sample, as slices of a batch and of its
     channels are: learned sigma channels are skipped by not being in the slice.
     """
-    numel = cond[0].numel()
     samples = len(cond)
+    numel = cond.numel() // max(1, samples)
     out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
     chunk, warps = (CHUNK, 4) if numel <= LARGE else (LARGE_CHUNK, 16)
     chunks = triton.cdiv(numel, chunk)
@@ -198,7 +198,7 @@ def combine_guidance(
         moments = torch.empty((samples, chunks, 4), dtype=torch.float32, device=cond.device)
     key = None
     if starts_aligned and aligned(moments):
-        key = cond.device.index, cond.dtype, cond.shape, strides, has_u, has_p
+        key = cond.device.index, cond.shape, strides, has_u, has_p
         key = *key, bool(rescale), rescale_mode
     numbers = float(guidance_scale), float(pag_scale)
     if rescale:

@@ -111,8 +111,8 @@ def degrade_latents(
     """The degraded latents [B, C, height, width], contiguous, in the dtype of ``sample``.
 
     ``sample`` and ``model_output`` [B, C, height, width] have contiguous samples. ``received`` is
-    fp32 [B, tokens] of a map of ``map_size``, contiguous; ``blur`` fp32 [C, 1, K, K], contiguous,
-    every channel alike, K odd and at most twice the smaller side of the latents less one.
+    fp32 [B, tokens] of a map of ``map_size``, contiguous; ``blur`` fp32 [1, 1, K, K], contiguous,
+    of every channel, K odd and at most twice the smaller side of the latents less one.
     ``clean`` and ``noise`` are the weights of ``sample`` and ``model_output`` in x₀ and in the
     noise.
     """
@@ -122,15 +122,14 @@ def degrade_latents(
     strides = sample.stride(0), model_output.stride(0)
 
     def prepare() -> Prepared:
-        grid = (triton.cdiv(sample[0].numel(), block), batch)
+        grid = (triton.cdiv(channels * height * width, block), batch)
         constants = {"KERNEL": blur.shape[-1], "BLOCK": block}
         return grid, (*strides, channels, height, width, *map_size), constants, {}
 
     pointers = sample, model_output, received, blur, out
     key = None
     if aligned(*pointers):
-        key = sample.device.index, sample.dtype, model_output.dtype, sample.shape, strides
-        key = *key, map_size, blur.shape[-1]
+        key = sample.device.index, sample.shape, strides, map_size, blur.shape[-1]
     scales = map_size[0] / height, map_size[1] / width
     _launch(key, pointers, (*scales, *map(float, clean), *map(float, noise)), prepare)
     return out

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bound import Launcher, Prepared, aligned, stride_unit
+from .bound import Launcher, Prepared, aligned, laid_out, stride_unit
 from .launch import dot_precision, generation
 
 EPS = 1e-15
@@ -171,8 +171,9 @@ def linear_attention(
 ) -> torch.Tensor:
     """Fill ``out`` [rows + num_forked, N, H, D] from q, k [num_attend, …] and v [rows, …].
 
-    The last stride of each is 1. fp16, bf16 or fp32, all alike; sums in fp32.
+    Operands whose last stride is not 1 are copied. fp16, bf16 or fp32, all alike; sums in fp32.
     """
+    q, k, v = laid_out(q, k, v)
     _, tokens, heads, head_dim = v.shape
     slice_tokens = triton.cdiv(triton.cdiv(tokens, SLICES), BLOCK) * BLOCK
     slices = triton.cdiv(tokens, slice_tokens)
@@ -200,13 +201,11 @@ def linear_attention(
 
     key = None
     if starts_aligned and aligned(state):
-        key = v.device.index, v.dtype, v.shape, strides, num_attend, num_forked
-    # an empty grid is an error of CUDA
-    if num_attend:
-        more = heads, tokens, slice_tokens
-        _launch_state(
-            key, (k, v, state), (), lambda: prepare(slices, num_attend, (*of_k, *of_v, *more))
-        )
+        key = v.device.index, v.shape, strides, num_attend, num_forked
+    more = heads, tokens, slice_tokens
+    _launch_state(
+        key, (k, v, state), (), lambda: prepare(slices, num_attend, (*of_k, *of_v, *more))
+    )
     rest = *of_q, *of_v, *of_out, heads, tokens, slices, num_attend, num_forked
     _launch(key, (q, v, state, out), (EPS,), lambda: prepare(0, out.shape[0], rest))
     return out

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bound import Launcher, Prepared, aligned, stride_unit
+from .bound import Launcher, Prepared, aligned, laid_out, stride_unit
 from .launch import Config, default_config, dot_precision, generation, split_head_dim
 from .online_softmax import LOG2E, load_tile, store_tile
 
@@ -228,7 +228,8 @@ def noisy_attention(
 ) -> torch.Tensor:
     """Fill ``out`` [rows, M, H, D] from q [rows, M, H, D] and k, v [rows, N, H, D]; return it.
 
-    The last stride of each is 1. fp16, bf16 or fp32, all alike; sums and noise in fp32.
+    Operands whose last stride is not 1 are copied. fp16, bf16 or fp32, all alike;
+    sums and noise in fp32.
 
     Args:
         clock: number of the step, one int64 on the same device.
@@ -238,6 +239,7 @@ def noisy_attention(
         scale: score scale, usually D ** -0.5.
         first_head: which of the layer's heads the first of the H is.
     """
+    q, k, v = laid_out(q, k, v)
     rows, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]
@@ -267,6 +269,6 @@ def noisy_attention(
     pointers = q, k, v, out, clock
     key = None
     if starts_aligned and aligned(clock):
-        key = v.device.index, v.dtype, q.shape, keys, strides, layer, seed, first_head, config
+        key = v.device.index, q.shape, keys, strides, layer, seed, first_head, config
     _launch(key, pointers, (scale * LOG2E.value, sigma * LOG2E.value), prepare)
     return out

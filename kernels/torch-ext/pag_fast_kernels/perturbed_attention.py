@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bound import Launcher, Prepared, aligned, stride_unit
+from .bound import Launcher, Prepared, aligned, laid_out, stride_unit
 from .launch import (
     Config,
     default_config,
@@ -258,18 +258,23 @@ def perturbed_attention(
     """Fill ``out`` [rows + num_forked, N, H, D] from v [rows, N, H, D], and return it.
 
     q and k have the rows of v, or only the attending ones where the perturbed rows need none
-    (identity without text tokens). The last stride of each is 1. fp16, bf16 or fp32, all alike;
-    sums in fp32. ``out`` must not share memory with ``v``: programs read tokens that others have
-    written by then.
+    (identity without text tokens). Operands whose last stride is not 1 are copied. fp16,
+    bf16 or fp32, all alike; sums in fp32. ``out`` must not share memory with ``v``: programs read
+    tokens that others have written by then.
 
     Args:
         scale: score scale, usually D ** -0.5.
         perturbation: "identity", "soft" or "blur", see the top of this file.
         strength: λ of "soft", [H] fp32.
-        key_bias: added to the scores of every key, [rows of q, H, N] with a unit last stride;
-            strides of 0 broadcast.
+        key_bias: added to the scores of every key, [rows of q, H, N]; strides of 0 broadcast.
         config: block sizes; if omitted, those measured on this chip, or a conservative choice.
     """
+    q, k, v = laid_out(q, k, v)
+    # the kernel adds a key's or a head's number to these addresses
+    if key_bias is not None and key_bias.stride(-1) != 1:
+        key_bias = key_bias.contiguous()
+    if strength is not None:
+        strength = strength.contiguous()
     if scale <= 0.0:
         # the kernel takes the largest score before it scales; 0 times a hidden score is NaN
         q, scale = -q, max(-scale, 1e-30)
@@ -297,8 +302,7 @@ def perturbed_attention(
     )
     key = None
     if starts_aligned and aligned(*pointers[4:]):
-        bias_dtype = None if key_bias is None else key_bias.dtype
-        key = v.device.index, v.dtype, v.shape, strides, bias_strides, bias_dtype, call
+        key = v.device.index, v.shape, strides, bias_strides, key_bias is None, call
     _launch(key, pointers, (scale * LOG2E.value,), prepare)
     return out
 

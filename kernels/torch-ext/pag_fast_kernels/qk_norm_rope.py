@@ -14,13 +14,18 @@ Floor, for A rows, N tokens, H heads, D channels, s bytes an element:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from .bound import Launcher, Prepared, aligned, stride_unit
+from .bound import Launcher, Prepared, aligned, laid_out, stride_unit
 
 BLOCK = 32  # tokens
+
+# weight and bias of a norm
+Affine = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 _INTEGERS = (
@@ -106,8 +111,8 @@ _launch = Launcher(_qk_norm_rope_kernel)
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
-    q_affine: tuple[torch.Tensor, torch.Tensor] | None,
-    k_affine: tuple[torch.Tensor, torch.Tensor] | None,
+    q_affine: Affine | None,
+    k_affine: Affine | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     eps: float,
@@ -115,13 +120,20 @@ def qk_norm_rope(
 ) -> None:
     """Normalise and rotate q and k [rows, N, H, D] in place.
 
-    ``q_affine``, ``k_affine``: weight and bias [D] of the norms, or neither. ``rotary``: cos and
-    sin [N, D]. D is even.
+    ``q_affine``, ``k_affine``: weight and bias [D] of the norms; any may be left out. ``rotary``:
+    cos and sin [N, D]. D is even.
     """
+    laid_q, laid_k = laid_out(q, k)
+    if laid_q is not q or laid_k is not k:
+        qk_norm_rope(laid_q, laid_k, q_affine, k_affine, rotary, eps=eps, norm=norm)
+        q.copy_(laid_q)
+        k.copy_(laid_k)
+        return
     rows, tokens, heads, head_dim = q.shape
+    affine = *(q_affine or (None, None)), *(k_affine or (None, None))
+    has_affine = norm and any(x is not None for x in affine)
+    q_weight, q_bias, k_weight, k_bias = _vectors(q, affine) if has_affine else (q,) * 4
     # absent ones need some pointer: it is never read
-    q_weight, q_bias = q_affine or (q, q)
-    k_weight, k_bias = k_affine or (k, k)
     cos, sin = (q, q)
     if rotary is not None:
         cos, sin = (table.expand(tokens, head_dim).contiguous() for table in rotary)
@@ -137,7 +149,7 @@ def qk_norm_rope(
             "BLOCK_PAIRS": triton.next_power_of_2(head_dim // 2),
             "BLOCK_N": BLOCK,
             "NORM": norm,
-            "AFFINE": q_affine is not None,
+            "AFFINE": has_affine,
             "ROPE": rotary is not None,
         }
         grid = triton.cdiv(tokens, BLOCK), rows * heads, 2
@@ -145,7 +157,13 @@ def qk_norm_rope(
 
     key = None
     if starts_aligned and aligned(*pointers[2:]):
-        kinds = q.dtype, q_weight.dtype, q_bias.dtype, k_weight.dtype, k_bias.dtype
-        key = q.device.index, *kinds, cos.dtype, sin.dtype, q.shape, strides, norm
-        key = *key, q_affine is not None, rotary is not None
+        key = q.device.index, q.shape, strides, norm, has_affine, rotary is not None
     _launch(key, pointers, (float(eps),), prepare)
+
+
+def _vectors(q: torch.Tensor, affine: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Weights and biases, [D] each; the one kernel of all norms multiplies by 1 and adds 0."""
+    return [
+        torch.full(q.shape[-1:], 1.0 - i % 2, device=q.device) if x is None else x.contiguous()
+        for i, x in enumerate(affine)
+    ]

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bound import Launcher, Prepared, aligned, stride_unit
+from .bound import Launcher, Prepared, aligned, laid_out, stride_unit
 from .launch import Config, dot_precision, generation, split_head_dim
 from .online_softmax import LOG2E, load_tile
 
@@ -197,9 +197,10 @@ _launch = Launcher(_received_attention_kernel)
 def received_attention(q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
     """Attention that each token receives, [rows, N] fp32, from q and k [rows, N, H, D].
 
-    The last stride of each is 1. fp16, bf16 or fp32, both alike; sums in fp32. ``scale`` is the
-    score scale, usually D ** -0.5.
+    Operands whose last stride is not 1 are copied. fp16, bf16 or fp32, both alike;
+    sums in fp32. ``scale`` is the score scale, usually D ** -0.5.
     """
+    q, k = laid_out(q, k)
     rows, tokens, heads, head_dim = q.shape
     chip = generation(q.device.type, q.device.index)
     config = tile(chip, q.dtype, head_dim)
@@ -229,7 +230,7 @@ def received_attention(q: torch.Tensor, k: torch.Tensor, *, scale: float) -> tor
 
     key = None
     if starts_aligned and aligned(lse, out):
-        key = q.device.index, q.dtype, q.shape, strides
+        key = q.device.index, q.shape, strides
     numbers = (scale * LOG2E.value,)
     if not whole:
         grid = triton.cdiv(tokens, config.block_m), rows * heads

@@ -10,8 +10,8 @@ def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     *,
-    q_affine: tuple[torch.Tensor, torch.Tensor] | None,
-    k_affine: tuple[torch.Tensor, torch.Tensor] | None,
+    q_affine: tuple[torch.Tensor | None, torch.Tensor | None] | None,
+    k_affine: tuple[torch.Tensor | None, torch.Tensor | None] | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     norm: bool = True,
     eps: float = 1e-6,
@@ -20,7 +20,7 @@ def qk_norm_rope(
 
     Args:
         q, k: ``[rows, N, H, D]``.
-        q_affine, k_affine: weight and bias ``[D]`` of the norms.
+        q_affine, k_affine: weight and bias ``[D]`` of the norms; any may be left out.
         rotary: cos and sin ``[N, D]``, or ``[1, D]`` for all tokens; channels 2i and 2i + 1 make a
             pair.
         norm: leave the norm out where False.
