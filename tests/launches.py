@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pag_fast.analysis.kernel_counts import is_launch
 from pag_fast.fusion import Fusion
 from pag_fast.models.registry import fusable_processors
+from pag_fast.runtime.compatibility import row_wise
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def launches(monkeypatch):
     assert names, "the test has launched no kernel"
 
 
+@row_wise
 class CountOps(TorchDispatchMode):
     """Counts the ops that would launch at least one kernel: views and allocations are none.
 

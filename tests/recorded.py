@@ -10,11 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pag_fast.runtime.capture import NotCapturable, Replay
+from pag_fast.runtime.compatibility import row_wise
 
 # these wait for the device
 _WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
+@row_wise
 class Tape(TorchDispatchMode):
     """The operations that run, and whether one of them waits for the device."""
 

@@ -19,6 +19,7 @@ from numerics import relative
 from torch.nn import functional
 
 import pag_fast
+from pag_fast import sharing
 
 SD, SD3 = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
 NETS = "StableDiffusionControlNetPAGPipeline"
@@ -258,6 +259,22 @@ def test_a_subclass_whose_forward_names_no_arguments(name, make, marked):
         return
     with pytest.warns(UserWarning, match=r"a class of test_functions_of_others \(Own\)"):
         assert relative(_call(name, pipe), truth) < 1e-5
+
+
+@pytest.mark.parametrize("name", [SD, SD3])
+def test_a_class_whose_forward_is_wrapped_from_the_beginning(name):
+    """The names are those of what is wrapped, and nothing of it stays."""
+    pipe = tiny.build(name)
+    cls = type(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
+    truth, own = _call(name, pipe), cls.forward
+    sharing.plan._argument_names.cache_clear()
+    with _put(cls, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs)):
+        pag_fast.patch(pipe)
+        with pytest.warns(UserWarning, match="run apart"):
+            assert relative(_call(name, pipe), truth) < 1e-5
+    pipe = pag_fast.patch(tiny.build(name))
+    assert relative(_call(name, pipe), truth) < 1e-5
+    assert set(pipe._pag_fast.steps) == {"shared"}
 
 
 def test_blocks_whose_forward_names_no_arguments():

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import pag_fast
 from pag_fast.models.layer_names import resolve
+from pag_fast.runtime.compatibility import row_wise
 from pag_fast.settings.compile_config import CompileConfig
 
 
@@ -223,6 +224,7 @@ def test_what_depends_on_the_prompt_runs_once_for_each_pass():
     assert len(calls) == 8 and len(counted) == 2 + 1
 
 
+@row_wise
 class _Products(TorchFunctionMode):
     """Counts the products with one weight."""
 

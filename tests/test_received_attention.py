@@ -14,6 +14,7 @@ from pag_fast import ops
 from pag_fast.ops import reference
 from pag_fast.ops.backend import IMPLEMENTATIONS
 from pag_fast.ops.received_attention import torch_received_attention
+from pag_fast.runtime.compatibility import row_wise
 from pag_fast.sag.attention import QueriesAndKeys, received_from_map
 
 # rows, tokens, heads, head_dim
@@ -26,6 +27,7 @@ def _pair(shape, dtype, sliced=False):
     return (2 * x).to(dtype)[:, :, :, -1].unbind()
 
 
+@row_wise
 class Shapes(TorchDispatchMode):
     """The shapes of everything that is made, inside of our ops too."""
 

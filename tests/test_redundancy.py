@@ -16,10 +16,12 @@ from torch.utils.flop_counter import flop_registry
 import pag_fast
 from pag_fast.models.layer_names import self_attentions
 from pag_fast.pipelines.registry import HOSTS
+from pag_fast.runtime.compatibility import row_wise
 
 _SKIP = {torch.ops.pag_fast.combine_guidance}
 
 
+@row_wise
 class Redundancy(TorchDispatchMode):
     """FLOPs in total, and FLOPs spent on rows that equal those of another branch."""
 

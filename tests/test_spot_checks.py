@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pag_fast
 from pag_fast.analysis.kernel_counts import counted
+from pag_fast.runtime.compatibility import row_wise
 from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
@@ -179,6 +180,7 @@ def test_every_module_has_its_turn_from_call_to_call(checks):
     assert Counter(checks) == Counter(dict.fromkeys(everything, 2))
 
 
+@row_wise
 class Waits(TorchDispatchMode):
     """How often the host asks a tensor for its values."""
 

@@ -87,7 +87,7 @@ class Fusion:
         layers: list[tuple[nn.Module, str, str]] = []
         for name, module in self.model.named_modules():
             if name in eager:
-                self.divisors += [(module, x) for x in _DIVISORS if vars(module).get(x) == 1.0]
+                self.divisors += [(module, x) for x in _DIVISORS if _is_one(module, x)]
                 if name not in perturbed and asks_for_signature(module):
                     self.asking.append(module)
                 names = time_projection(module)
@@ -165,9 +165,7 @@ class Fusion:
 
     def _use(self, used: list[Group]) -> None:
         apart: list[Entry] = [
-            (vars(module), name, UNIT)
-            for module, name in self.divisors
-            if vars(module).get(name) == 1.0
+            (vars(module), name, UNIT) for module, name in self.divisors if _is_one(module, name)
         ]
         # several attentions may have the same processor
         kept = {id(e[0]): e for e in map(signed, self.asking) if e is not None}
@@ -251,7 +249,7 @@ class _Watch:
         self._registries = [x for x in registries if x is not None]
         # an address is compared only as long as nothing else can have got it
         processors = self._processors()
-        self._held = [self._values(), self._children(), processors]
+        self._held = [self._values(), self._children(), processors, self._factors()]
         self._kinds = list({type(x): None for x in processors})
         self._of_processors = [getattr(x, "__dict__", {}) for x in processors]
         self.device = region_of(self._values())
@@ -264,6 +262,9 @@ class _Watch:
 
     def _processors(self) -> list[Any]:
         return list(map(dict.get, self._attending, repeat("processor")))
+
+    def _factors(self) -> list[Any]:
+        return list(map(dict.get, self._divisors, self._divisor_names))
 
     def look(self) -> Any:
         """A value that is equal to the one before as long as nothing has changed."""
@@ -287,7 +288,7 @@ class _Watch:
             list(map(_call, self._kinds)),  # a class has another function
             list(map(dict.get, self._of_processors, repeat("__call__"))),
             list(map(dict.get, self._attentions, repeat("fused_projections"))),
-            list(map(dict.get, self._divisors, self._divisor_names)),
+            list(map(id, self._factors())),
             [bool(registry.hooks) for registry in self._registries],
         )
 
@@ -303,6 +304,12 @@ _OF_PARAMETERS: tuple[Callable[[Any], Any], ...] = (
     attrgetter("dtype"),
     attrgetter("device"),
 )
+
+
+def _is_one(module: nn.Module, name: str) -> bool:
+    """Whether a divisor is the number one; a tensor may become another number in place."""
+    value = vars(module).get(name)
+    return isinstance(value, (int, float)) and value == 1.0
 
 
 def _around(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What holds while a model runs without being on it: autocast, derivatives, global hooks."""
+"""What holds while a model runs without being on it: autocast, modes, derivatives, global hooks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .compatibility_answers import UNKNOWN, WEIGHTS, Answer, Finding
-from .compatibility_hooks import torch_hook
+from .compatibility_hooks import torch_hook, unknown
+from .compatibility_origins import TRUSTED, is_row_wise, package
 
 _CHECKPOINTS = (
     "Gradient checkpointing runs layers a second time, behind the forward, and they would not be "
@@ -31,7 +34,8 @@ _DEVICES = ("cuda", "cpu", "mps", "xpu")
 _ask: Callable[[Any], Any] = call
 _AUTOCAST = tuple(partial(torch.is_autocast_enabled, device) for device in _DEVICES)
 # each is false nearly always, and all are asked in one call
-_REGIONS = (*_AUTOCAST, peek_interpreter_stack)
+_MODES = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_REGIONS = (*_AUTOCAST, *_MODES, peek_interpreter_stack)
 _training = attrgetter("training")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -45,7 +49,7 @@ class Surroundings:
 
     def __init__(self, modules: list[tuple[str, nn.Module]]) -> None:
         inner = [module for _, module in modules[1:]]
-        self._dropouts = [m for m in inner if isinstance(m, _DROPOUTS) and m.p > 0.0]
+        self._dropouts = [m for m in inner if isinstance(m, _DROPOUTS)]
         self._checkpointed = [m for m in inner if hasattr(m, "gradient_checkpointing")]
 
     def findings(self, model: nn.Module) -> tuple[Finding, ...]:
@@ -76,6 +80,11 @@ class Surroundings:
         if any(map(_ask, _AUTOCAST)):
             sentence = "weights are cast where they are used, so they are not fused or kept."
             yield Finding("torch.autocast", "", WEIGHTS, sentence)
+        for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+            cls = type(mode)
+            if package(cls.__module__) not in TRUSTED and not is_row_wise(mode):
+                what, answer, sentence = unknown(f"a mode of {cls.__module__} ({cls.__name__})")
+                yield Finding(what, "", answer, sentence)
         if peek_interpreter_stack() is not None:
             yield Finding("torch.func", "", Answer.REFUSE, _TRANSFORMS)
 
@@ -90,7 +99,7 @@ class Surroundings:
         return []
 
     def _of_training(self) -> Finding:
-        if any(dropout.training for dropout in self._dropouts):
+        if any(dropout.training and dropout.p > 0.0 for dropout in self._dropouts):
             sentence = "every row has a dropout of its own, so branches are not shared."
             return Finding("training mode with dropout", "", UNKNOWN, sentence)
         sentence = "weights are about to change, so they are not fused or kept."

@@ -8,7 +8,7 @@ forwards, hooks and the kinds of parameters.
 from __future__ import annotations
 
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -55,7 +55,9 @@ class Watch:
     def _note_code(self, modules: list[nn.Module]) -> None:
         """Note whose code runs: classes, and the modules that these are from."""
         self._kinds: list[Any] = list({type(module): None for module in modules})
-        processors = {type(own.get("processor")): None for own in self._processed}
+        # an id is compared only as long as nothing else can have got it
+        self._held = [own.get("processor") for own in self._processed]
+        processors = dict.fromkeys(map(type, self._held))
         self._processor_kinds: list[Any] = list(processors)
         mros = [cls.__mro__[:-1] for cls in (*self._kinds, *processors)]
         self._classes = [vars(cls) for cls in dict.fromkeys(chain.from_iterable(mros))]
@@ -73,7 +75,10 @@ class Watch:
         so it is asked once a call.
         """
         replaced = sum(map(dict.__contains__, self._owns, repeat("forward")))
-        return replaced != len(self._replaced) or self._of_code() != self._functions
+        code = self._of_code()
+        # what stands in a class may be a tensor, which is not compared by ==
+        same = len(code) == len(self._functions) and all(map(is_, code, self._functions))
+        return replaced != len(self._replaced) or not same
 
     def _of_code(self) -> list[Any]:
         methods = chain.from_iterable(map(MappingProxyType.values, self._classes))
@@ -102,7 +107,8 @@ class Watch:
             list(map(type, map(dict.get, self._weighted, repeat("weight")))),
             list(map(type, chain.from_iterable(map(dict.values, self._parameters)))),
             any(self._bare),
-            list(map(dict.get, self._processed, repeat("processor"))),
+            # processors may be compared by what they hold
+            list(map(id, map(dict.get, self._processed, repeat("processor")))),
             list(map(dict.get, self._chunked, repeat("_chunk_size"))),
             list(map(dict.get, self._chunked, repeat("_chunk_dim"))),
             hooked,

@@ -20,6 +20,7 @@ from .plan import (
     Site,
     argument_names,
     block_sites,
+    in_two_places,
     text_key_sites,
     text_projection_sites,
     unshared,
@@ -71,6 +72,9 @@ def plan_dit(
     order = tuple(_execution_order(walked, layout, names))
     if len(order) < len(names):
         return unshared(tuple(sorted(names)), "a perturbed layer is in no known block")
+    reason = in_two_places(model)
+    if reason:
+        return unshared(order, reason)
     fork = _find_fork(walked, order[0], perturbed, blocks, layout, merge)
     plan = BranchPlan(
         fork=fork.name, order=order, levels=dict.fromkeys(order, SPLIT), merged=fork.merge

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -169,6 +173,20 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], No
     return restore
 
 
+def in_two_places(model: nn.Module) -> str:
+    """Why branches of a model are not shared that runs one module in several places; or ``""``.
+
+    Modules are cut and kept as objects, by the place where they were found first.
+    """
+    owned = chain.from_iterable(module._modules.values() for module in model.modules())
+    owners = Counter(id(module) for module in owned if module is not None)
+    for name, module in model.named_modules():
+        # an activation may be everybody's
+        if owners[id(module)] > 1 and next(module.parameters(), None) is not None:
+            return f"{name} stands in several places of the model"
+    return ""
+
+
 def has_diffusers_hooks(module: nn.Module) -> bool:
     """Whether hooks of diffusers do something when the module runs: fetch or cast its weights."""
     # an empty registry is what cache_context leaves behind
@@ -183,20 +201,32 @@ def class_name(module: nn.Module) -> str:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, which some models pass by position."""
-    return _argument_names(type(module))  # type: ignore[arg-type]
+    cls: Any = type(module)
+    return _argument_names(cls, cls.forward)
 
 
-@functools.cache
-def _argument_names(cls: Any) -> tuple[str, ...]:
+@functools.lru_cache(maxsize=1024)
+def _argument_names(cls: Any, forward: Any) -> tuple[str, ...]:
     """Those of diffusers' class, or of one that names them: a subclass may take ``*args``."""
     found = [base for base in cls.__mro__ if "forward" in vars(base) and base is not nn.Module]
     found.sort(key=lambda base: not base.__module__.startswith("diffusers."))
-    for base in (*found, cls):
-        parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters.values())
+    for function in (*[vars(base)["forward"] for base in found], forward):
+        parameters = list(inspect.signature(_innermost(function)).parameters.values())
         names = tuple(p.name for p in parameters[1:] if p.kind == p.POSITIONAL_OR_KEYWORD)
         if not any(p.kind == p.VAR_POSITIONAL for p in parameters):
             break
     return names
+
+
+def _innermost(forward: Any) -> Any:
+    """What a forward wraps, with ``functools.wraps`` or without, as far as it shows."""
+    forward = inspect.unwrap(forward)
+    for cell in getattr(forward, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            inner = cell.cell_contents
+            if isinstance(inner, FunctionType) and inner.__name__ == "forward":
+                return _innermost(inner)
+    return forward
 
 
 def unshared(order: tuple[str, ...], reason: str) -> BranchPlan:

@@ -19,6 +19,7 @@ from .plan import (
     SkipSite,
     block_sites,
     class_name,
+    in_two_places,
     text_key_sites,
     text_projection_sites,
     unshared,
@@ -136,6 +137,9 @@ def plan_unet(
     if order is None:
         # outside any known unit (attention in an unknown block): run everything apart
         return unshared(tuple(sorted(names)), reason or "a perturbed layer is in no known block")
+    reason = in_two_places(model)
+    if reason:
+        return unshared(order, reason)
     # CLIP's 77 tokens are not worth two small copies per layer, an LLM's 256 are
     long_text = model.config.get("encoder_hid_dim_type") == "text_proj"
     begin = _begin(units, order[0], perturbed, blocks, long_text=long_text)

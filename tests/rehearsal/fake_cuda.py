@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
+from pag_fast.runtime.compatibility import row_wise
+
 NAME = "NVIDIA Rehearsal"
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 _MOVES = ("to", "cuda", "cpu", "type_as")
@@ -66,6 +68,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return found
 
 
+@row_wise
 class Devices(TorchFunctionMode):
     """Keeps account of where every tensor would be."""
 

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from pag_fast.runtime.compatibility import row_wise
 from sweep.spec import Spec
 
 PAG_SCALE = 3.0
 
 
+@row_wise
 class _Identity(TorchFunctionMode):
     """Attention over image tokens is the identity; text queries and text keys are as they were."""
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from pag_fast.runtime.compatibility import row_wise
 from tiny_hosts.pipelines import HOSTS
 
 
+@row_wise
 class _Identity(TorchFunctionMode):
     """Attention over image tokens is the identity; text queries and text keys are as they were."""
 
