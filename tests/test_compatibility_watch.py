@@ -24,6 +24,7 @@ from pag_fast.runtime.compatibility import (
     look,
     refuse,
 )
+from pag_fast.runtime.compatibility_watch import Watch
 
 # ---- around the model ----
 
@@ -138,3 +139,11 @@ def test_lines_for_explain() -> None:
     assert explain_lines(findings) == ("b (x and 2 more): unshared.", "a: nothing.")
     refuse(findings)
     assert explain_lines(()) == ()
+
+
+def test_nothing_is_rewritten_where_nothing_is() -> None:
+    """Functions are compared one by one, as objects."""
+    model = unet()
+    watch = Watch(model, list(model.named_modules()))
+    assert not watch.rewritten()
+    assert not watch.changed(model)

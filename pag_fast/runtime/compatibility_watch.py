@@ -82,7 +82,7 @@ class Watch:
 
     def _of_code(self) -> list[Any]:
         methods = chain.from_iterable(map(MappingProxyType.values, self._classes))
-        return [*methods, *functions_in(self._code)]
+        return [*methods, *chain.from_iterable(functions_in(self._code))]
 
     def _glance(self, model: nn.Module) -> tuple[Any, ...]:
         owns = self._owns
