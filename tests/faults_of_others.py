@@ -167,8 +167,8 @@ OTHERS = [
     ),
     Fault(
         "fused projections are taken for their layers",
-        "pag_fast/runtime/injected.py",
-        "check_fused({} if self.installed.runs_stock else self.installed.attentions)",
+        "pag_fast/runtime/installation.py",
+        "check_fused(self.attentions)",
         "",
         tests_of("fused_by_diffusers", "others_since"),
     ),
@@ -213,6 +213,13 @@ OTHERS = [
         'list(map(id, map(dict.get, self._processed, repeat("processor")))),',
         'list(map(dict.get, self._processed, repeat("processor"))),',
         tests_of("objects_of_others", "compare_by"),
+    ),
+    Fault(
+        "a processor of somebody else's is displaced for uncond and cond, too",
+        "pag_fast/processors/displaced.py",
+        'if named and (not strict or cls.__module__.startswith("diffusers.")):',
+        "if named:",
+        tests_of("hosts_options", "a_processor_of_ones_own"),
     ),
     Fault(
         "functions for settings make branches run apart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import diffusers
 import pytest
@@ -14,6 +15,7 @@ from sweep.spec import photo
 from tiny_hosts import HOSTS, build, call_kwargs, latents
 
 import pag_fast
+from pag_fast.models.layer_names import resolve
 from pag_fast.ops import reference
 
 
@@ -234,3 +236,32 @@ def test_a_pipeline_that_returns_no_tuple():
     expected = pipe(**{**call_kwargs(SD, pipe), "output_type": "latent"}).images
     found = pipe(**{**call_kwargs(SD, pipe), **kwargs})
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("called", ["Louder", None])
+@pytest.mark.parametrize("name", [SD, SD3, FLUX, "PixArtSigmaPipeline", "HunyuanDiTPipeline"])
+def test_a_processor_of_ones_own_in_a_perturbed_layer_is_refused(name, called, marked):
+    """Ours would take its place for uncond and cond, too; one of an equal name is none of ours."""
+    pipe, layers = build(name), HOSTS[name].layers["middle"]
+    attentions = resolve(denoiser_of(pipe), layers)
+    kind = type(next(iter(attentions.values())).processor)
+
+    def louder(self, *args, **kwargs):
+        out = kind.__call__(self, *args, **kwargs)
+        return tuple(x * 1.1 for x in out) if isinstance(out, tuple) else out * 1.1
+
+    louder.__signature__ = inspect.signature(kind.__call__)
+    own = type(called or kind.__name__, (kind,), {"__call__": louder, "__module__": __name__})
+    if marked:
+        pag_fast.runtime.compatibility.row_wise(own)
+    pag_fast.patch(pipe, layers)
+    before = latents(pipe, call_kwargs(name, pipe))
+    stock = {attention: attention.processor for attention in attentions.values()}
+    for attention in attentions.values():
+        attention.processor = own()
+    with pytest.raises(ValueError, match="whose arithmetic pag_fast does not know"):
+        latents(pipe, call_kwargs(name, pipe))
+    for attention, processor in stock.items():
+        attention.processor = processor
+    assert relative(latents(pipe, call_kwargs(name, pipe)), before) < 1e-6

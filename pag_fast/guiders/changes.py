@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..models.registry import family_of
+from ..processors.displaced import check_processors
 from ..processors.fused_projections import check_fused
 from ..processors.rows import PerturbedProcessor
 from ..runtime.compatibility_hooks import cut_arguments
-from ..runtime.installation import check_processors, processor_class
+from ..runtime.installation import processor_class
 from ..runtime.instance_patch import Entry
 from ..runtime.perturbed_branches import layers_of
 from ..runtime.recording import Intercepted
@@ -87,7 +88,7 @@ class Perturbed:
         backend: str = "auto",
     ) -> None:
         family = family_of(model)
-        check_processors(attentions, family.replaces)
+        check_processors(attentions, family.replaces, strict=not family.runs_stock)
         self._sequence, self._runs = family.sequence, family.tokens
         self._attentions = attentions
         known = layers_of(model, state)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
-from ..processors.fused_projections import check_fused
 from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
 from ..sharing.row_equality import RowEquality
@@ -79,7 +78,7 @@ class InjectedSession(Session):
     def start(self) -> None:
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
-        check_fused({} if self.installed.runs_stock else self.installed.attentions)
+        self.installed.be_strict()
         self._rows = RowDecision(
             self.installed, self.patch, RowEquality(nobody_writes), copies=True
         )

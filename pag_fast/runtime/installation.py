@@ -21,6 +21,8 @@ from ..models.registry import (
     stock_pag_processors,
 )
 from ..perturbations import AttentionPerturbation, BlockPerturbation
+from ..processors.displaced import check_processors
+from ..processors.fused_projections import check_fused
 from ..processors.rows import PerturbedProcessor, with_signature
 from ..processors.stock import in_place_of
 from ..sharing.arguments import latents_of
@@ -72,7 +74,9 @@ class Installation:
         self.attentions = {name: x for name, x in attentions.items() if name in names}
         self._others = {name: vars(x) for name, x in attentions.items() if name not in names}
         self._other_owns = list(self._others.values())
-        check_processors(self.attentions, self.replaces)
+        # where diffusers' PAG would put its own, it does not matter whose place ours takes
+        self.strict = bool(family.replaces) and not family.runs_stock
+        check_processors(self.attentions, self.replaces, strict=self.strict)
         blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches, blocks=blocks
@@ -179,7 +183,7 @@ class Installation:
         Raises:
             ValueError: an attention whose processor does what ours would not.
         """
-        check_processors(self.attentions, self.replaces)
+        check_processors(self.attentions, self.replaces, strict=self.strict)
         if self.runs_stock:
             self._follow_processors()
         fusion = self.fusion if fused else None
@@ -190,6 +194,13 @@ class Installation:
             entries = [] if fusion is None else fusion.entries
             found = self._patches[fused] = InstancePatch([*self._own, *entries])
         return found
+
+    def be_strict(self) -> None:
+        """Raise ValueError for what ours does not repeat: no PAG of diffusers' would be there."""
+        if not self.runs_stock:
+            self.strict = True
+            check_processors(self.attentions, self.replaces, strict=True)
+            check_fused(self.attentions)
 
     def check_others(self) -> None:
         """Raises ValueError where a PAG pipeline of diffusers perturbs layers that we do not.
@@ -297,17 +308,6 @@ def processor_class(family: ModelDescription, attention: Any, *, compiled: bool 
         stock: Any = type(own.displaced if isinstance(own, PerturbedProcessor) else own)
         return in_place_of(stock)
     return family.processor if compiled else with_signature(cast(Any, family.processor))
-
-
-def check_processors(attentions: dict[str, Any], known: frozenset[str]) -> None:
-    """Raises ValueError for attentions whose processors do what ours would not (``known``)."""
-    for name, attention in attentions.items():
-        own = type(attention.processor).__name__
-        if known and own not in known and not isinstance(attention.processor, PerturbedProcessor):
-            raise ValueError(
-                f"{name} runs {own}, whose arithmetic pag_fast does not know: choose layers with "
-                f"{' or '.join(sorted(known))}, or unload the adapter that has put it there."
-            )
 
 
 def forward_entries(
