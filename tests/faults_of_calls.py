@@ -35,8 +35,7 @@ CALLS = [
     Fault(
         "a kept output is handed out whatever has been written into it",
         f"{_SHARING}conditioning_cache.py",
-        "if version is None or version == ( "
-        "_version(value) if isinstance(version, list) else value._version ):",
+        "if version == (_version(value) if isinstance(version, list) else value._version):",
         "if True:",
         tests_of("invariant", "written_into"),
     ),
