@@ -12,6 +12,13 @@ _INJECTED = "pag_fast/runtime/injected.py"
 
 CALLS = [
     Fault(
+        "other pictures' rows are taken for perturbed ones",
+        "pag_fast/runtime/session.py",
+        "if whole and self.unit != pictures:",
+        "if False:",
+        tests_of("fewer_pictures", "without_a_row"),
+    ),
+    Fault(
         "projections of any processor that diffusers has are joined",
         _FUSABLE,
         "cls.__name__ in known and cls.__module__.startswith",
@@ -35,8 +42,7 @@ CALLS = [
     Fault(
         "a kept output is handed out whatever has been written into it",
         f"{_SHARING}conditioning_cache.py",
-        "if version is None or version == ( "
-        "_version(value) if isinstance(version, list) else value._version ):",
+        "if version == (_version(value) if isinstance(version, list) else value._version):",
         "if True:",
         tests_of("invariant", "written_into"),
     ),
@@ -171,8 +177,8 @@ CALLS = [
     Fault(
         "a batch keeps the pictures that it began with",
         "pag_fast/runtime/session.py",
-        "if pictures and rows in (pictures, 2 * pictures, 3 * pictures):",
-        "if False:",
+        "elif whole:",
+        "elif False:",
         tests_of("fewer_pictures", "stocks_pictures"),
     ),
     Fault(

@@ -32,9 +32,16 @@ KEPT = [
     Fault(
         "what a check has computed is not kept",
         _CACHE,
-        "kept.value, kept.version = value, _version(value) return value",
+        "kept.value, kept.version = _telling(value) return kept.value",
         "return value",
         tests_of("spot_checks", "launches_of_a_check"),
+    ),
+    Fault(
+        "what is kept in inference mode does not tell of writes",
+        _CACHE,
+        "if value.is_inference():",
+        "if False:",
+        tests_of("changed_in_mid_call", "a_hook_writes_into_what_is_kept"),
     ),
     Fault(
         "a graph reads the arguments that it was recorded with",

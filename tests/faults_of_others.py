@@ -12,6 +12,27 @@ _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
     Fault(
+        "a copy's own way to set processors is taken for a user's",
+        "pag_fast/runtime/entry.py",
+        "if own is None or (type(own) is MethodType and own == own_setter(self.model)):",
+        "if own is None:",
+        tests_of("ownership", "a_copy_sets_processors or users_own_way"),
+    ),
+    Fault(
+        "an embedding is left to whatever layer has the place",
+        "pag_fast/fusion/projections.py",
+        "and children[self._name] is self._linear",
+        "",
+        tests_of("fusion_mid_forward"),
+    ),
+    Fault(
+        "hooks see embeddings that are not activated",
+        "pag_fast/fusion/projections.py",
+        'and not (own["_forward_hooks"] or own["_forward_pre_hooks"])',
+        "",
+        tests_of("fusion_mid_forward"),
+    ),
+    Fault(
         "what is equal to something row-wise is row-wise",
         "pag_fast/runtime/compatibility_origins.py",
         "_ROW_WISE.get(id(thing)) is thing or",

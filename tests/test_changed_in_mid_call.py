@@ -14,10 +14,11 @@ from torch import nn
 import pag_fast
 from pag_fast import Reuse
 from pag_fast.models.layer_names import resolve
+from pag_fast.runtime.compatibility import row_wise
 from pag_fast.sharing.row_equality import RowEquality
 
 XL, SD3 = "StableDiffusionXLPAGPipeline", "StableDiffusion3PAGPipeline"
-SANA = "SanaPAGPipeline"
+SANA, PIXART = "SanaPAGPipeline", "PixArtSigmaPAGPipeline"
 
 
 def _model(pipe):
@@ -165,6 +166,33 @@ def test_without_a_callback_nothing_is_compared(monkeypatch):
         pipe = pag_fast.patch(tiny.build(SD3))
         tiny.latents(pipe, tiny.call_kwargs(SD3, pipe, steps=3))
     assert asked == [False] * 3
+
+
+@row_wise
+def _in_place(module, args, out):
+    out.mul_(1.5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("name", "written"), [(XL, "attn2.to_k"), (XL, "add_embedding"), (PIXART, "caption_projection")]
+)
+def test_a_hook_writes_into_what_is_kept(name, written, mode):
+    """What is handed out again in the next step has to be what the module computes."""
+    pipe = tiny.build(name)
+
+    def run():
+        with mode():
+            return tiny.latents(pipe, tiny.call_kwargs(name, pipe, steps=3))
+
+    plain = run()
+    for module, layer in _model(pipe).named_modules():
+        if module.endswith(written):
+            layer.register_forward_hook(_in_place)
+    stock = run()
+    with pag_fast.patched(pipe, strict=True):
+        assert relative(run(), stock) < 1e-5
+    assert relative(plain, stock) > 1e-4
 
 
 # ---- steps with and without the perturbed rows ----

@@ -11,6 +11,7 @@ from numerics import relative
 import pag_fast
 
 SD, XL = "StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"
+SD3, SD3_IMAGE = "StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline"
 ANIMATED, HOST = "AnimateDiffPAGPipeline", "StableDiffusionPipeline"
 INPUTS = {
     XL: ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"],
@@ -71,3 +72,25 @@ def test_differences_of_other_pictures_are_not_used_again(name, counts, reuse):
     assert found.shape == plain.shape
     # of three steps the third alone uses a difference again, the one of the second
     assert 0 < relative(found, plain) < 0.1
+
+
+@pytest.mark.parametrize(("cfg", "pictures"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize("name", [SD3, SD3_IMAGE])
+def test_embeddings_without_a_row_for_each_picture(name, pictures, cfg):
+    """SD3 repeats none that are given: stock takes other pictures' rows for perturbed ones."""
+    pipe = tiny.build(name)
+
+    def run(rows):
+        kwargs = tiny.call_kwargs(name, pipe, steps=2, cfg=cfg)
+        kwargs["num_images_per_prompt"] = pictures // rows
+        for key in [key for key in kwargs if "embeds" in key]:
+            kwargs[key] = kwargs[key].repeat_interleave(rows, 0)
+        return tiny.latents(pipe, kwargs)
+
+    assert len(run(1)) == pictures
+    stock = run(pictures)
+    pag_fast.patch(pipe, strict=True)
+    with pytest.raises(ValueError, match=f"branches of {pictures} pictures.*given"):
+        run(1)
+    # what the sentence says works
+    assert relative(run(pictures), stock) < 1e-5

@@ -16,6 +16,7 @@ from numerics import relative
 
 import pag_fast
 from pag_fast.runtime import lease as leases
+from pag_fast.runtime.entry import ProcessorSetter
 from pag_fast.runtime.instance_patch import InstancePatch
 
 PAG, HOST = "StableDiffusionXLPAGPipeline", "StableDiffusionXLPipeline"
@@ -269,3 +270,37 @@ def test_patched_pipelines_travel(way):
     assert list(there.pag_applied_layers) == users
     assert relative(tiny.latents(there, tiny.call_kwargs(SD, there)), stock) < 1e-6
     assert relative(tiny.latents(pipe, tiny.call_kwargs(SD, pipe)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("what", ["pipe", "unet", "unet of a copy"])
+def test_a_copy_sets_processors_as_what_it_was_copied_from(way, what):
+    """Setting processors waits for the copy's forwards, too, and ``unpatch`` leaves nothing."""
+    pipe = tiny.build(SD)
+    stock = tiny.latents(pipe, tiny.call_kwargs(SD, pipe))
+    pag_fast.patch(pipe)
+    there = way(pipe) if what == "pipe" else tiny.build(SD)
+    if what != "pipe":
+        there.unet = way(pipe.unet)
+        if what == "unet of a copy":
+            there.unet = way(there.unet)
+        pag_fast.patch(there)
+    assert relative(tiny.latents(there, tiny.call_kwargs(SD, there)), stock) < 1e-5
+    made = vars(there.unet)["set_attn_processor"]
+    assert isinstance(made, ProcessorSetter) and made is not vars(pipe.unet)["set_attn_processor"]
+    pag_fast.unpatch(there)
+    assert "set_attn_processor" not in vars(there.unet)
+    assert relative(tiny.latents(there, tiny.call_kwargs(SD, there)), stock) < 1e-6
+
+
+def test_a_users_own_way_to_set_processors_stays():
+    pipe = tiny.build(SD)
+    own = pipe.unet.set_attn_processor
+
+    def users(*args):
+        return own(*args)
+
+    pipe.unet.set_attn_processor = users
+    with pag_fast.patched(pipe):
+        assert vars(pipe.unet)["set_attn_processor"] is users
+    assert vars(pipe.unet)["set_attn_processor"] is users

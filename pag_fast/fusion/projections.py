@@ -182,7 +182,8 @@ class TimeProjections(Group):
         self._activations = []
         for index, linear in enumerate(self.packed.linears):
             owner, name, _ = self.children[2 * index]
-            activation = _Activation(self, owner._modules[name], linear)
+            place = owner._modules, self.children[2 * index + 1][1]
+            activation = _Activation(self, owner._modules[name], linear, place)
             self._activations.append(activation)
             self.members += [activation, _TimeProjection(self, index, linear, activation)]
         self.forget()
@@ -246,14 +247,26 @@ class TimeProjections(Group):
 class _Activation(Replacement):
     """The forward of a SiLU that leaves embeddings to the layer behind it.
 
+    Args:
+        place: the children of their module, and the name that the layer has there.
+
     Attributes:
         left: the embedding that the layer behind has to activate itself.
     """
 
-    def __init__(self, group: TimeProjections, activation: Any, linear: nn.Linear) -> None:
+    def __init__(
+        self,
+        group: TimeProjections,
+        activation: Any,
+        linear: nn.Linear,
+        place: tuple[dict[str, Any], str],
+    ) -> None:
         super().__init__(group.state, activation)
         self.group = group
+        self._own = vars(activation)
+        self._linear = linear
         self._layer = vars(linear)
+        self._children, self._name = place
         self.member: Any = None
         self.left: torch.Tensor | None = None
 
@@ -262,9 +275,19 @@ class _Activation(Replacement):
             return self._base(*args, **kwargs)
         self.left, weight = None, self.group.packed.weight
         if weight is not None and args and not args[1:] and not kwargs:
-            x, layer = args[0], self._layer
-            # somebody may have wrapped the layer meanwhile: what it gets is activated then
-            ours = "forward" in layer and layer["forward"] is self.member
+            x, own, layer, children = args[0], self._own, self._layer, self._children
+            # somebody may have wrapped or hooked one of both meanwhile, or put another layer in the
+            # place: what they see is activated then
+            ours = (
+                "forward" in layer
+                and layer["forward"] is self.member
+                and "forward" in own
+                and own["forward"] is self
+                and self._name in children
+                and children[self._name] is self._linear
+                and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+                and not (layer["_forward_hooks"] or layer["_forward_pre_hooks"])
+            )
             if ours and x.ndim == 2 and x.dtype == weight.dtype:
                 self.left = x
                 self.group.pending = [x]

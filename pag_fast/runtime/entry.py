@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
+from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -145,7 +146,11 @@ class Entry:
                 object.__setattr__(self.model, NAME, self.displaced)
 
     def _take_setter(self) -> None:
-        if hasattr(self.model, SETTER) and SETTER not in vars(self.model):
+        if not hasattr(self.model, SETTER):
+            return
+        own = vars(self.model).get(SETTER)
+        # a copy of a model that had an entry holds the method that it would have without one
+        if own is None or (type(own) is MethodType and own == own_setter(self.model)):
             object.__setattr__(self.model, SETTER, ProcessorSetter(self.model, self.lease))
 
     def front(self) -> None:

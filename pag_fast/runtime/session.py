@@ -265,21 +265,24 @@ class Session(Warming):
 
     def layout(self, rows: int) -> tuple[str, ...]:
         """Which branches a batch of ``rows`` rows holds."""
-        if self.unit:
-            # a callback may have left some of the pictures in the batch
-            local = self._locals
-            latents = local["latents"] if "latents" in local else None  # noqa: SIM401
-            pictures = latents.shape[0] if type(latents) is torch.Tensor else 0
-            if pictures and rows in (pictures, 2 * pictures, 3 * pictures):
-                self.unit = pictures
-        else:
-            branches = 3 if self.cfg else 2
-            self.unit = rows // branches
+        latents = self._locals["latents"] if "latents" in self._locals else None  # noqa: SIM401
+        pictures = latents.shape[0] if type(latents) is torch.Tensor else 0
+        whole = pictures and rows in (pictures, 2 * pictures, 3 * pictures)
+        if not self.unit:
+            self.unit = rows // (branches := 3 if self.cfg else 2)
             if not self.unit:
                 raise ValueError(
                     f"The denoiser was called with {rows} rows, fewer than the {branches} branches "
                     "of this call: there should be a row of latents for each picture."
                 )
+            if whole and self.unit != pictures:
+                raise ValueError(
+                    f"The denoiser was called with {rows} rows, which are not {branches} branches "
+                    f"of {pictures} pictures: embeddings that are given should have a row for each "
+                    "picture, and num_images_per_prompt should be 1."
+                )
+        elif whole:  # a callback may have left some of the pictures in the batch
+            self.unit = pictures
         slabs, rest = divmod(rows, self.unit) if self.unit else (0, 1)
         if not rest and slabs == 3:
             return UNCOND, COND, PERTURBED

@@ -122,9 +122,7 @@ class Invariant(Replacement):
             if kept.epoch == state.epoch and kept.weights == number:
                 value, version = kept.value, kept.version
                 # somebody may have written into it
-                if version is None or version == (
-                    _version(value) if isinstance(version, list) else value._version
-                ):
+                if version == (_version(value) if isinstance(version, list) else value._version):
                     return value if self.checks is None else self._again(kept, args, kwargs)
         return self._renew(args, kwargs, number)
 
@@ -140,8 +138,8 @@ class Invariant(Replacement):
             if old.shape != new.shape:
                 return before
             checks.add(self.name, old, new)  # type: ignore[union-attr]
-        kept.value, kept.version = value, _version(value)
-        return value
+        kept.value, kept.version = _telling(value)
+        return kept.value
 
     def _renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: int) -> Any:
         self.kept.pop(self.state.context, None)
@@ -152,7 +150,8 @@ class Invariant(Replacement):
         if any(x.requires_grad for x in _tensors(value)):
             return value
         if self._weights.sees(self.module):
-            output = _Output(value, self.state.epoch, _version(value), weights)
+            value, version = _telling(value)
+            output = _Output(value, self.state.epoch, version, weights)
             self.kept[self.state.context] = output
         return value
 
@@ -172,13 +171,23 @@ def _tensors(value: Any) -> list[Any]:
 
 
 def _version(value: Any) -> Any:
-    """The version of an output, or versions: an IP-Adapter's image projection returns a list.
+    """The version of an output, or versions: an IP-Adapter's image projection returns a list."""
+    return [_version(x) for x in value] if isinstance(value, list) else value._version
 
-    ``None`` for inference tensors, which do not tell whether somebody has written into them.
+
+def _telling(value: Any) -> tuple[Any, Any]:
+    """An output that tells whether somebody writes into it, and its version.
+
+    Hooks and processors of others get what is kept. Inference tensors do not tell: they have copies
+    that do.
     """
     if isinstance(value, list):
-        return [_version(x) for x in value]
-    return None if value.is_inference() else value._version
+        told = [_telling(x) for x in value]
+        return [x for x, _ in told], [version for _, version in told]
+    if value.is_inference():
+        with torch.inference_mode(False):
+            value = value.clone()
+    return value, value._version
 
 
 class ConditioningCache:
