@@ -21,7 +21,8 @@ def check_processors(
     for name, attention in attentions.items():
         cls = type(attention.processor)
         named = not known or cls.__name__ in known
-        if named and (not strict or cls.__module__.startswith("diffusers.")):
+        # every forward comes here: no calls
+        if named and (not strict or cls.__module__[:10] == "diffusers."):
             continue
         if issubclass(cls, PerturbedProcessor):
             continue
