@@ -12,6 +12,13 @@ _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
     Fault(
+        "an embedding of inference mode is trusted whoever writes into it",
+        "pag_fast/fusion/projections.py",
+        "self._owns if version is None else ()",
+        "()",
+        tests_of("fusion_mid_forward", "writes_into_the_embedding"),
+    ),
+    Fault(
         "a copy's own way to set processors is taken for a user's",
         "pag_fast/runtime/entry.py",
         "if own is None or (type(own) is MethodType and own == own_setter(self.model)):",

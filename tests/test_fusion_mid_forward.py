@@ -97,3 +97,26 @@ def test_a_layer_behind_gets_what_is_activated(name, change):
         found.append(tiny.latents(pipe, kwargs))
         assert relative(found[-1], plain) > 5e-5
     assert relative(*found) < 1e-5
+
+
+@row_wise
+def _write(module, args, out):
+    args[1].mul_(1.5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("place", ["mid_block.resnets.0", "up_blocks.1.resnets.0"])
+def test_a_hook_writes_into_the_embedding(place, mode):
+    """Inference tensors do not tell: with hooks on the model each layer computes for itself."""
+    pipe = tiny.build(SD)
+
+    def run():
+        with mode():
+            return tiny.latents(pipe, tiny.call_kwargs(SD, pipe, steps=3))
+
+    plain = run()
+    pipe.unet.get_submodule(place).register_forward_hook(_write)
+    stock = run()
+    assert relative(stock, plain) > 1e-3
+    with pag_fast.patched(pipe, strict=True):
+        assert relative(run(), stock) < 1e-5

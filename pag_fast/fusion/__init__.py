@@ -71,6 +71,8 @@ class Fusion:
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
         self.asking: list[nn.Module] = []
+        # a tracer would guard on the hooks of every module
+        self._hookable = () if traced else tuple(model.modules())
         self._collect(perturbed or {}, traced)
         self.entries: list[Entry] = []
         self._together: list[Entry] = []  # while nobody needs gradients
@@ -103,7 +105,7 @@ class Fusion:
                         QKV(self.state, module, parts, perturbed=ours, fusable=self._fusable)
                     )
         if len(layers) > 1:
-            self.groups.append(TimeProjections(self.state, layers))
+            self.groups.append(TimeProjections(self.state, layers, self._hookable))
 
     # ---- per forward ----
 

@@ -6,7 +6,7 @@ the others hand out their part of the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -173,9 +173,16 @@ class TimeProjections(Group):
         layers: ``(module, name of its activation, name of its linear layer)`` in any order. The
             activation is left to the product: called with an embedding, it returns what it is
             given.
+        modules: all of the model, whose hooks could write into the embedding.
     """
 
-    def __init__(self, state: BranchState, layers: Sequence[tuple[nn.Module, str, str]]) -> None:
+    def __init__(
+        self,
+        state: BranchState,
+        layers: Sequence[tuple[nn.Module, str, str]],
+        modules: Iterable[nn.Module] = (),
+    ) -> None:
+        self._owns, self._hooked = list(map(vars, modules)), False
         children = [(owner, name, owner._modules[name]) for owner, *names in layers
                     for name in names]  # fmt: skip
         super().__init__(state, children)  # type: ignore[arg-type]
@@ -222,7 +229,12 @@ class TimeProjections(Group):
         if self._step != self.state.step or self._x is None:
             self._wholes, self._parts = {}, {}
             self._step, self._x, self._version = self.state.step, x, version
-        elif not _is_same(x, self._x) or version != self._version:
+            self._hooked = False
+            for own in self._owns if version is None else ():  # a loop makes no calls
+                if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                    self._hooked = True
+                    return False
+        elif self._hooked or not _is_same(x, self._x) or version != self._version:
             return False
         rows = x.shape[0]
         if rows not in self._parts:
