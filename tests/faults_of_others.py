@@ -250,6 +250,27 @@ OTHERS = [
         tests_of("hosts_options", "a_processor_of_ones_own"),
     ),
     Fault(
+        "rows that were added go to the loop in steps without a scale",
+        "pag_fast/runtime/injected.py",
+        "whole = self.ran is not None and PERTURBED in self.ran[0]",
+        "whole = False",
+        tests_of("steps_without_pag", "first_step"),
+    ),
+    Fault(
+        "rows that were turned go to the loop in steps without a scale",
+        "pag_fast/runtime/injected.py",
+        "whole = whole or len(others) > (not self._cond_first)",
+        "whole = whole or len(others) > 1",
+        tests_of("steps_without_pag", "no_step and ZImage"),
+    ),
+    Fault(
+        "a branch writes into the values of those that follow",
+        "pag_fast/processors/rows.py",
+        "some.value = some.value.clone()",
+        "",
+        tests_of("steps_without_pag", "equal_branches"),
+    ),
+    Fault(
         "functions for settings make branches run apart",
         _ORIGINS,
         "return name in _PASSIVE or name.startswith(_SETTERS)",

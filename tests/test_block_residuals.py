@@ -178,6 +178,7 @@ def test_what_sees_the_control_image_alone_is_computed_once():
     pipe, calls = build(FLUX), []
     weight = pipe.controlnet.controlnet_x_embedder.weight
 
+    @pag_fast.runtime.compatibility.row_wise
     class Products(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is torch.nn.functional.linear and args[1] is weight:

@@ -270,7 +270,7 @@ class _Watch:
 
     def look(self) -> Any:
         """A value that is equal to the one before as long as nothing has changed."""
-        parameters = self._values()
+        parameters, processors = self._values(), self._processors()
         there = all(map(is_, self._children(), self._modules))
         if not there or any(map(is_, parameters, repeat(None))):
             return None
@@ -286,7 +286,8 @@ class _Watch:
             list(map(type, self._modules)),
             list(map(len, self._around)),
             list(map(any, map(_HOOKS, self._owns))),
-            list(map(id, self._processors())),
+            list(map(id, processors)),
+            list(map(type, processors)),
             list(map(_call, self._kinds)),  # a class has another function
             list(map(dict.get, self._of_processors, repeat("__call__"))),
             list(map(dict.get, self._attentions, repeat("fused_projections"))),

@@ -231,6 +231,8 @@ class PerturbedProcessor:
             else:
                 some = _rows(rows, rows.num_attend - rows.num_forked, rows.num_attend)
                 some.num_attend = some.num_forked = 0
+                # what is written in place would be read by the branches that follow
+                some.value = some.value.clone()
                 if not (perturbation.needs_scores or rows.num_context):
                     some.query, some.key = some.query[:0], some.key[:0]
                 parts.append(self._perturbed(index, some))

@@ -258,8 +258,10 @@ class InjectedSession(Session):
             assert self.ran is not None
             layout = self.ran[0]
             others = prediction.chunk(len(layout))[: layout.index(COND)]
-        if perturbed is None:
-            return self._result(out, [*others, cond]) if len(others) > 1 else out
+        if perturbed is None:  # rows that were added, or turned, go back as they came
+            whole = self.ran is not None and PERTURBED in self.ran[0]
+            whole = whole or len(others) > (not self._cond_first)
+            return self._result(out, [*others, cond]) if whole else out
         config = self.patch.config
         if config.rescale_mode is None and self._is_linear():
             if UNCOND in self._seen[1]:
@@ -288,11 +290,10 @@ class InjectedSession(Session):
 
     def _with_pending(self, out: Any) -> Any:
         """Another pass than cond's, with what cond's has found for it in this step."""
-        if self._pending is None or self._pending[0] != self._seen[0]:
+        pending = self._pending
+        if pending is None or pending[0] != self._seen[0] or self._pass not in pending[2]:
             return out
-        if self._pass not in self._pending[2]:
-            return out
-        prediction, difference = out[0], self._pending[1]
+        prediction, difference = out[0], pending[1]
         if prediction.shape != difference.shape:
             raise ValueError(
                 f"A pass of a step gives a prediction of {tuple(prediction.shape)}, and cond's is "

@@ -126,7 +126,8 @@ class RowDecision:
             self.patch.fall_back(reason)
         if plan.reason or reason:
             self.patch.steps["not shared"] += 1
-            return full, full, full
+            self._decided, self._decided_for = (full, full, full), ()
+            return self._decided
         if not (same and self._decided_for == layout):
             self._decided = self._decide(call, full, frames, unit)
             self._decided_for = layout
@@ -146,6 +147,8 @@ class RowDecision:
                 f"A hook in front of the denoiser hands on {rows} rows where it was given "
                 f"{full * unit}: uncond, cond and perturbed can no longer be told apart. Remove it."
             )
+        if self._decided == (full, full, full):  # the ControlNet's residuals have all rows
+            return self._decided
         before = self.equality, self.copies, self._recheck
         self.equality, self.copies, self._recheck = RowEquality(), False, True
         try:

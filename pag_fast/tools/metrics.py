@@ -20,6 +20,11 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
         ValueError: the shapes differ, or these are no pictures in [0, 1].
     """
     _check(image, reference)
+    return decibels(image, reference)
+
+
+def decibels(image: torch.Tensor, reference: torch.Tensor) -> float:
+    """As :func:`psnr`, of numbers in any range of width one: latents, for example."""
     error = (image.double() - reference.double()).square().mean().item()
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
 

@@ -15,7 +15,7 @@ from ... import PatchConfig, patch
 from ...models.registry import controlnets, denoiser_name, uncompiled
 from ...runtime.entry import Entry
 from ..demo import perturbed_layers
-from ..metrics import psnr
+from ..metrics import decibels
 
 NO_PAG, STOCK, PATCHED = "no PAG", "stock", "patched"
 COMPILED, GRAPHS = " compiled", " graphs"
@@ -147,7 +147,7 @@ def compare_outputs(outputs: dict[str, torch.Tensor], *, peak: float = 1.0) -> d
     reference = outputs[STOCK].float() / peak
     return {
         name: min(
-            (psnr(a, b) for a, b in zip(output.float() / peak, reference, strict=True)),
+            (decibels(a, b) for a, b in zip(output.float() / peak, reference, strict=True)),
             default=math.inf,
         )
         for name, output in outputs.items()
