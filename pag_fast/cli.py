@@ -203,7 +203,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from .analysis.verify import verify
     from .pipelines.registry import has_layers
     from .tools import load as models
-    from .tools.output import write_json
+    from .tools.output import files_first, write_json
 
     call = given(
         arguments,
@@ -217,17 +217,16 @@ def _verify(arguments: argparse.Namespace) -> int:
         del call["pag_scale"]
     pipe.set_progress_bar_config(disable=True)
     result = verify(pipe, layers=arguments.layers, **call)
-    try:  # a report that cannot be shown is there all the same, and the other way round
+    with files_first(result):
         if arguments.json is not None:
             write_json(arguments.json, result.as_dict())
-    finally:
-        print(result)
     return 0 if result.ok else 1
 
 
 def _describe(arguments: argparse.Namespace) -> None:
     from .analysis.described import describe_by_call
     from .tools import load as models
+    from .tools.output import files_first
 
     call = given(
         arguments,
@@ -239,11 +238,9 @@ def _describe(arguments: argparse.Namespace) -> None:
     pipe = models.load(arguments.pipeline, as_saved=True)
     pipe.set_progress_bar_config(disable=True)
     found = describe_by_call(pipe, arguments.layers, **call)
-    try:
+    with files_first(found):
         if arguments.write is not None and found.sources:
             arguments.write.write_text("\n\n".join(found.sources.values()), encoding="utf-8")
-    finally:
-        print(found)
     if arguments.write is None:
         return
     if not found.sources:

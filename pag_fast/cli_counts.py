@@ -61,10 +61,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         return
     size = given(arguments, height="height", width="width", frames="frames")
     costs = layer_costs(_pipeline(arguments.model), cfg=arguments.cfg == "on", **size)
-    try:
-        _keep(arguments, costs, "layers_figure")
-    finally:
-        print(costs.table(every=arguments.all))
+    _keep(arguments, costs, "layers_figure", costs.table(every=arguments.all))
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -81,20 +78,20 @@ def _explain(arguments: argparse.Namespace) -> None:
         explanation = replace(
             explanation, findings=(), launches=(), notes=(*explanation.notes, _UNSEEN)
         )
-    try:
-        _keep(arguments, explanation, "explanation_figure")
-    finally:
-        print(explanation)
+    _keep(arguments, explanation, "explanation_figure", explanation)
 
 
-def _keep(arguments: argparse.Namespace, shown: Any, figure: str) -> None:
-    """Write what is printed as JSON and as a picture, where that is asked for."""
-    if arguments.json is not None:
-        _write(arguments.json, shown.as_dict())
-    if arguments.plot is not None:
-        from .tools import plots
+def _keep(arguments: argparse.Namespace, shown: Any, figure: str, report: object) -> None:
+    """Print a report, and write what it shows as JSON and as a picture, where that is asked for."""
+    from .tools.output import files_first, write_json
 
-        plots.save(getattr(plots, figure)(shown), arguments.plot)
+    with files_first(report):
+        if arguments.json is not None:
+            write_json(arguments.json, shown.as_dict())
+        if arguments.plot is not None:
+            from .tools import plots
+
+            plots.save(getattr(plots, figure)(shown), arguments.plot)
 
 
 def _pipeline(model: str) -> Any:
@@ -112,6 +109,7 @@ def _pipeline(model: str) -> Any:
 def _ledger(arguments: argparse.Namespace) -> None:
     from .analysis.explanation import flops_table, flops_unit
     from .analysis.ledger import ledger
+    from .tools.output import files_first, write_json
 
     entries = []
     for entry in ledger(arguments.pipelines or None):
@@ -119,15 +117,7 @@ def _ledger(arguments: argparse.Namespace) -> None:
         print(f"counted {entry.label}", file=sys.stderr)
     costs = [(entry.label, entry.cost) for entry in entries]
     unit = flops_unit(costs)
-    try:
+    head = f"{unit} per step and image, matrix products, convolutions and attention"
+    with files_first("\n".join([head, "", *flops_table(costs, "pipeline")])):
         if arguments.json is not None:
-            _write(arguments.json, [entry.as_dict() for entry in entries])
-    finally:
-        print(f"{unit} per step and image, matrix products, convolutions and attention\n")
-        print("\n".join(flops_table(costs, "pipeline")))
-
-
-def _write(path: Path, data: Any) -> None:
-    from .tools.output import write_json
-
-    write_json(path, data)
+            write_json(arguments.json, [entry.as_dict() for entry in entries])

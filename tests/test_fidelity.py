@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pag_fast.tools.metrics import NearestPicture, prompt_accuracy, psnr, ssim
+from pag_fast.tools.metrics import NearestPicture, decibels, prompt_accuracy, psnr, ssim
 
 
 def _pictures(n=4, size=16):
@@ -43,7 +43,7 @@ def test_ssim_falls_with_noise():
     assert values[0] > values[1] > values[2] > 0
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("metric", [psnr, ssim, decibels])
 def test_shapes_must_agree(metric):
     with pytest.raises(ValueError, match="cannot be compared"):
         metric(_pictures(2), _pictures(3))

@@ -24,7 +24,12 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def decibels(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """As :func:`psnr`, of numbers in any range of width one: latents, for example."""
+    """As :func:`psnr`, of numbers in any range of width one: latents, for example.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes(image, reference)
     error = (image.double() - reference.double()).square().mean().item()
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
 
@@ -65,6 +70,10 @@ def _check(image: Any, reference: Any) -> None:
                 f"{found.max().item():.4g}. Divide those of 8 bits by 255; of those from -1 to 1 "
                 "take (x + 1) / 2."
             )
+    _check_shapes(image, reference)
+
+
+def _check_shapes(image: torch.Tensor, reference: torch.Tensor) -> None:
     if image.shape != reference.shape:
         raise ValueError(
             f"Pictures of shape {tuple(image.shape)} cannot be compared with pictures of shape "

@@ -32,6 +32,18 @@ def _finite(data: Any) -> Any:
 
 
 @contextmanager
+def files_first(report: object) -> Iterator[None]:
+    """Print a report behind its files, which are written inside: each is there without the other.
+
+    A terminal may lack its characters, and a file its folder.
+    """
+    try:
+        yield
+    finally:
+        print(report)
+
+
+@contextmanager
 def progress(total: int, unit: str, *, name: str = "", show: bool = True) -> Iterator[Any]:
     """tqdm's bar on a terminal and in a notebook; elsewhere one line when all is done."""
     from tqdm import auto, std
