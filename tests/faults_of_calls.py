@@ -13,8 +13,8 @@ _INJECTED = "pag_fast/runtime/injected.py"
 CALLS = [
     Fault(
         "other pictures' rows are taken for perturbed ones",
-        "pag_fast/runtime/session.py",
-        "if whole and self.unit != pictures:",
+        "pag_fast/runtime/batch.py",
+        "if fits and found != pictures:",
         "if False:",
         tests_of("fewer_pictures", "without_a_row"),
     ),
@@ -176,9 +176,9 @@ CALLS = [
     ),
     Fault(
         "a batch keeps the pictures that it began with",
-        "pag_fast/runtime/session.py",
-        "elif whole:",
-        "elif False:",
+        "pag_fast/runtime/batch.py",
+        "return pictures if fits else before",
+        "return before",
         tests_of("fewer_pictures", "stocks_pictures"),
     ),
     Fault(

@@ -42,8 +42,8 @@ OTHERS = [
     Fault(
         "what is equal to something row-wise is row-wise",
         "pag_fast/runtime/compatibility_origins.py",
-        "_ROW_WISE.get(id(thing)) is thing or",
-        "any(thing == marked for marked in _ROW_WISE.values()) or",
+        "return _ROW_WISE.get(id(thing)) is thing",
+        "return any(thing == marked for marked in _ROW_WISE.values())",
         tests_of("compatibility_hooks", "row_wise_goes_by"),
     ),
     Fault(
@@ -182,8 +182,8 @@ OTHERS = [
     Fault(
         "a model that is traced again begins its schedule again",
         "pag_fast/runtime/traced.py",
-        "self.loop.scales.update(scales)",
-        "",
+        "self.install(self.patch.layers)",
+        "self.begin(self.patch.layers, cfg=True)",
         tests_of("derived_late", "counting and stop"),
     ),
     Fault(
@@ -210,7 +210,7 @@ OTHERS = [
     Fault(
         "a module in two places is shared by the first",
         "pag_fast/sharing/plan.py",
-        "if owners[id(module)] > 1 and next(module.parameters(), None) is not None:",
+        "if places[id(module)] > 1 and next(module.parameters(), None) is not None:",
         "if False:",
         tests_of("objects_of_others", "two_places"),
     ),
@@ -252,15 +252,15 @@ OTHERS = [
     Fault(
         "rows that were added go to the loop in steps without a scale",
         "pag_fast/runtime/injected.py",
-        "whole = self.ran is not None and PERTURBED in self.ran[0]",
-        "whole = False",
+        "changed = turned or len(others) > 1 or PERTURBED in layout",
+        "changed = turned or len(others) > 1",
         tests_of("steps_without_pag", "first_step"),
     ),
     Fault(
         "rows that were turned go to the loop in steps without a scale",
         "pag_fast/runtime/injected.py",
-        "whole = whole or len(others) > (not self._cond_first)",
-        "whole = whole or len(others) > 1",
+        "changed = turned or len(others) > 1 or PERTURBED in layout",
+        "changed = len(others) > 1 or PERTURBED in layout",
         tests_of("steps_without_pag", "no_step and ZImage"),
     ),
     Fault(

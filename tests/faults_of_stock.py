@@ -51,9 +51,9 @@ STOCK = [
     ),
     Fault(
         "a trace forgets what was kept of cond's forward",
-        "pag_fast/runtime/injected.py",
-        "if own is not None and self._stock is None:",
-        "if own is not None:",
+        "pag_fast/runtime/traced.py",
+        "self.install(self.patch.layers)",
+        "self.start()",
         tests_of("patch_kinds", "first_call_resumes"),
     ),
     Fault(

@@ -10,7 +10,6 @@ themselves, and are left alone.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from ..ops.autocast import region_of
-from ..sharing.plan import eager_modules, has_diffusers_hooks
+from ..sharing.plan import count_places, eager_modules, has_diffusers_hooks
 from ..sharing.rows import BranchState
 from .packed_linears import shared_memory
 from .processors import attention_projections, time_projection
@@ -71,8 +70,6 @@ class Fusion:
         self.divisors: list[tuple[nn.Module, str]] = []
         self.groups: list[Group] = []
         self.asking: list[nn.Module] = []
-        # a tracer would guard on the hooks of every module
-        self._hookable = () if traced else tuple(model.modules())
         self._collect(perturbed or {}, traced)
         self.entries: list[Entry] = []
         self._together: list[Entry] = []  # while nobody needs gradients
@@ -85,7 +82,9 @@ class Fusion:
     def _collect(self, perturbed: Mapping[str, int], traced: bool) -> None:
         """Find everything in the model that could be left out or computed together."""
         eager = {name for name, _ in eager_modules(self.model)}
-        owners = Counter(id(c) for m in self.model.modules() for c in m._modules.values())
+        places = count_places(self.model)
+        # a tracer would guard on the hooks of every module
+        hookable = () if traced else tuple(self.model.modules())
         layers: list[tuple[nn.Module, str, str]] = []
         for name, module in self.model.named_modules():
             if name in eager:
@@ -94,18 +93,18 @@ class Fusion:
                     self.asking.append(module)
                 names = time_projection(module)
                 # an activation that somebody else runs too has to activate for him
-                if names and all(owners[id(module._modules[x])] == 1 for x in names):
+                if names and all(places[id(module._modules[x])] == 1 for x in names):
                     layers.append((module, *names))
             if not (traced or name in eager):
                 continue
             for parts, linears in attention_projections(name, module, perturbed.get(name, 3)):
-                if all(owners[id(linear)] == 1 for linear in linears):
+                if all(places[id(linear)] == 1 for linear in linears):
                     ours = name in perturbed
                     self.groups.append(
                         QKV(self.state, module, parts, perturbed=ours, fusable=self._fusable)
                     )
         if len(layers) > 1:
-            self.groups.append(TimeProjections(self.state, layers, self._hookable))
+            self.groups.append(TimeProjections(self.state, layers, hookable))
 
     # ---- per forward ----
 

@@ -39,9 +39,9 @@ QUANTIZERS = frozenset(
 COMPILED = "torch.compile"
 MIXED_PRECISION = "mixed precision"
 _STANDARD = frozenset({"builtins", "abc", "collections", "typing", "enum"})
-# decorators of the standard library wrap what is looked at behind them
 # what the trusted import for files, versions and words, not for rows
 _IMPORTED = frozenset({"huggingface_hub", "packaging", "safetensors", "tqdm", "typing_extensions"})
+# decorators of the standard library wrap what is looked at behind them
 _PASSED_ON = TRUSTED | _IMPORTED | sys.stdlib_module_names
 _PASSIVE = frozenset({"__init__", "__repr__", "__str__", "extra_repr", "to", "cuda", "cpu"})
 _SETTERS = ("set_", "from_", "save_", "load_", "push_to_hub", "enable_", "disable_")
@@ -82,8 +82,11 @@ def row_wise(thing: T) -> T:
 def is_row_wise(thing: Any) -> bool:
     """Whether :func:`row_wise` has been said of it, or of its class."""
     thing = getattr(thing, "__func__", thing)
-    cls = type(thing)
-    return _ROW_WISE.get(id(thing)) is thing or _ROW_WISE.get(id(cls)) is cls
+    return _is_marked(thing) or _is_marked(type(thing))
+
+
+def _is_marked(thing: Any) -> bool:
+    return _ROW_WISE.get(id(thing)) is thing
 
 
 def origin(function: Any) -> str:
@@ -111,7 +114,7 @@ def package(name: str) -> str:
 
 def foreign_class(cls: type) -> str:
     """The package that gives a class behaviour of its own, if it is none that is trusted."""
-    if _ROW_WISE.get(id(cls)) is cls:
+    if _is_marked(cls):
         return ""
     for base in inspect.getmro(cls):
         where = package(base.__module__)

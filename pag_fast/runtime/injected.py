@@ -18,12 +18,11 @@ import torch
 from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
 from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
-from ..sharing.row_equality import RowEquality
 from ..sharing.rows import change_level
 from .controlnets import InjectedControlNets
 from .findings import Findings
 from .forwards import Call, Forward
-from .frames import LoopCode, call_arguments, loop_of, nobody_writes
+from .frames import LoopCode, call_arguments, loop_of
 from .guidance import guided_cond, host_timesteps, steps_of_call
 from .loop import Loop, StepClock, unstepped
 from .observed import SKIP
@@ -31,7 +30,6 @@ from .observed_guidance import REPEATS
 from .predictions import prediction_of, with_prediction
 from .prompts import pass_of_text
 from .row_copies import Copies, turned, with_rows
-from .row_decision import RowDecision
 from .session import Session
 from .stock_passes import StockPasses
 from .undoing import undo_all
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
 
 class InjectedSession(Session):
     """As :class:`Session`, for one denoiser of a pipeline without PAG."""
+
+    _adds_rows = True
 
     def __init__(self, pipe: Any, patch: PatchState, denoiser: str, loop: Loop) -> None:
         super().__init__(pipe, patch, denoiser)
@@ -78,15 +78,14 @@ class InjectedSession(Session):
     def start(self) -> None:
         """The pipeline's call begins."""
         self.begin(self.patch.layers, cfg=True)
-        self.installed.be_strict()
-        self._rows = RowDecision(
-            self.installed, self.patch, RowEquality(nobody_writes), copies=True
-        )
         own = self.host.stock_guidance if self.patch.config.share_branches else None
-        # where a trace has the call begin anew, what was kept of cond's forward stays good
-        if own is not None and self._stock is None:
+        if own is not None:
             denoiser, graphs = getattr(self.pipe, self.denoiser), self._graphs is not None
             self._stock = StockPasses(self.patch, self.pipe, denoiser, own, graphs=graphs)
+
+    def install(self, layers: Any) -> None:
+        super().install(layers)
+        self.installed.be_strict()
 
     def begin_loop(self) -> None:
         super().begin_loop()
@@ -254,14 +253,13 @@ class InjectedSession(Session):
         self._pending = None
         uncond, cond, perturbed, scale = self.predictions(prediction)
         others: tuple[torch.Tensor, ...] = () if uncond is None else (uncond,)
-        if self._cond_first and uncond is not None:
-            assert self.ran is not None
-            layout = self.ran[0]
+        assert self.ran is not None
+        layout, turned = self.ran[0], self._cond_first and uncond is not None
+        if turned:
             others = prediction.chunk(len(layout))[: layout.index(COND)]
-        if perturbed is None:  # rows that were added, or turned, go back as they came
-            whole = self.ran is not None and PERTURBED in self.ran[0]
-            whole = whole or len(others) > (not self._cond_first)
-            return self._result(out, [*others, cond]) if whole else out
+        if perturbed is None:
+            changed = turned or len(others) > 1 or PERTURBED in layout
+            return self._result(out, [*others, cond]) if changed else out
         config = self.patch.config
         if config.rescale_mode is None and self._is_linear():
             if UNCOND in self._seen[1]:

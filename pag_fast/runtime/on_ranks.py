@@ -62,8 +62,8 @@ class OnRanks(Session):
         # of the perturbed branches, in the step that begins
         self._scales_now: tuple[float, ...] = ()
 
-    def begin(self, layers: Any, cfg: bool) -> None:
-        super().begin(layers, cfg)
+    def install(self, layers: Any) -> None:
+        super().install(layers)
         self.ranks.branches = len(self.installed.branches)
 
     def end(self, *, whole: bool) -> None:

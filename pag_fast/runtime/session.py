@@ -19,6 +19,7 @@ from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
+from .batch import rows_of_a_branch
 from .behind_hooks import entries_behind
 from .controlnets import ControlNets
 from .entry import Entry as ModelEntry
@@ -51,6 +52,8 @@ class Session(Warming):
     """
 
     _kept: ConditioningCache
+    # the batch gets its perturbed rows from us, and not from the pipeline
+    _adds_rows = False
     loop_code = ANYWHERE
     ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
@@ -80,22 +83,29 @@ class Session(Warming):
             ValueError: a layer that does not exist, something on the model that leaves no right
                 answer, or rescale asked for twice.
         """
-        denoiser = getattr(self.pipe, self.denoiser)
-        model = uncompiled(denoiser)
         self.refuse_two_rescales()
-        with self.patch.alone(self.denoiser, self.owner):
-            self.patch.look(model).refuse()
-            self.installed = self.patch.installation(model, layers, eager=is_eager(denoiser, model))
-        self._kept = ConditioningCache(self.installed.state, self.installed.invariants.values())
-        self._rows = RowDecision(self.installed, self.patch, RowEquality(nobody_writes))
-        self._graphs = self.patch.graphs(
-            denoiser, self.installed.state, self.installed.invariants.values(), [model]
-        )
+        self.install(layers)
         self.loop_code = self._running_loop()
         self.pag, self.cfg, self.unit, self.forwards = True, cfg, 0, 0
         self._scales.clear()
         self.begin_guidance()
         self._tell_unshared()
+
+    def install(self, layers: Any) -> None:
+        """Take the plan of the model as it is now, and keep nothing that was computed by another.
+
+        Raises:
+            ValueError: as :meth:`begin`, but for rescale.
+        """
+        denoiser = getattr(self.pipe, self.denoiser)
+        model = uncompiled(denoiser)
+        with self.patch.alone(self.denoiser, self.owner):
+            self.patch.look(model).refuse()
+            self.installed = self.patch.installation(model, layers, eager=is_eager(denoiser, model))
+        state, kept = self.installed.state, self.installed.invariants.values()
+        self._kept, equality = ConditioningCache(state, kept), RowEquality(nobody_writes)
+        self._rows = RowDecision(self.installed, self.patch, equality, copies=self._adds_rows)
+        self._graphs = self.patch.graphs(denoiser, state, kept, [model])
 
     def _running_loop(self) -> LoopCode:
         """The loop that has turned PAG on; a subclass may run its denoiser beside it."""
@@ -267,23 +277,8 @@ class Session(Warming):
         """Which branches a batch of ``rows`` rows holds."""
         latents = self._locals["latents"] if "latents" in self._locals else None  # noqa: SIM401
         pictures = latents.shape[0] if type(latents) is torch.Tensor else 0
-        whole = pictures and rows in (pictures, 2 * pictures, 3 * pictures)
-        if not self.unit:
-            self.unit = rows // (branches := 3 if self.cfg else 2)
-            if not self.unit:
-                raise ValueError(
-                    f"The denoiser was called with {rows} rows, fewer than the {branches} branches "
-                    "of this call: there should be a row of latents for each picture."
-                )
-            if whole and self.unit != pictures:
-                raise ValueError(
-                    f"The denoiser was called with {rows} rows, which are not {branches} branches "
-                    f"of {pictures} pictures: embeddings that are given should have a row for each "
-                    "picture, and num_images_per_prompt should be 1."
-                )
-        elif whole:  # a callback may have left some of the pictures in the batch
-            self.unit = pictures
-        slabs, rest = divmod(rows, self.unit) if self.unit else (0, 1)
+        self.unit = rows_of_a_branch(rows, self.unit, pictures, 3 if self.cfg else 2)
+        slabs, rest = rows // self.unit, rows % self.unit
         if not rest and slabs == 3:
             return UNCOND, COND, PERTURBED
         if not rest and slabs == 2:

@@ -31,8 +31,8 @@ class TracedSession(InjectedSession):
     """As :class:`InjectedSession`, for a denoiser with a derived description."""
 
     _signature: Any = None
-    # what was known of the model when the call began
-    _begun: tuple[int, str] = (0, "")
+    # what was known of the model when its plan was taken
+    _installed: tuple[int, str] = (0, "")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,9 +49,9 @@ class TracedSession(InjectedSession):
     def _known(self) -> tuple[int, str]:
         return self._traced.changes, self._traced.reason
 
-    def start(self) -> None:
-        super().start()
-        self._begun = self._known()
+    def install(self, layers: Any) -> None:
+        super().install(layers)
+        self._installed = self._known()
         places = self.installed.plan.sequence
         self.installed.state.sequence = Sequence(places) if places else None
 
@@ -76,18 +76,16 @@ class TracedSession(InjectedSession):
                 seen = trace(model, call)
             complete(model, self._signature, seen, call)
         # most traces show nothing new but tokens: what the call keeps stays good
-        if self._begun != self._known():
-            self._begin_anew()
+        if self._installed != self._known():
+            self._install_anew()
 
-    def _begin_anew(self) -> None:
-        """Begin again, with what is known of the model now, at this step of the running loop."""
-        scales, forwards, difference = dict(self.loop.scales), self.forwards, self._difference
+    def _install_anew(self) -> None:
+        """Take what is known of the model now, in the middle of a call that goes on as it was."""
         somebody_writes = self._kept.somebody_writes
         self.installed.left()
-        self.start()
-        self.loop.scales.update(scales)
-        self.forwards, self._difference = forwards, difference
+        self.install(self.patch.layers)
         self._kept.somebody_writes = somebody_writes
+        self._tell_unshared()
 
     # ---- tokens, and the comparison ----
 

@@ -173,16 +173,21 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], No
     return restore
 
 
+def count_places(model: nn.Module) -> Counter[int]:
+    """In how many places of a model each module stands, by its ``id``."""
+    owned = chain.from_iterable(module._modules.values() for module in model.modules())
+    return Counter(map(id, owned))
+
+
 def in_two_places(model: nn.Module) -> str:
     """Why branches of a model are not shared that runs one module in several places; or ``""``.
 
     Modules are cut and kept as objects, by the place where they were found first.
     """
-    owned = chain.from_iterable(module._modules.values() for module in model.modules())
-    owners = Counter(id(module) for module in owned if module is not None)
+    places = count_places(model)
     for name, module in model.named_modules():
         # an activation may be everybody's
-        if owners[id(module)] > 1 and next(module.parameters(), None) is not None:
+        if places[id(module)] > 1 and next(module.parameters(), None) is not None:
             return f"{name} stands in several places of the model"
     return ""
 
