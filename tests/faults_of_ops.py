@@ -54,8 +54,8 @@ OPS = [
     Fault(
         "gradients of a mask are forgotten",
         f"{_OPS}attention_arguments.py",
-        "derived = derived or mask.requires_grad",
-        "pass",
+        "return mask.requires_grad",
+        "return False",
         tests_of("op_gradients", "backward"),
     ),
     Fault(

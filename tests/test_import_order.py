@@ -34,14 +34,6 @@ ORDER = (
 )
 """Each may import those in front of it, and nothing beside or behind it."""
 
-# what is still wrong, as (file, package) and modules: these may only get shorter
-ALLOWED: set[tuple[str, str]] = set()
-CIRCLE: set[str] = set()
-COMPLEX = {
-    "ops/attention_arguments.py:check_attention",
-    "fusion/__init__.py:__init__",
-    "tools/demo.py:run_demo",
-}
 MOST_LINES, MOST_BRANCHES, MOST_TOP_FILES = 60, 20, 12
 _RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 _FILES = sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.parts)
@@ -106,13 +98,12 @@ def test_every_package_has_a_place():
 
 
 def test_packages_import_those_in_front_of_them():
-    assert _violations() == ALLOWED, "a new one is wrong; one that is gone leaves the list"
+    assert not _violations()
 
 
 def test_modules_import_in_no_circle():
     graph = {name: imports(path) for name, path in MODULES.items()}
-    in_circle = {name for name in graph if name in _reached(graph, name)}
-    assert {name.removeprefix("pag_fast.") for name in in_circle} == CIRCLE
+    assert not [name for name in graph if name in _reached(graph, name)]
 
 
 def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
@@ -138,7 +129,8 @@ def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in _FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
-                yield f"{path.relative_to(ROOT).as_posix()}:{node.name}", node
+                # methods of several classes of a file have one name
+                yield f"{path.relative_to(ROOT).as_posix()}:{node.lineno} {node.name}", node
 
 
 def complexity(function: ast.AST) -> int:
@@ -167,4 +159,4 @@ def test_functions_are_short():
 
 def test_functions_are_simple():
     found = {name: complexity(node) for name, node in _functions()}
-    assert {name for name, count in found.items() if count >= MOST_BRANCHES} == COMPLEX
+    assert not {name: count for name, count in found.items() if count >= MOST_BRANCHES}

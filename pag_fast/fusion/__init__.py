@@ -226,13 +226,9 @@ class _Watch:
         self._parents = [parent._modules for parent, _, _ in children]
         self._names = [name for _, name, _ in children]
         self._modules = [module for _, _, module in children]
-        self._owns = [vars(module) for module in self._modules]
-        linears = [x for group in groups for x in group.packed.linears]
+        self._owns = list(map(vars, self._modules))
         self.device = "cpu"
-        self._bare = [x._parameters for x in linears if x._parameters.get("bias") is None]
-        slots = [(x._parameters, name) for x in linears for name in ("weight", "bias")
-                 if x._parameters.get(name) is not None]  # fmt: skip
-        self._parameters, self._slots = [x for x, _ in slots], [name for _, name in slots]
+        self._note_parameters([x for group in groups for x in group.packed.linears])
         # whoever moves weights around puts a hook on them, or on a module around them
         self._around = [vars(module) for module in _around(model, self._modules)]
         self._attentions = [vars(g.attention) for g in groups if isinstance(g, QKV)]
@@ -243,6 +239,13 @@ class _Watch:
         self._held: list[Any] = []
         self._kinds: list[Any] = []
         self._of_processors: list[Any] = []
+
+    def _note_parameters(self, linears: list[nn.Linear]) -> None:
+        """Note where weights and biases are, and where there is no bias."""
+        self._bare = [x._parameters for x in linears if x._parameters.get("bias") is None]
+        slots = [(x._parameters, name) for x in linears for name in ("weight", "bias")
+                 if x._parameters.get(name) is not None]  # fmt: skip
+        self._parameters, self._slots = [x for x, _ in slots], [name for _, name in slots]
 
     def found(self) -> None:
         """Note what may come to hold hooks later, and the objects whose identity counts."""

@@ -33,17 +33,41 @@ def check_attention(
     Raises:
         ValueError: arguments of an attention op that do not fit together.
     """
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(
             "perturbed_attention takes q, k and v as [rows, tokens, heads, head_dim]; got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
-    rows, tokens = v.shape[:2]
-    if not v.dtype.is_floating_point or not tokens or not v.shape[3]:
+    rows, tokens, heads, channels = v.shape
+    if not v.dtype.is_floating_point or tokens * channels == 0:
         raise ValueError(
             "Attention takes floating-point q, k and v of at least one token and one channel; got "
             f"{tuple(v.shape)} in {v.dtype}."
         )
+    # what is right makes no further call: attention runs often
+    if not (0 <= num_attend <= rows and 0 <= num_context < tokens) or num_forked:
+        _check_counts(rows, tokens, num_attend, num_context, num_forked)
+    derived = q.requires_grad or k.requires_grad or v.requires_grad
+    if perturbation != "identity" or strength is not None:
+        derived |= _check_perturbation(perturbation, strength, heads)
+    expected = (rows if num_context or perturbation != "identity" else num_attend, *v.shape[1:])
+    if not q.shape == k.shape == expected:
+        raise ValueError(
+            f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} "
+            f"and num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if attn_mask is not None:
+        one_for_all = num_context or (perturbation == "blur" and rows + num_forked > num_attend)
+        scores = (rows, heads, tokens, tokens)
+        derived |= _check_mask_of(attn_mask, scores, q.shape[0], one_for_all=bool(one_for_all))
+    return derived or forward_ad._current_level >= 0
+
+
+def _check_counts(
+    rows: int, tokens: int, num_attend: int, num_context: int, num_forked: int
+) -> None:
     if not 0 <= num_attend <= rows:
         raise ValueError(f"num_attend must be in 0..{rows} (the rows of v); got {num_attend}.")
     if not 0 <= num_context < tokens:
@@ -53,6 +77,10 @@ def check_attention(
             f"num_forked={num_forked} needs every row of v to attend and at most that many forks; "
             f"v has {rows} rows and num_attend is {num_attend}."
         )
+
+
+def _check_perturbation(perturbation: str, strength: torch.Tensor | None, heads: int) -> bool:
+    """Whether the strength of a perturbation wants a derivative."""
     if perturbation not in reference.PERTURBATIONS:
         raise ValueError(
             f"Unknown perturbation {perturbation!r}: choose one of "
@@ -60,28 +88,23 @@ def check_attention(
         )
     if (strength is not None) != (perturbation == "soft"):
         raise ValueError("strength belongs to perturbation='soft', which cannot do without it.")
-    if strength is not None:
-        _check_strength(strength, v.shape[2])
-    expected = (rows if num_context or perturbation != "identity" else num_attend, *v.shape[1:])
-    if q.shape != expected or k.shape != expected:
+    if strength is None:
+        return False
+    _check_strength(strength, heads)
+    return strength.requires_grad
+
+
+def _check_mask_of(
+    attn_mask: torch.Tensor, scores: Sequence[int], query_rows: int, *, one_for_all: bool
+) -> bool:
+    """Whether a mask wants a derivative; ``one_for_all``: it has to be the same for all queries."""
+    mask = check_mask(attn_mask, scores, query_rows)
+    if one_for_all and (mask.ndim != 4 or mask.shape[2] != 1):
         raise ValueError(
-            f"q and k must have shape {expected} for v {tuple(v.shape)}, num_attend={num_attend} "
-            f"and num_context={num_context}; got {tuple(q.shape)} and {tuple(k.shape)}."
+            "With text tokens, and for perturbation='blur', attn_mask says which keys are seen "
+            f"and has shape [rows, heads or 1, 1, tokens]; got {tuple(attn_mask.shape)}."
         )
-    if q.dtype != v.dtype or k.dtype != v.dtype:
-        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    derived = q.requires_grad or k.requires_grad or v.requires_grad
-    if attn_mask is not None:
-        mask = check_mask(attn_mask, (rows, v.shape[2], tokens, tokens), q.shape[0])
-        one_for_all = perturbation == "blur" and (rows > num_attend or num_forked)
-        if (num_context or one_for_all) and (mask.ndim != 4 or mask.shape[2] != 1):
-            raise ValueError(
-                "With text tokens, and for perturbation='blur', attn_mask says which keys are seen "
-                f"and has shape [rows, heads or 1, 1, tokens]; got {tuple(attn_mask.shape)}."
-            )
-        derived = derived or mask.requires_grad
-    derived = derived or (strength is not None and strength.requires_grad)
-    return derived or forward_ad._current_level >= 0
+    return mask.requires_grad
 
 
 def _check_strength(strength: torch.Tensor, heads: int) -> None:

@@ -18,7 +18,8 @@ from .findings import Findings
 from .forwards import Call, Forward
 from .frames import calling_frame, nobody_writes
 from .graphs import Graphs
-from .installation import forward_entries, is_eager
+from .hooked_forward import forward_entries
+from .installation import is_eager
 from .instance_patch import InstancePatch
 
 if TYPE_CHECKING:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import repeat
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from ..config import PatchConfig
 from ..fusion import Fusion
@@ -29,8 +27,9 @@ from ..sharing.arguments import latents_of
 from ..sharing.block_hooks import perturbed_blocks
 from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
-from ..sharing.replacement import MISSING, Replacement
+from ..sharing.replacement import MISSING
 from ..sharing.rows import SPLIT, BranchState
+from .hooked_forward import forward_entries
 from .instance_patch import Entry, InstancePatch, came_back
 from .perturbed_branches import PerturbedBranch, layers_of, perturbed_branches
 
@@ -70,10 +69,8 @@ class Installation:
         self.state = BranchState()
         self.branches = perturbed_branches(denoiser, layers, config)
         names = {name for branch in self.branches for name in branch.layers}
-        attentions: dict[str, Any] = self_attentions(denoiser)
-        self.attentions = {name: x for name, x in attentions.items() if name in names}
-        self._others = {name: vars(x) for name, x in attentions.items() if name not in names}
-        self._other_owns = list(self._others.values())
+        self.attentions, self._others = _parted(self_attentions(denoiser), names)
+        self._other_owns: list[Any] = list(map(vars, self._others.values()))
         # where diffusers' PAG would put its own, it does not matter whose place ours takes
         self.strict = bool(family.replaces) and not family.runs_stock
         check_processors(self.attentions, self.replaces, strict=self.strict)
@@ -87,14 +84,14 @@ class Installation:
         known = layers_of(denoiser, self.state)
         traced = not eager or any(map(is_compiled, denoiser.modules()))
         self.processors: dict[str, PerturbedProcessor] = {
-            name: processor_class(family, attentions[name], compiled=traced)(
+            name: processor_class(family, attention, compiled=traced)(
                 self.state,
                 self.plan.levels.get(name, SPLIT),
                 config.backend,
                 [self._action(branch, name, AttentionPerturbation) for branch in self.branches],
                 known[name],
             )
-            for name in self.attentions
+            for name, attention in self.attentions.items()
         }
         self._note_displaced()
         self.blocks = perturbed_blocks(
@@ -212,9 +209,9 @@ class Installation:
         if stock_pag_processors().isdisjoint(kinds):
             return
         name, kind = next(
-            (name, type(own.get("processor")))
-            for name, own in self._others.items()
-            if type(own.get("processor")) in stock_pag_processors()
+            (name, type(attention.processor))
+            for name, attention in self._others.items()
+            if type(attention.processor) in stock_pag_processors()
         )
         raise ValueError(
             f"{name} runs {kind.__name__}, which a PAG pipeline that shares this model has put "
@@ -301,6 +298,12 @@ class Installation:
         return branch.perturbation if perturbed else None
 
 
+def _parted(attentions: dict[str, Any], names: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those that have one of these names, and all others."""
+    rest = dict(attentions)
+    return {name: rest.pop(name) for name in attentions if name in names}, rest
+
+
 def processor_class(family: ModelDescription, attention: Any, *, compiled: bool = True) -> Any:
     """What is put on an attention; compilers read signatures from code alone."""
     if family.runs_stock:
@@ -308,42 +311,3 @@ def processor_class(family: ModelDescription, attention: Any, *, compiled: bool 
         stock: Any = type(own.displaced if isinstance(own, PerturbedProcessor) else own)
         return in_place_of(stock)
     return family.processor if compiled else with_signature(cast(Any, family.processor))
-
-
-def forward_entries(
-    state: BranchState, hooks: Iterable[tuple[nn.Module, Any, Any]]
-) -> list[tuple[dict[str, Any], str, Any]]:
-    """The hooks of each module as one :class:`HookedForward`, ready for an instance patch."""
-    grouped: dict[int, tuple[nn.Module, list[tuple[Any, Any]]]] = {}
-    for module, before, after in hooks:
-        grouped.setdefault(id(module), (module, []))[1].append((before, after))
-    return [
-        (vars(module), "forward", HookedForward(state, module, pairs))
-        for module, pairs in grouped.values()
-    ]
-
-
-class HookedForward(Replacement):
-    """A forward between hooks that change its rows; not torch's hooks, which graphs do not guard.
-
-    Args:
-        hooks: ``(before, after)`` with the signatures of a pre-hook with keyword arguments and of
-            a forward hook, both in the order in which torch would run them.
-    """
-
-    def __init__(self, state: BranchState, module: nn.Module, hooks: list[tuple[Any, Any]]) -> None:
-        super().__init__(state, module)
-        self._before_forward = tuple(before for before, _ in hooks if before is not None)
-        self._after_forward = tuple(after for _, after in hooks if after is not None)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        for before in self._before_forward:
-            changed = before(self.module, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        out = self.run_original(args, kwargs)
-        for after in self._after_forward:
-            changed = after(self.module, args, out)
-            if changed is not None:
-                out = changed
-        return out

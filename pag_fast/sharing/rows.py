@@ -174,11 +174,10 @@ class Align:
         # kwargs is this call's own dict, and this runs in every step: it is changed in place
         if args:
             primary = args[0]
+        elif "hidden_states" in kwargs:
+            primary = kwargs["hidden_states"]
         else:
-            name = "hidden_states" if "hidden_states" in kwargs else "input_tensor"
-            if name not in kwargs:  # of a block that nobody has described
-                name = next(n for n, x in kwargs.items() if isinstance(x, torch.Tensor))
-            primary = kwargs[name]
+            primary = _primary(kwargs)
         unit = primary.shape[0] // have
         rows = want * unit
         for name, value in kwargs.items():
@@ -194,12 +193,24 @@ class Align:
             elif is_batched(name, value):
                 kwargs[name] = _cut(value, rows, unit, slabs)
         if args:
-            rest = [
-                _cut(value, rows, unit, slabs) if is_batched(name, value) else value
-                for name, value in zip_longest(self.names[1 : len(args)], args[1:])
-            ]
-            args = (change_level(primary, have, want), *rest)
+            args = (change_level(primary, have, want), *self._cut_rest(args, rows, unit, slabs))
         return args, kwargs
+
+    def _cut_rest(
+        self, args: tuple[Any, ...], rows: int, unit: int, slabs: tuple[int, int, int]
+    ) -> list[Any]:
+        """The arguments behind the first, each with the rows of this level."""
+        return [
+            _cut(value, rows, unit, slabs) if is_batched(name, value) else value
+            for name, value in zip_longest(self.names[1 : len(args)], args[1:])
+        ]
+
+
+def _primary(kwargs: dict[str, Any]) -> Any:
+    """The stream of a resnet, or of a block that nobody has described."""
+    if "input_tensor" in kwargs:
+        return kwargs["input_tensor"]
+    return next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
 
 
 def _is_higher(x: torch.Tensor, rows: int, unit: int, slabs: tuple[int, int, int]) -> bool:

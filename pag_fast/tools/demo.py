@@ -130,17 +130,7 @@ def run_demo(
     """
     from .. import PatchConfig, patched
 
-    if hasattr(pipe, "_pag_fast"):
-        raise ValueError(
-            "The demonstration compares with the unpatched pipeline: call unpatch(pipe) first."
-        )
-    if steps < 2:
-        raise ValueError(f"The demonstration needs at least 2 steps to time one; got {steps}.")
-    if not prompts or batch < 1 or rounds < 1:
-        raise ValueError(
-            "The demonstration needs at least one prompt, a batch of at least 1 and one round; got "
-            f"{len(prompts)} prompts, batch {batch}, {rounds} rounds."
-        )
+    _check_run(pipe, prompts, steps, batch, rounds)
     config = config or PatchConfig()
     layers = perturbed_layers(pipe, config)
     jobs = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
@@ -182,6 +172,20 @@ def run_demo(
         methods[method] = Method(pictures, laps, known.nearest(pictures) if known else None)
     pairs = zip(methods[PATCHED].pictures, methods[STOCK].pictures, strict=True)
     return Demo(list(prompts), settings, methods, [psnr(ours, stock) for ours, stock in pairs])
+
+
+def _check_run(pipe: Any, prompts: Sequence[str], steps: int, batch: int, rounds: int) -> None:
+    if hasattr(pipe, "_pag_fast"):
+        raise ValueError(
+            "The demonstration compares with the unpatched pipeline: call unpatch(pipe) first."
+        )
+    if steps < 2:
+        raise ValueError(f"The demonstration needs at least 2 steps to time one; got {steps}.")
+    if not prompts or batch < 1 or rounds < 1:
+        raise ValueError(
+            "The demonstration needs at least one prompt, a batch of at least 1 and one round; got "
+            f"{len(prompts)} prompts, batch {batch}, {rounds} rounds."
+        )
 
 
 @contextmanager
