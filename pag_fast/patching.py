@@ -28,8 +28,8 @@ from .pipelines.registry import (
     described_with,
     host_of,
 )
+from .runtime.access.entry import check_entry
 from .runtime.basic_state import BasicState
-from .runtime.entry import check_entry
 from .runtime.patch_state import PatchState
 from .runtime.perturbed_branches import perturbed_branches
 from .runtime.stock_patch import StockPatch

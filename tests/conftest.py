@@ -18,7 +18,7 @@ import shortcuts
 import torch
 
 from pag_fast.ops import backend
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access.entry import Entry
 
 # an older Triton has no interpreter that works with today's NumPy, and runs no kernel of ours
 collect_ignore_glob: list[str] = []

@@ -6,8 +6,8 @@ from planting import Fault, tests_of
 
 _SHARING = "pag_fast/sharing/"
 _FUSABLE, _UNDOING = "pag_fast/fusion/processors.py", "pag_fast/runtime/undoing.py"
-_ENTRY, _PATCH_STATE = "pag_fast/runtime/entry.py", "pag_fast/runtime/patch_state.py"
-_LEASE = "pag_fast/runtime/lease.py"
+_ENTRY, _PATCH_STATE = "pag_fast/runtime/access/entry.py", "pag_fast/runtime/patch_state.py"
+_LEASE = "pag_fast/runtime/access/lease.py"
 _INJECTED = "pag_fast/runtime/injected.py"
 
 CALLS = [
@@ -148,7 +148,7 @@ CALLS = [
     ),
     Fault(
         "what runs in front of the loop is the loop's",
-        "pag_fast/runtime/frames.py",
+        "pag_fast/runtime/access/frames.py",
         'if loop.begins and "t" not in local:',
         "if False:",
         tests_of("beside_the_loop", "in_front_of_the_loop"),

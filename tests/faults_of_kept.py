@@ -5,7 +5,7 @@ from __future__ import annotations
 from planting import Fault, tests_of
 
 _CHECKS, _CACHE = "pag_fast/sharing/spot_checks.py", "pag_fast/sharing/conditioning_cache.py"
-_GRAPHS = "pag_fast/runtime/graphs.py"
+_GRAPHS = "pag_fast/runtime/compiled/graphs.py"
 
 KEPT = [
     Fault(

@@ -259,7 +259,7 @@ NUMBERS = [
     ),
     Fault(
         "image and text of all ranks by turns",
-        "pag_fast/runtime/token_ranks.py",
+        "pag_fast/runtime/ranks/token_ranks.py",
         "return torch.cat([*parts[::2], *parts[1::2]], dim)",
         "return x",
         _CONTEXT,

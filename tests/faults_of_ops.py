@@ -102,14 +102,14 @@ OPS = [
     ),
     Fault(
         "calls inside of torch.func run",
-        "pag_fast/runtime/compatibility_surroundings.py",
+        "pag_fast/runtime/compatibility/surroundings.py",
         "if peek_interpreter_stack() is not None:",
         "if False:",
         tests_of("tangents", "transforms"),
     ),
     Fault(
         "weights are packed where one has a tangent",
-        "pag_fast/runtime/compatibility_surroundings.py",
+        "pag_fast/runtime/compatibility/surroundings.py",
         "if forward_ad._current_level >= 0:",
         "if False:",
         tests_of("tangents", "weight"),

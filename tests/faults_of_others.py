@@ -5,8 +5,8 @@ from __future__ import annotations
 from planting import Fault, tests_of
 
 _ORIGINS, _COMPATIBILITY = (
-    "pag_fast/runtime/compatibility_origins.py",
-    "pag_fast/runtime/compatibility.py",
+    "pag_fast/runtime/compatibility/origins.py",
+    "pag_fast/runtime/compatibility/__init__.py",
 )
 _PLACES = tests_of("functions_of_others", "no_forward")
 
@@ -20,7 +20,7 @@ OTHERS = [
     ),
     Fault(
         "a copy's own way to set processors is taken for a user's",
-        "pag_fast/runtime/entry.py",
+        "pag_fast/runtime/access/entry.py",
         "if own is None or (type(own) is MethodType and own == own_setter(self.model)):",
         "if own is None:",
         tests_of("ownership", "a_copy_sets_processors or users_own_way"),
@@ -41,7 +41,7 @@ OTHERS = [
     ),
     Fault(
         "what is equal to something row-wise is row-wise",
-        "pag_fast/runtime/compatibility_origins.py",
+        "pag_fast/runtime/compatibility/origins.py",
         "return _ROW_WISE.get(id(thing)) is thing",
         "return any(thing == marked for marked in _ROW_WISE.values())",
         tests_of("compatibility_hooks", "row_wise_goes_by"),
@@ -69,7 +69,7 @@ OTHERS = [
     ),
     Fault(
         "checkpointing is looked for in training mode alone",
-        "pag_fast/runtime/compatibility_surroundings.py",
+        "pag_fast/runtime/compatibility/surroundings.py",
         "checkpointed = (model, *self._checkpointed)",
         "checkpointed = [m for m in (model, *self._checkpointed) if m.training]",
         tests_of("gradients", "checkpointing"),
@@ -118,14 +118,14 @@ OTHERS = [
     ),
     Fault(
         "a forward put on a class, or taken off it, is not followed",
-        "pag_fast/runtime/instance_patch.py",
+        "pag_fast/runtime/access/instance_patch.py",
         "if forwards != self._forwards or self._rebound != Replacement.rebound:",
         "if False:",
         tests_of("functions_of_others", "comes_onto_a_class"),
     ),
     Fault(
         "a forward is followed by one of two patches",
-        "pag_fast/runtime/instance_patch.py",
+        "pag_fast/runtime/access/instance_patch.py",
         "if forwards != self._forwards or self._rebound != Replacement.rebound:",
         "if forwards != self._forwards:",
         tests_of("functions_of_others", "comes_onto_a_class"),
@@ -174,7 +174,7 @@ OTHERS = [
     ),
     Fault(
         "chunks of rows are not looked at again",
-        "pag_fast/runtime/compatibility_watch.py",
+        "pag_fast/runtime/compatibility/watch.py",
         'list(map(dict.get, self._chunked, repeat("_chunk_size"))),',
         "",
         tests_of("feed_forward_chunks", "AnimateDiff"),
@@ -216,7 +216,7 @@ OTHERS = [
     ),
     Fault(
         "modes are not looked at",
-        "pag_fast/runtime/compatibility_surroundings.py",
+        "pag_fast/runtime/compatibility/surroundings.py",
         "if package(cls.__module__) not in TRUSTED and not is_row_wise(mode):",
         "if False:",
         tests_of("objects_of_others", "modes"),
@@ -230,14 +230,14 @@ OTHERS = [
     ),
     Fault(
         "dropouts that are off at first stay off",
-        "pag_fast/runtime/compatibility_surroundings.py",
+        "pag_fast/runtime/compatibility/surroundings.py",
         "self._dropouts = [m for m in inner if isinstance(m, _DROPOUTS)]",
         "self._dropouts = [m for m in inner if isinstance(m, _DROPOUTS) and m.p > 0.0]",
         tests_of("objects_of_others", "dropout"),
     ),
     Fault(
         "processors are compared by ==",
-        "pag_fast/runtime/compatibility_watch.py",
+        "pag_fast/runtime/compatibility/watch.py",
         'list(map(id, map(dict.get, self._processed, repeat("processor")))),',
         'list(map(dict.get, self._processed, repeat("processor"))),',
         tests_of("objects_of_others", "compare_by"),

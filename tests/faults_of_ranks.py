@@ -6,7 +6,7 @@ from planting import Fault
 
 _PLACEMENT, _RANKS = "pag_fast/parallel/placement.py", "pag_fast/parallel/ranks.py"
 _AGREEMENT = "pag_fast/parallel/agreement.py"
-_ON_RANKS, _AHEAD = "pag_fast/runtime/on_ranks.py", "pag_fast/runtime/ahead.py"
+_ON_RANKS, _AHEAD = "pag_fast/runtime/ranks/on_ranks.py", "pag_fast/runtime/ranks/ahead.py"
 
 
 def _tests(file: str, select: str) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ _STOCK, _TOKENS = "pag_fast/processors/stock.py", "pag_fast/sharing/tokens.py"
 _PRESERVED = "pag_fast/models/traced/preserved.py"
 _TRACED, _SEPARATELY = "pag_fast/runtime/traced.py", "pag_fast/runtime/separately.py"
 _DERIVED_GUIDER = "pag_fast/guiders/derived.py"
-_OBSERVED, _COPIES = "pag_fast/runtime/observed.py", "pag_fast/runtime/row_copies.py"
-_GUIDANCE = "pag_fast/runtime/observed_guidance.py"
-_WEIGHTS = "pag_fast/runtime/observed_weights.py"
+_OBSERVED, _COPIES = "pag_fast/runtime/loops/observed.py", "pag_fast/runtime/row_copies.py"
+_GUIDANCE = "pag_fast/runtime/loops/observed_guidance.py"
+_WEIGHTS = "pag_fast/runtime/loops/observed_weights.py"
 _LOOPS, _EVALUATIONS = "own_loops", "own_loops_evaluations"
 
 SEEN = [
@@ -241,7 +241,7 @@ SEEN = [
     ),
     Fault(
         "a loop that steps by itself stays in its first step",
-        "pag_fast/runtime/loop.py",
+        "pag_fast/runtime/loops/loop.py",
         'for at in (found.get("t"), call.get("timestep")):',
         "for at in ():",
         tests_of("own_loops_steps", "makes_its_own_steps"),
@@ -290,7 +290,7 @@ SEEN = [
     ),
     Fault(
         "text that is replaced in mid-call is looked for in the wrong dimension",
-        "pag_fast/runtime/forwards.py",
+        "pag_fast/runtime/access/forwards.py",
         "if name not in views or views[name][0] is not own:",
         "if name not in views:",
         tests_of("hidream", "another_prompt"),

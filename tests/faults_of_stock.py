@@ -58,7 +58,7 @@ STOCK = [
     ),
     Fault(
         "a pass of the loop's own guidance says where uncond is",
-        "pag_fast/runtime/observed.py",
+        "pag_fast/runtime/loops/observed.py",
         "if before is not None:",
         "if False:",
         tests_of("patch_kinds", "explain_behind_a_call"),

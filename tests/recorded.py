@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pag_fast.runtime.capture import NotCapturable, Replay
 from pag_fast.runtime.compatibility import row_wise
+from pag_fast.runtime.compiled.capture import NotCapturable, Replay
 
 # these wait for the device
 _WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
@@ -47,7 +47,7 @@ class Tape(TorchDispatchMode):
 
 
 class RecordingCapture:
-    """Stands for :class:`pag_fast.runtime.capture.CudaCapture`."""
+    """Stands for :class:`pag_fast.runtime.compiled.capture.CudaCapture`."""
 
     def __init__(self, device: torch.device) -> None:
         self.bytes = 0

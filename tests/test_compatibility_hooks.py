@@ -23,7 +23,7 @@ from pag_fast.runtime.compatibility import (
     refuse,
     row_wise,
 )
-from pag_fast.runtime.compatibility_origins import is_row_wise
+from pag_fast.runtime.compatibility.origins import is_row_wise
 from pag_fast.sharing.replacement import Replacement
 from pag_fast.sharing.rows import BranchState
 

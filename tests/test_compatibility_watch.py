@@ -24,7 +24,7 @@ from pag_fast.runtime.compatibility import (
     look,
     refuse,
 )
-from pag_fast.runtime.compatibility_watch import Watch
+from pag_fast.runtime.compatibility.watch import Watch
 
 # ---- around the model ----
 

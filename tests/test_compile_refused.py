@@ -8,7 +8,7 @@ from tiny import call_kwargs, latents
 
 import pag_fast
 from pag_fast import CompileConfig
-from pag_fast.runtime.compilation import _check_compiler
+from pag_fast.runtime.compiled.compilation import _check_compiler
 
 UNET = "StableDiffusionPAGPipeline"
 

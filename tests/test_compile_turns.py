@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounter
 
 import pag_fast
 from pag_fast.models.registry import uncompiled
-from pag_fast.runtime.compilation import _repeated
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access.entry import Entry
+from pag_fast.runtime.compiled.compilation import _repeated
 from pag_fast.sharing.plan import compiled_call
 
 # a UNet and joint attention with CFG in one batch, which is traced fastest, and one without CFG

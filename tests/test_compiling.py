@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import pag_fast
 from pag_fast import CompileConfig
 from pag_fast.models.registry import repeated_blocks
-from pag_fast.runtime.compilation import Compilation, _repeated
+from pag_fast.runtime.compiled.compilation import Compilation, _repeated
 from pag_fast.sharing.plan import compiled_call
 
 UNET, CONTROLNET = "StableDiffusionPAGPipeline", "StableDiffusionControlNetPAGPipeline"

@@ -199,7 +199,7 @@ def test_methods_for_settings_are_nobodys_concern():
 _ALL = """
 import contextlib, importlib, pkgutil, sys
 from torch import nn
-from pag_fast.runtime.compatibility_functions import foreign_functions
+from pag_fast.runtime.compatibility.functions import foreign_functions
 for root in ("diffusers.models", "peft"):
     for found in pkgutil.walk_packages(importlib.import_module(root).__path__, root + "."):
         with contextlib.suppress(Exception):  # some want what is not installed

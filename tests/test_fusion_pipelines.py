@@ -16,7 +16,7 @@ from tiny import PIPELINES, build, call_kwargs, latents
 import pag_fast
 from pag_fast.fusion.packed_linears import _WHOLES
 from pag_fast.fusion.projections import QKV, TimeProjections
-from pag_fast.runtime.instance_patch import InstancePatch, as_put_on
+from pag_fast.runtime.access.instance_patch import InstancePatch, as_put_on
 from pag_fast.sharing.threads import HERE
 
 UNET = "StableDiffusionPAGPipeline"

@@ -20,7 +20,7 @@ from tiny_hosts import call_kwargs as host_kwargs
 import pag_fast
 from pag_fast import PatchConfig, Schedule
 from pag_fast.perturbations.noise import NoisyScores
-from pag_fast.runtime.capture import NotCapturable
+from pag_fast.runtime.compiled.capture import NotCapturable
 
 SD = "StableDiffusionPAGPipeline"
 NAMES = [

@@ -8,8 +8,8 @@ import torch
 from modular import ALWAYS, STEPS, case, denoise, differences, perturbed, slow, snapshot
 from numerics import relative
 
+from pag_fast.runtime.access.entry import Entry
 from pag_fast.runtime.compatibility import row_wise
-from pag_fast.runtime.entry import Entry
 
 guiders = pytest.importorskip("pag_fast.guiders", exc_type=ImportError)
 

@@ -33,6 +33,13 @@ ORDER = (
     ("cli",),
 )
 """Each may import those in front of it, and nothing beside or behind it."""
+PARTS_OF_RUNTIME = {
+    "access": set(),
+    "compatibility": set(),
+    "compiled": {"access", "compatibility", "undoing"},
+    "loops": {"access", "guidance"},
+}
+"""Folders in which no session is known, and what else of ``runtime`` they may import."""
 
 MOST_LINES, MOST_BRANCHES, MOST_TOP_FILES = 60, 20, 12
 _RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -99,6 +106,15 @@ def test_every_package_has_a_place():
 
 def test_packages_import_those_in_front_of_them():
     assert not _violations()
+
+
+def test_parts_of_the_runtime_know_no_session():
+    for part, allowed in PARTS_OF_RUNTIME.items():
+        own = f"pag_fast.runtime.{part}"
+        modules = [x for name, x in MODULES.items() if f"{name}.".startswith(f"{own}.")]
+        found = {name.split(".")[2] for path in modules for name in imports(path)
+                 if name.startswith("pag_fast.runtime.")}  # fmt: skip
+        assert found - {part} == allowed
 
 
 def test_modules_import_in_no_circle():

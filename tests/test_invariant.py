@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pag_fast
+from pag_fast.runtime.access.instance_patch import InstancePatch
 from pag_fast.runtime.compatibility import row_wise
-from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
 from pag_fast.sharing.threads import HERE, Thread

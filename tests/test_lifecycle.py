@@ -28,7 +28,7 @@ from states import (
 
 import pag_fast
 from pag_fast.fusion.packed_linears import _WHOLES
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access.entry import Entry
 
 # ---- unpatch, patch and patched while a call runs ----
 

@@ -9,7 +9,7 @@ from numerics import observing, relative
 from states import CONTROL, NAMES, PAG, SD, build_pipe, inner, patch_pipe, run_pipe
 
 import pag_fast
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access.entry import Entry
 from pag_fast.runtime.injected import InjectedSession
 from pag_fast.runtime.installation import Installation
 from pag_fast.runtime.session import Session

@@ -17,8 +17,8 @@ from shallow import SHALLOW, build
 from users import FLUX, PAG, SD, STEPS, patched_on, run_call, run_once, sibling_of, two_patched
 
 import pag_fast
-from pag_fast.runtime import lease as leases
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access import lease as leases
+from pag_fast.runtime.access.entry import Entry
 
 CONTROL = "StableDiffusionControlNetPipeline"
 

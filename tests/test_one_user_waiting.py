@@ -13,8 +13,8 @@ from shallow import build, least
 from users import PAG, SD, STEPS, in_thread, patched_on, run_call, run_once, sibling_of, two_patched
 
 import pag_fast
-from pag_fast.runtime import lease as leases
-from pag_fast.runtime.entry import Entry
+from pag_fast.runtime.access import lease as leases
+from pag_fast.runtime.access.entry import Entry
 
 
 def test_waiting_in_vain_names_both_and_leaves_everything_usable(monkeypatch, snapshot):

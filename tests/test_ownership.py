@@ -15,9 +15,9 @@ import torch
 from numerics import relative
 
 import pag_fast
-from pag_fast.runtime import lease as leases
-from pag_fast.runtime.entry import ProcessorSetter
-from pag_fast.runtime.instance_patch import InstancePatch
+from pag_fast.runtime.access import lease as leases
+from pag_fast.runtime.access.entry import ProcessorSetter
+from pag_fast.runtime.access.instance_patch import InstancePatch
 
 PAG, HOST = "StableDiffusionXLPAGPipeline", "StableDiffusionXLPipeline"
 SD = "StableDiffusionPAGPipeline"

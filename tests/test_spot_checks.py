@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pag_fast
 from pag_fast.analysis.kernel_counts import counted
+from pag_fast.runtime.access.instance_patch import InstancePatch
 from pag_fast.runtime.compatibility import row_wise
-from pag_fast.runtime.instance_patch import InstancePatch
 from pag_fast.sharing.conditioning_cache import ConditioningCache, Invariant, invariant_modules
 from pag_fast.sharing.rows import BranchState
 from pag_fast.sharing.spot_checks import SpotChecks

@@ -22,9 +22,9 @@ from ..models.layer_names import self_attentions
 from ..models.registry import family_of, fusable_processors
 from ..parallel.placement import slabs_of
 from ..perturbations import Identity
-from ..runtime.hooked_forward import forward_entries
+from ..runtime.access.hooked_forward import forward_entries
+from ..runtime.access.instance_patch import InstancePatch, as_put_on
 from ..runtime.installation import Installation
-from ..runtime.instance_patch import InstancePatch, as_put_on
 from ..runtime.perturbed_branches import perturbed_branches
 from ..sharing.arguments import latents_of
 from ..sharing.conditioning_cache import invariants

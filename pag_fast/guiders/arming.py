@@ -9,8 +9,8 @@ from weakref import WeakMethod, ref
 
 from torch import nn
 
-from ..runtime.entry import Entry
-from ..runtime.frames import calling_pipeline
+from ..runtime.access.entry import Entry
+from ..runtime.access.frames import calling_pipeline
 
 Forward = Callable[[Entry, tuple[Any, ...], dict[str, Any]], Any]
 

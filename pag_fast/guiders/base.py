@@ -14,10 +14,10 @@ from torch import nn
 from .. import ops
 from ..models.registry import uncompiled
 from ..models.traced.signatures import Signatures
+from ..runtime.access.entry import Entry
+from ..runtime.access.instance_patch import InstancePatch
 from ..runtime.compatibility import Answer, Compatibility
-from ..runtime.entry import Entry
-from ..runtime.findings import Findings
-from ..runtime.instance_patch import InstancePatch
+from ..runtime.compatibility.findings import Findings
 from ..sharing.plan import compiled_call
 from .arming import Armed, release
 from .derived import DerivedResumption

@@ -11,9 +11,9 @@ from ..models.registry import family_of
 from ..processors.displaced import check_processors
 from ..processors.fused_projections import check_fused
 from ..processors.rows import PerturbedProcessor
-from ..runtime.compatibility_hooks import cut_arguments
+from ..runtime.access.instance_patch import Entry
+from ..runtime.compatibility.hooks import cut_arguments
 from ..runtime.installation import processor_class
-from ..runtime.instance_patch import Entry
 from ..runtime.perturbed_branches import layers_of
 from ..runtime.recording import Intercepted
 from ..sharing.arguments import latents_of

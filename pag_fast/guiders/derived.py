@@ -12,10 +12,10 @@ from ..models.traced.preserved import undisturbed
 from ..models.traced.signatures import Signatures
 from ..models.traced.trace import trace
 from ..models.traced.turns import Turns
+from ..runtime.access.entry import Entry
+from ..runtime.access.lease import Owner
 from ..runtime.compatibility import Compatibility, own_package
-from ..runtime.entry import Entry
-from ..runtime.lease import Owner
-from ..runtime.predictions import prediction_of
+from ..runtime.loops.predictions import prediction_of
 from ..runtime.separately import FAILURES, difference, said
 from ..sharing.plan import argument_names
 from ..sharing.resume import Known

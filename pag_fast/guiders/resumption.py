@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..models.layer_names import self_attentions
-from ..runtime.compatibility_hooks import has_other_hooks
-from ..runtime.findings import Findings
-from ..runtime.instance_patch import Entry
-from ..runtime.parallelism import share
+from ..runtime.access.instance_patch import Entry
+from ..runtime.compatibility.findings import Findings
+from ..runtime.compatibility.hooks import has_other_hooks
+from ..runtime.ranks.parallelism import share
 from ..runtime.recording import Record, Replay
 from ..sharing.plan import argument_names
 from ..sharing.resume import Known

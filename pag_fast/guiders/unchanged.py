@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..models.traced.trace import contents
-from ..runtime.entry import NAME, SETTER
+from ..runtime.access.entry import NAME, SETTER
 from ..sharing.arguments import version_of
 from ..sharing.weight_signature import WeightSignature
 

@@ -16,10 +16,10 @@ from ..config import PatchConfig
 from ..models.registry import uncompiled
 from ..pipelines.description import PipelineDescription
 from ..sharing.conditioning_cache import ConditioningCache
+from .access.entry import Entry
+from .access.frames import calling_pipeline
 from .compatibility import Compatibility, own_package
-from .entry import Entry
-from .findings import Findings
-from .frames import calling_pipeline
+from .compatibility.findings import Findings
 from .undoing import undo_all
 
 

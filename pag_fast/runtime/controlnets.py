@@ -13,14 +13,14 @@ from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import BranchState, change_level, map_tensors
 from ..sharing.unet_plan import plan_controlnet
-from .entry import Entry
-from .findings import Findings
-from .forwards import Call, Forward
-from .frames import calling_frame, nobody_writes
-from .graphs import Graphs
-from .hooked_forward import forward_entries
+from .access.entry import Entry
+from .access.forwards import Call, Forward
+from .access.frames import calling_frame, nobody_writes
+from .access.hooked_forward import forward_entries
+from .access.instance_patch import InstancePatch
+from .compatibility.findings import Findings
+from .compiled.graphs import Graphs
 from .installation import is_eager
-from .instance_patch import InstancePatch
 
 if TYPE_CHECKING:
     from .patch_state import PatchState

@@ -10,8 +10,8 @@ import torch
 from .. import ops
 from ..models.registry import COND, PERTURBED, UNCOND
 from ..sharing.guidance_reuse import Difference
-from .findings import Findings
-from .forwards import Call
+from .access.forwards import Call
+from .compatibility.findings import Findings
 from .guidance import scale_at, scales_ahead, steps_of_call
 from .installation import Installation
 

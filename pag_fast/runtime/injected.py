@@ -19,16 +19,16 @@ from ..models.registry import COND, PERTURBED, UNCOND, family_of, uncompiled
 from ..sharing.arguments import complete_rows, frames_of, latents_of
 from ..sharing.plan import argument_names
 from ..sharing.rows import change_level
+from .access.forwards import Call, Forward
+from .access.frames import LoopCode, call_arguments, loop_of
+from .compatibility.findings import Findings
 from .controlnets import InjectedControlNets
-from .findings import Findings
-from .forwards import Call, Forward
-from .frames import LoopCode, call_arguments, loop_of
 from .guidance import guided_cond, host_timesteps, steps_of_call
-from .loop import Loop, StepClock, unstepped
-from .observed import SKIP
-from .observed_guidance import REPEATS
-from .predictions import prediction_of, with_prediction
-from .prompts import pass_of_text
+from .loops.loop import Loop, StepClock, unstepped
+from .loops.observed import SKIP
+from .loops.observed_guidance import REPEATS
+from .loops.predictions import prediction_of, with_prediction
+from .loops.prompts import pass_of_text
 from .row_copies import Copies, turned, with_rows
 from .session import Session
 from .stock_passes import StockPasses

@@ -29,8 +29,8 @@ from ..sharing.conditioning_cache import invariants
 from ..sharing.plan import BranchPlan, compiled_call, is_compiled
 from ..sharing.replacement import MISSING
 from ..sharing.rows import SPLIT, BranchState
-from .hooked_forward import forward_entries
-from .instance_patch import Entry, InstancePatch, came_back
+from .access.hooked_forward import forward_entries
+from .access.instance_patch import Entry, InstancePatch, came_back
 from .perturbed_branches import PerturbedBranch, layers_of, perturbed_branches
 
 

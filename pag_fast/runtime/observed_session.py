@@ -11,11 +11,11 @@ import torch
 from ..models.registry import COND, PERTURBED, uncompiled
 from ..models.traced.description import derive
 from ..sharing.arguments import latents_of
-from .forwards import Call
-from .frames import calling_frame, is_loop_of
+from .access.forwards import Call
+from .access.frames import calling_frame, is_loop_of
 from .injected import InjectedSession
-from .loop import Loop
-from .observed import ObservedLoop
+from .loops.loop import Loop
+from .loops.observed import ObservedLoop
 from .traced import TracedSession
 from .undoing import undo_all
 

@@ -17,20 +17,20 @@ from ..settings.layers import as_list
 from ..sharing.conditioning_cache import Invariant
 from ..sharing.plan import modules_of
 from ..sharing.rows import BranchState
+from .access.frames import know_loops
 from .basic_state import BasicState, models_of
-from .capture import Capture, capture_on
-from .compilation import Compilation, enough_graphs, refuse_values
+from .compiled.capture import Capture, capture_on
+from .compiled.compilation import Compilation, enough_graphs, refuse_values
+from .compiled.graphs import Graphs
+from .compiled.retained import leave_behind, take_over
 from .controlnets import InstalledControlNets
-from .frames import know_loops
-from .graphs import Graphs
 from .guidance import own_number_of_steps, steps_of_call
 from .injected import InjectedSession
 from .installation import Installation
-from .loop import Loop
+from .loops.loop import Loop
 from .observed_session import session_of
-from .on_ranks import InjectedOnRanks, OnRanks, agree
 from .perturbed_branches import perturbed_branches
-from .retained import leave_behind, take_over
+from .ranks.on_ranks import InjectedOnRanks, OnRanks, agree
 from .session import Session
 from .stock_patch import run_stock
 from .undoing import free_models, undo_after_error, undo_all

@@ -13,7 +13,7 @@ from ..sharing.replacement import MISSING, Replacement
 from ..sharing.resume import Known
 from ..sharing.rows import BranchState
 from ..sharing.sequence import OutOfOrder
-from .instance_patch import Entry
+from .access.instance_patch import Entry
 
 
 class Intercepted(Replacement):

@@ -9,7 +9,7 @@ import torch
 
 from ..sharing.arguments import ALL_RESIDUALS, change_arguments, change_list, lists_by_row
 from ..sharing.rows import change_level, map_tensors
-from .forwards import Call
+from .access.forwards import Call
 
 Copies = dict[int, tuple[torch.Tensor, int, torch.Tensor]]
 """Tensors, by id, with their versions and copies of them with other rows."""

@@ -26,7 +26,7 @@ from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SHARED, SPLIT, BranchState, change_level, map_tensors
 from .compatibility import Answer
-from .findings import Findings
+from .compatibility.findings import Findings
 from .installation import Installation
 
 if TYPE_CHECKING:

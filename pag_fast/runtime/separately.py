@@ -13,10 +13,10 @@ from ..perturbations import Identity
 from ..sharing.arguments import frames_of, latents_of, lists_by_row
 from ..sharing.rows import map_tensors
 from ..sharing.sequence import OutOfOrder
-from .forwards import Call, Forward
+from .access.forwards import Call, Forward
+from .access.instance_patch import InstancePatch
 from .installation import Installation
-from .instance_patch import InstancePatch
-from .predictions import prediction_of
+from .loops.predictions import prediction_of
 
 # a share of cond − perturbed that an error of ours would be far above
 _OF_DIFFERENCE = 0.05

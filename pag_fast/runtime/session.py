@@ -19,18 +19,18 @@ from ..sharing.arguments import change_rows, frames_of, latents_of, mend_rows
 from ..sharing.conditioning_cache import ConditioningCache
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SPLIT
+from .access.behind_hooks import entries_behind
+from .access.entry import Entry as ModelEntry
+from .access.forwards import Call, Forward, Views
+from .access.frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
+from .access.instance_patch import Entry, InstancePatch
 from .batch import rows_of_a_branch
-from .behind_hooks import entries_behind
+from .compatibility.findings import Findings
+from .compiled.graphs import Graphs
 from .controlnets import ControlNets
-from .entry import Entry as ModelEntry
-from .findings import Findings
-from .forwards import Call, Forward, Views
-from .frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
-from .graphs import Graphs
 from .guidance import steps_of_call
 from .installation import is_eager
-from .instance_patch import Entry, InstancePatch
-from .parallelism import share
+from .ranks.parallelism import share
 from .row_decision import RowDecision, align_residuals
 from .stock_passes import OnTop, StockPasses
 from .undoing import undo_after_error, undo_all

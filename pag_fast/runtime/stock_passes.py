@@ -20,12 +20,12 @@ from ..sharing.plan import compiled_call, has_diffusers_hooks
 from ..sharing.resume import Known
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import BranchState
+from .access.forwards import Call, Forward
+from .access.frames import nobody_writes
+from .access.instance_patch import InstancePatch
 from .basic_state import BasicState
 from .compatibility import Answer
-from .findings import Findings
-from .forwards import Call, Forward
-from .frames import nobody_writes
-from .instance_patch import InstancePatch
+from .compatibility.findings import Findings
 from .recording import Record, Replay
 
 RESUMED = "stock guidance resumed"

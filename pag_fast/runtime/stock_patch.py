@@ -9,10 +9,10 @@ from ..config import PatchConfig
 from ..models.registry import uncompiled
 from ..pipelines.description import StockGuidance
 from ..pipelines.registry import denoiser_names, describe_pipeline
+from .access.entry import Entry
+from .access.forwards import Forward
+from .access.frames import calling_frame, diffusers_class, know_loops, loop_of
 from .basic_state import BasicState
-from .entry import Entry
-from .forwards import Forward
-from .frames import calling_frame, diffusers_class, know_loops, loop_of
 from .stock_passes import StockPasses
 from .undoing import undo_all
 

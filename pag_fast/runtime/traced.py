@@ -20,10 +20,10 @@ from ..models.traced.trace import trace
 from ..sharing.rows import SPLIT
 from ..sharing.sequence import OutOfOrder, Sequence
 from ..sharing.tokens import Tokens
-from .findings import Findings
-from .forwards import Call, Forward
+from .access.forwards import Call, Forward
+from .compatibility.findings import Findings
 from .injected import InjectedSession
-from .predictions import prediction_of
+from .loops.predictions import prediction_of
 from .separately import FAILURES, Separately, said
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..sharing.arguments import change_rows, latents_of
-from .findings import Findings
-from .forwards import Call, Forward
+from .access.forwards import Call, Forward
+from .compatibility.findings import Findings
 from .guided import Guided
 
 if TYPE_CHECKING:

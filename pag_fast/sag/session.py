@@ -9,11 +9,11 @@ import torch
 from .. import ops
 from ..models.registry import has_compiled, uncompiled
 from ..ops import reference
-from ..runtime.entry import Entry
-from ..runtime.findings import Findings
-from ..runtime.forwards import Forward
-from ..runtime.frames import calling_frame, diffusers_class, loop_of, nobody_writes
-from ..runtime.instance_patch import InstancePatch, as_put_on
+from ..runtime.access.entry import Entry
+from ..runtime.access.forwards import Forward
+from ..runtime.access.frames import calling_frame, diffusers_class, loop_of, nobody_writes
+from ..runtime.access.instance_patch import InstancePatch, as_put_on
+from ..runtime.compatibility.findings import Findings
 from ..sharing.arguments import latents_of
 from ..sharing.plan import is_compiled
 from ..sharing.row_equality import RowEquality

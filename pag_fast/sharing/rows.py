@@ -62,8 +62,8 @@ class BranchState:
         checked: whose turn it is to compute again what is kept from step to step.
         tokens: of the attentions of a model that was traced, which are the image's, by name.
         sequence: in which order modules of a model that was traced have to run; ``None``: known.
-        ranks: how tokens lie on several ranks (:mod:`pag_fast.runtime.token_ranks`); ``None``: all
-            are here. ``num_contexts`` and ``num_image`` count those that are here.
+        ranks: how tokens lie on several ranks (:mod:`pag_fast.runtime.ranks.token_ranks`);
+            ``None``: all are here. ``num_contexts`` and ``num_image`` count those that are here.
         head_rank: where the heads of a perturbed layer are on several ranks, which share is here.
     """
 

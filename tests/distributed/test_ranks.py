@@ -22,7 +22,7 @@ from pag_fast import Branch, Reuse, Schedule
 from pag_fast.analysis.counter import FlopCounter
 from pag_fast.analysis.ranks import rank_costs
 from pag_fast.perturbations.branch import NAMES
-from pag_fast.runtime.compatibility_origins import row_wise
+from pag_fast.runtime.compatibility.origins import row_wise
 from pag_fast.tools.load import emoji
 
 PAG = [

@@ -54,7 +54,7 @@ def _capture(module: Any) -> None:
 AFTER = {
     "torch": _torch,
     "pag_fast_kernels.launch": _launch,
-    "pag_fast.runtime.capture": _capture,
+    "pag_fast.runtime.compiled.capture": _capture,
     "benchmarks.cases": _sizes,
     "benchmarks.tiles": _sizes,
     "benchmarks.queued": _sizes,

@@ -13,7 +13,7 @@ import torch
 
 from ... import PatchConfig, patch
 from ...models.registry import controlnets, denoiser_name, uncompiled
-from ...runtime.entry import Entry
+from ...runtime.access.entry import Entry
 from ..demo import perturbed_layers
 from ..metrics import decibels
 

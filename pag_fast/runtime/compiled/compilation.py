@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.registry import controlnets, find, has_compiled, repeated_blocks
-from ..pipelines.registry import denoiser_names
-from ..settings.compile_config import CompileConfig
-from ..sharing.plan import compiled_call, has_diffusers_hooks
-from .entry import NAME, Entry
-from .undoing import undo_after_error, undo_all
+from ...models.registry import controlnets, find, has_compiled, repeated_blocks
+from ...pipelines.registry import denoiser_names
+from ...settings.compile_config import CompileConfig
+from ...sharing.plan import compiled_call, has_diffusers_hooks
+from ..access.entry import NAME, Entry
+from ..undoing import undo_after_error, undo_all
 
 
 class Compilation:

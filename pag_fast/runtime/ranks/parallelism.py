@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..models.registry import family_of
-from ..sharing.rows import BranchState
-from .compatibility_hooks import CONTEXT_PARALLEL
-from .findings import Findings
+from ...models.registry import family_of
+from ...sharing.rows import BranchState
+from ..compatibility.findings import Findings
+from ..compatibility.hooks import CONTEXT_PARALLEL
 
 
 def share(

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ..sharing.replacement import Replacement
+from ...sharing.replacement import Replacement
 
 # packages whose modules compute each row of a batch from that row alone
 TRUSTED = frozenset({"accelerate", "diffusers", "pag_fast", "peft", "torch", "transformers"})

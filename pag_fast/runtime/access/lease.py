@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from ..models.registry import uncompiled
+from ...models.registry import uncompiled
 from .frames import running_pipeline
 from .instance_patch import InstancePatch
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .forwards import Call
-from .guidance import host_timesteps, own_timestep
+from ..access.forwards import Call
+from ..guidance import host_timesteps, own_timestep
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..sharing.plan import argument_names
-from ..sharing.rows import BranchState
-from ..sharing.threads import HERE
+from ...sharing.plan import argument_names
+from ...sharing.rows import BranchState
+from ...sharing.threads import HERE
 from .entry import Entry
 from .instance_patch import InstancePatch
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..sharing.replacement import Replacement
-from ..sharing.rows import BranchState
+from ...sharing.replacement import Replacement
+from ...sharing.rows import BranchState
 from .instance_patch import Entry
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
+from ...models.registry import COND, UNCOND
 from .observed_weights import Columns, Judge
 from .weighted_sums import combined, fit, fitted, most_of, products, rounding_of
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..models.registry import find
-from .compatibility_answers import CACHE, UNKNOWN, WEIGHTS, Answer
-from .compatibility_origins import TRUSTED, is_row_wise, mro_names, origin, package
+from ...models.registry import find
+from .answers import CACHE, UNKNOWN, WEIGHTS, Answer
+from .origins import TRUSTED, is_row_wise, mro_names, origin, package
 
 Found = tuple[str, Answer, str]
 """What was found, the answer, and the sentence about it."""

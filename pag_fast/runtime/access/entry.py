@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from ..models.registry import stock_pag_processors, uncompiled
-from ..processors.rows import PerturbedProcessor
+from ...models.registry import stock_pag_processors, uncompiled
+from ...processors.rows import PerturbedProcessor
 from .frames import calling_pipeline
 from .instance_patch import InstancePatch
 from .lease import Lease, Named, Owner, Run

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from .compatibility_functions import code_of, functions_in
-from .compatibility_surroundings import Surroundings
+from .functions import code_of, functions_in
+from .surroundings import Surroundings
 
 # hooks are sometimes cleared by putting a new dictionary in place of the old one
 _before = itemgetter("_forward_pre_hooks")

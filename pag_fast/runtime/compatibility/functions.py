@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.nn import functional
 
-from .compatibility_answers import UNKNOWN, Answer, Finding
-from .compatibility_origins import TRUSTED, foreign_function, package
+from .answers import UNKNOWN, Answer, Finding
+from .origins import TRUSTED, foreign_function, package
 
 # they compute each row's attention from that row alone
 _KERNELS = frozenset(

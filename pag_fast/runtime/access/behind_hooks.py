@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..sharing.arguments import version_of
-from ..sharing.plan import argument_names
-from ..sharing.replacement import Replacement
-from ..sharing.rows import BranchState
+from ...sharing.arguments import version_of
+from ...sharing.plan import argument_names
+from ...sharing.replacement import Replacement
+from ...sharing.rows import BranchState
 from .instance_patch import Entry
 
 Signature = list[tuple[Any, int]]

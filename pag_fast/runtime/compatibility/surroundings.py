@@ -16,9 +16,9 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .compatibility_answers import UNKNOWN, WEIGHTS, Answer, Finding
-from .compatibility_hooks import torch_hook, unknown
-from .compatibility_origins import TRUSTED, is_row_wise, package
+from .answers import UNKNOWN, WEIGHTS, Answer, Finding
+from .hooks import torch_hook, unknown
+from .origins import TRUSTED, is_row_wise, package
 
 _CHECKPOINTS = (
     "Gradient checkpointing runs layers a second time, behind the forward, and they would not be "

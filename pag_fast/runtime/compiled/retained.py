@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..models.registry import uncompiled
-from ..sharing.plan import compiled_call, is_compiled
+from ...models.registry import uncompiled
+from ...sharing.plan import compiled_call, is_compiled
 
 if TYPE_CHECKING:
-    from .controlnets import InstalledControlNets
-    from .installation import Installation
-    from .patch_state import PatchState
+    from ..controlnets import InstalledControlNets
+    from ..installation import Installation
+    from ..patch_state import PatchState
 
 _NAME = "_pag_fast_made"
 # of settings that take turns

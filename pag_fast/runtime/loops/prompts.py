@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
+from ...models.registry import COND, UNCOND
 
 
 def pass_of_text(loop: Any, call: dict[str, Any]) -> str:

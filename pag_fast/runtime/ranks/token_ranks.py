@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..perturbations import Rows
+from ...perturbations import Rows
 
 
 class TokenRanks:

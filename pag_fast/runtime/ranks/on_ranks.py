@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
-from ..parallel.agreement import agree_on, settings_of
-from ..parallel.ranks import Ranks
-from ..sharing.arguments import complete_rows, frames_of, latents_of
+from ...models.registry import COND, UNCOND
+from ...parallel.agreement import agree_on, settings_of
+from ...parallel.ranks import Ranks
+from ...sharing.arguments import complete_rows, frames_of, latents_of
+from ..access.forwards import Call, Forward
+from ..compatibility.answers import Answer
+from ..compatibility.findings import Findings
+from ..guidance import steps_of_call
+from ..injected import InjectedSession
+from ..loops.loop import Loop
+from ..loops.predictions import prediction_of, with_prediction
+from ..session import Session
+from ..undoing import undo_all
 from .ahead import Ahead
-from .compatibility_answers import Answer
-from .findings import Findings
-from .forwards import Call, Forward
-from .guidance import steps_of_call
-from .injected import InjectedSession
-from .loop import Loop
-from .predictions import prediction_of, with_prediction
-from .session import Session
-from .undoing import undo_all
 
 if TYPE_CHECKING:
-    from .patch_state import PatchState
+    from ..patch_state import PatchState
 
 # what looks at all rows of a batch, and would see some of them
 _SEES_ALL = (Answer.UNSHARED, Answer.KEEP_ROWS, Answer.RECHECK)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
-from ..sharing.replacement import MISSING, Replacement
+from ...sharing.replacement import MISSING, Replacement
 
 _forward = attrgetter("forward")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
+from ...models.registry import COND, UNCOND
 from .weighted_sums import TIMES, Sum, fit, most_of, rounding_of
 
 # of a result of which more is left, weights tell nothing

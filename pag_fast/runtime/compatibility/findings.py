@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .compatibility import STOCK_PAG, Answer, Finding, combined, refuse
-from .compatibility_hooks import PARALLEL
+from . import STOCK_PAG, Answer, Finding, combined, refuse
+from .hooks import PARALLEL
 
 
 class Findings:

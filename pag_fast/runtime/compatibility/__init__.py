@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..models.registry import is_derived, stock_pag_processors
-from .compatibility_answers import (
+from ...models.registry import is_derived, stock_pag_processors
+from .answers import (
     UNKNOWN,
     WEIGHTS,
     Answer,
@@ -24,8 +24,8 @@ from .compatibility_answers import (
     explain_lines,
     refuse,
 )
-from .compatibility_functions import code_of, foreign_functions
-from .compatibility_hooks import (
+from .functions import code_of, foreign_functions
+from .hooks import (
     Found,
     accelerate_hooks,
     context_parallel,
@@ -35,7 +35,7 @@ from .compatibility_hooks import (
     torch_hooks,
     unknown,
 )
-from .compatibility_origins import (
+from .origins import (
     COMPILED,
     MIXED_PRECISION,
     QUANTIZERS,
@@ -48,8 +48,8 @@ from .compatibility_origins import (
     package,
     row_wise,
 )
-from .compatibility_surroundings import Surroundings
-from .compatibility_watch import Watch
+from .surroundings import Surroundings
+from .watch import Watch
 
 __all__ = [
     "STOCK_PAG",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..sharing.arguments import latents_of, version_of
-from .forwards import Call
-from .frames import nobody_writes
+from ...sharing.arguments import latents_of, version_of
+from ..access.forwards import Call
+from ..access.frames import nobody_writes
 
 # some loops make these anew for each forward: compared by value, in the first step
 _OF_A_STEP = ("timestep", "guidance")

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..models.registry import COND, UNCOND
-from .forwards import Call
+from ...models.registry import COND, UNCOND
+from ..access.forwards import Call
 from .observed_guidance import LATENTS, ObservedGuidance
 
 # the other passes of a step besides uncond: SD3's skip-layer guidance, and what is like it

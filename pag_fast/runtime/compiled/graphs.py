@@ -20,18 +20,18 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ..sharing.arguments import version_of
-from ..sharing.conditioning_cache import Invariant
-from ..sharing.plan import is_compiled
-from ..sharing.rows import BranchState
-from ..sharing.weight_signature import WeightSignature
+from ...sharing.arguments import version_of
+from ...sharing.conditioning_cache import Invariant
+from ...sharing.plan import is_compiled
+from ...sharing.rows import BranchState
+from ...sharing.weight_signature import WeightSignature
+from ..access.forwards import Call, Forward
+from ..access.instance_patch import InstancePatch
+from ..compatibility.findings import Findings
 from .capture import Capture, NotCapturable, Replay
-from .findings import Findings
-from .forwards import Call, Forward
-from .instance_patch import InstancePatch
 
 if TYPE_CHECKING:
-    from .basic_state import BasicState
+    from ..basic_state import BasicState
 
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")

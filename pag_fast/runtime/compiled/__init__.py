@@ -1,0 +1,1 @@
+"""``torch.compile`` and recorded graphs of a patched pipeline."""
