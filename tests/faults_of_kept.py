@@ -9,6 +9,27 @@ _GRAPHS = "pag_fast/runtime/compiled/graphs.py"
 
 KEPT = [
     Fault(
+        "keys of the image are kept where an attention has added ones",
+        _CACHE,
+        "over_text = not added and ",
+        "over_text = ",
+        tests_of("known_processors", "keys_of_the_image"),
+    ),
+    Fault(
+        "keys of a processor that is marked row-wise are kept",
+        "pag_fast/runtime/compatibility/__init__.py",
+        "yield _OWN_PROCESSOR",
+        "pass",
+        tests_of("known_processors", "of_a_processor_of_ones_own"),
+    ),
+    Fault(
+        "every processor of diffusers is known",
+        "pag_fast/processors/displaced.py",
+        "if cls.__name__ in known and (",
+        "if (",
+        tests_of("known_processors", "attend_to_pictures"),
+    ),
+    Fault(
         "a kept output that has become another one is not told",
         _CHECKS,
         "if math.isfinite(size) and not distance <= tolerance * size:",

@@ -245,8 +245,8 @@ OTHERS = [
     Fault(
         "a processor of somebody else's is displaced for uncond and cond, too",
         "pag_fast/processors/displaced.py",
-        'if named and (not strict or cls.__module__[:10] == "diffusers."):',
-        "if named:",
+        'if cls.__name__ in known and (not strict or cls.__module__[:10] == "diffusers."):',
+        "if cls.__name__ in known:",
         tests_of("hosts_options", "a_processor_of_ones_own"),
     ),
     Fault(

@@ -88,7 +88,7 @@ class Perturbed:
         backend: str = "auto",
     ) -> None:
         family = family_of(model)
-        check_processors(attentions, family.replaces, strict=not family.runs_stock)
+        check_processors(attentions, family.known_processors, strict=not family.runs_stock)
         self._sequence, self._runs = family.sequence, family.tokens
         self._attentions = attentions
         known = layers_of(model, state)

@@ -75,7 +75,9 @@ class ModelDescription:
         text: forward arguments in which uncond and cond differ because their prompts do.
         stock_processors: class names of diffusers' ``(CFG, no CFG)`` pair of PAG processors, if it
             has one.
-        replaces: class names of the processors whose arithmetic ours repeats; empty: any.
+        replaces: class names of diffusers' processors whose arithmetic ours repeats. Others are
+            refused in perturbed layers, but for PAG pipelines of diffusers, which displace any.
+            Where ours runs the one that it displaces (:attr:`runs_stock`), none means any.
         fusable_processors: class names of diffusers' attention processors that project queries,
             keys and values of one tensor, and take projections that are views of one product; the
             ``stock_processors`` do, too.
@@ -127,6 +129,11 @@ class ModelDescription:
     def is_derived(self) -> bool:
         """Whether a trace completes this description, be it of an unknown class or not."""
         return bool(self.attentions)
+
+    @property
+    def known_processors(self) -> frozenset[str]:
+        """Class names of the processors whose place ours may take, those of diffusers' PAG too."""
+        return self.replaces | set(self.stock_processors or ())
 
     @property
     def runs_stock(self) -> bool:

@@ -71,6 +71,7 @@ DESCRIPTION = ModelDescription(
     blocks={"HunyuanDiTBlock": IMAGE_ALONE},
     layout=_LAYOUT,
     stock_processors=("PAGCFGHunyuanAttnProcessor2_0", "PAGHunyuanAttnProcessor2_0"),
+    replaces=_FUSABLE | {"FusedHunyuanAttnProcessor2_0"},
     fusable_processors=_FUSABLE,
     checkpoints=(Checkpoint("HunyuanDiTPAGPipeline", "HunyuanDiT v1.2", _V1_2),),
 )

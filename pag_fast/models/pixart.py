@@ -12,7 +12,7 @@ from ..sharing.dit_plan import plan_dit
 from ..sharing.layout import IMAGE_ALONE, Layout
 from .description import Checkpoint, ModelDescription
 from .tensors import Latent, NewTensors
-from .unets import IDENTITY
+from .unets import IDENTITY, PLAIN
 
 _LAYOUT = Layout(("transformer_blocks",), ("attn1",), merge=True, equivariant=True)
 _XL_2 = {
@@ -52,6 +52,7 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     text=frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
     stock_processors=IDENTITY,
+    replaces=PLAIN,
     fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
     learned_sigma=True,
     checkpoints=(Checkpoint("PixArtSigmaPAGPipeline", "PixArt-Σ XL 2 1024", _XL_2),),

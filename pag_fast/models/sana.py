@@ -64,6 +64,7 @@ DESCRIPTION = ModelDescription(
         "PAGCFGSanaLinearAttnProcessor2_0",
         "PAGIdentitySanaLinearAttnProcessor2_0",
     ),
+    replaces=_FUSABLE,
     fusable_processors=_FUSABLE,
     checkpoints=(Checkpoint("SanaPAGPipeline", "Sana 1.6B 1024", _1600M, vae_scale_factor=32),),
 )

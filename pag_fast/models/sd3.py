@@ -71,6 +71,9 @@ DESCRIPTION = ModelDescription(
     blocks={"JointTransformerBlock": TEXT_THEN_IMAGE},
     layout=_LAYOUT,
     stock_processors=("PAGCFGJointAttnProcessor2_0", "PAGJointAttnProcessor2_0"),
+    replaces=frozenset(
+        {"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "XFormersJointAttnProcessor"}
+    ),
     fusable_processors=frozenset({"JointAttnProcessor2_0"}),
     checkpoints=(
         Checkpoint("StableDiffusion3PAGPipeline", "Stable Diffusion 3 medium", _MEDIUM),

@@ -8,7 +8,7 @@ from ..processors import PerturbedSelfAttention
 from ..sharing.layout import IMAGE_ALONE
 from ..sharing.unet_plan import plan_unet
 from .description import Checkpoint, ModelDescription
-from .unets import IDENTITY, SD15, SDXL, TEXT, controlnet_of, unet_inputs
+from .unets import IDENTITY, PLAIN, SD15, SDXL, TEXT, controlnet_of, unet_inputs
 
 _SDXL_UNET = {**SDXL, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
 _KOLORS = {
@@ -43,6 +43,7 @@ DESCRIPTION = ModelDescription(
     blocks={"BasicTransformerBlock": IMAGE_ALONE},
     text=TEXT,
     stock_processors=IDENTITY,
+    replaces=PLAIN,
     fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
     checkpoints=(
         _sd("StableDiffusionPAGPipeline"),

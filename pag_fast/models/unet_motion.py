@@ -6,7 +6,7 @@ from ..processors import PerturbedSelfAttention
 from ..sharing.layout import IMAGE_ALONE
 from ..sharing.unet_plan import plan_unet
 from .description import Checkpoint, ModelDescription
-from .unets import IDENTITY, TEXT, unet_inputs
+from .unets import IDENTITY, PLAIN, TEXT, unet_inputs
 
 _V15_2 = {
     "sample_size": 64,
@@ -28,6 +28,7 @@ DESCRIPTION = ModelDescription(
     blocks={"BasicTransformerBlock": IMAGE_ALONE, "FreeNoiseTransformerBlock": IMAGE_ALONE},
     text=TEXT,
     stock_processors=IDENTITY,
+    replaces=PLAIN,
     fusable_processors=frozenset({"AttnProcessor", "AttnProcessor2_0"}),
     checkpoints=(
         Checkpoint(

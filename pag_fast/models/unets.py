@@ -9,6 +9,18 @@ from .tensors import CLIP_TOKENS, Latent, NewTensors
 TEXT = frozenset({"encoder_hidden_states", "image_embeds"})
 IDENTITY = ("PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0")
 """Diffusers' PAG processors for self-attention over an image alone."""
+PLAIN = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    }
+)
+"""Diffusers' processors that are plain attention, however they compute it."""
 
 SD15: dict[str, Any] = {
     "sample_size": 64,

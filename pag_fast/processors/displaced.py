@@ -14,19 +14,20 @@ def check_processors(
     """Raises ValueError for attentions whose processors do what ours would not.
 
     Args:
-        known: class names of the processors whose arithmetic ours repeats; empty: any.
-        strict: diffusers' own alone. Without it ours runs the processor that it displaces, or
-            stands where a PAG pipeline of diffusers would have put its own.
+        known: class names of the processors whose arithmetic ours repeats.
+        strict: diffusers' own alone. Without it ours runs the processor that it displaces, and none
+            known means any.
     """
+    if not known and not strict:
+        return
     for name, attention in attentions.items():
         cls = type(attention.processor)
-        named = not known or cls.__name__ in known
         # every forward comes here: no calls
-        if named and (not strict or cls.__module__[:10] == "diffusers."):
+        if cls.__name__ in known and (not strict or cls.__module__[:10] == "diffusers."):
             continue
         if issubclass(cls, PerturbedProcessor):
             continue
-        these = " or ".join(sorted(known)) or "a processor of diffusers"
+        these = " or ".join(sorted(x for x in known if not x.startswith("PAG")))
         raise ValueError(
             f"{name} runs {cls.__name__}, whose arithmetic pag_fast does not know: choose layers "
             f"with {these}, or unload the adapter that has put it there."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..fusion import Fusion
 from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
 from ..parallel.placement import cut
-from ..sharing.arguments import batched, change_rows, latents_of
+from ..sharing.arguments import change_rows, compared, latents_of, tensors_of
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariants
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
@@ -90,11 +91,18 @@ class ControlNets:
         self._slabs: tuple[int, int] | None = None
         self.kept: ConditioningCache | None = None
         self._graphs: Graphs | None = None
+        self._frame: FrameType | None = None
 
     def owns(self) -> bool:
         """Whether the forward that begins is one of the running call."""
         # PAG may be off in this call: guess mode of the PAG pipelines needs us all the same
-        return calling_frame(self.session.loop_code)[0] is self.session.pipe
+        pipe, frame = calling_frame(self.session.loop_code)
+        if pipe is not self.session.pipe:
+            return False
+        if frame is not self._frame:
+            self._frame = frame
+            self._equality.by_construction = self.session.equal_by_construction()
+        return True
 
     def forward(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward without the perturbed rows, in guess mode on the cond rows alone."""
@@ -143,6 +151,7 @@ class ControlNets:
 
     def end(self) -> None:
         """The call is over."""
+        self._frame = None
         self.forget()
 
     def rows(self, call: Call, rows: int, installed: InstalledControlNets, found: Findings) -> Call:
@@ -163,7 +172,8 @@ class ControlNets:
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:
-            everything = batched(call, rows, 1)
+            known = self._equality.by_construction
+            everything = compared(call, rows, 1, by_construction=known)
             differing = self._equality.differing(everything, full, -2, -1, key="cond")
             if differing:
                 session.patch.fall_back(
@@ -193,7 +203,11 @@ class ControlNets:
     def _merged(self, call: Call, installed: InstalledControlNets) -> int:
         if not any(plan.sites for plan in installed.plans):
             return 2
-        everything = batched(call, 2 * self.session.unit, 1)
+        known = self._equality.by_construction
+        everything = compared(call, 2 * self.session.unit, 1, by_construction=known)
+        pictures = {name for name, _ in tensors_of(call) if name.startswith("controlnet_cond")}
+        if not pictures or not pictures <= everything.keys():
+            return 2  # one that the net itself hands to all rows
         merged = all(plan.merged for plan in installed.plans)
         alike = {
             name: x

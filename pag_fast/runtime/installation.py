@@ -64,7 +64,6 @@ class Installation:
         self.rows_second = family.rows_second
         self.hooks_show = eager and compiled_call(denoiser) is None
         self.text = family.text
-        self.replaces = family.replaces
         self.learned_sigma = family.predicts_variance(denoiser)
         self.state = BranchState()
         self.branches = perturbed_branches(denoiser, layers, config)
@@ -72,8 +71,9 @@ class Installation:
         self.attentions, self._others = _parted(self_attentions(denoiser), names)
         self._other_owns: list[Any] = list(map(vars, self._others.values()))
         # where diffusers' PAG would put its own, it does not matter whose place ours takes
-        self.strict = bool(family.replaces) and not family.runs_stock
-        check_processors(self.attentions, self.replaces, strict=self.strict)
+        self._checked = {} if family.stock_processors else self.attentions
+        self.known = family.known_processors
+        check_processors(self._checked, self.known, strict=not self.runs_stock)
         blocks = self._block_actions(names)
         self.plan: BranchPlan = family.plan(
             denoiser, set(self.attentions), merge=config.share_branches, blocks=blocks
@@ -180,7 +180,7 @@ class Installation:
         Raises:
             ValueError: an attention whose processor does what ours would not.
         """
-        check_processors(self.attentions, self.replaces, strict=self.strict)
+        check_processors(self._checked, self.known, strict=not self.runs_stock)
         if self.runs_stock:
             self._follow_processors()
         fusion = self.fusion if fused else None
@@ -195,8 +195,8 @@ class Installation:
     def be_strict(self) -> None:
         """Raise ValueError for what ours does not repeat: no PAG of diffusers' would be there."""
         if not self.runs_stock:
-            self.strict = True
-            check_processors(self.attentions, self.replaces, strict=True)
+            self._checked = self.attentions
+            check_processors(self.attentions, self.known, strict=True)
             check_fused(self.attentions)
 
     def check_others(self) -> None:

@@ -16,7 +16,7 @@ from ..sharing.arguments import (
     MID_RESIDUAL,
     RESIDUALS,
     are_uneven,
-    batched,
+    compared,
     knows_places,
     latents_of,
     version_of,
@@ -87,7 +87,7 @@ class RowDecision:
         kept = kept and versions == known and -1 not in versions
         self._concatenated = tensors, versions
         self._recheck = not kept
-        if not (same and kept):
+        if not (same and kept and self.equality.by_construction):
             self._decided_for = ()
         return same
 
@@ -164,7 +164,8 @@ class RowDecision:
 
     def _decide(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
         """Compare the rows of the branches."""
-        everything = batched(call, full * unit, frames)
+        known = self.equality.by_construction
+        everything = compared(call, full * unit, frames, by_construction=known)
         shared = full - len(self.installed.branches)
         if not self.copies:
             differing = self.equality.differing(
@@ -204,6 +205,11 @@ def align_residuals(
             return residual
         return change_level(residual, residual.shape[0] // unit, want)
 
+    if plan.takes_adapters and RESIDUALS in call and call.get(MID_RESIDUAL) is None:
+        # such a UNet takes residuals without one for its middle to be an adapter's
+        residuals = call.pop(RESIDUALS)
+        if call.get(ADAPTER) is None:
+            call[ADAPTER] = residuals
     if call.get(RESIDUALS) is not None:
         levels = plan.residual_levels or (SPLIT,) * len(call[RESIDUALS])
         pairs = zip(call[RESIDUALS], levels, strict=False)

@@ -22,7 +22,7 @@ from ..sharing.rows import SPLIT
 from .access.behind_hooks import entries_behind
 from .access.entry import Entry as ModelEntry
 from .access.forwards import Call, Forward, Views
-from .access.frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
+from .access.frames import ANYWHERE, LoopCode, calling_frame, equal_by_construction, nobody_writes
 from .access.instance_patch import Entry, InstancePatch
 from .batch import rows_of_a_branch
 from .compatibility.findings import Findings
@@ -161,6 +161,11 @@ class Session(Warming):
     def begin_loop(self) -> None:
         """Another loop than before: a subclass may run several in a call."""
         self._kept.somebody_writes = not nobody_writes()
+        self._rows.equality.by_construction = self.equal_by_construction()
+
+    def equal_by_construction(self) -> bool:
+        """Whether branches begin with copies of one row, in every step of the running loop."""
+        return equal_by_construction()
 
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""

@@ -90,6 +90,20 @@ def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Ten
     return {n: x for n, x in _tensors("", call) if with_rows(n.split(".")[-1], x, rows, frames)}
 
 
+def compared(
+    call: dict[str, Any], rows: int, frames: int, *, by_construction: bool
+) -> dict[str, torch.Tensor]:
+    """What has to be equal in branches that run as one: :func:`batched`.
+
+    Timesteps are part of it where they are not equal ``by_construction``.
+    """
+    found = batched(call, rows, frames)
+    time = None if by_construction else call.get("timestep")
+    if isinstance(time, torch.Tensor) and with_rows("timestep", time, rows, frames):
+        found["timestep"] = time
+    return found
+
+
 def with_rows(name: str, x: torch.Tensor, rows: int, frames: int) -> bool:
     """Whether ``x``, an argument called ``name``, has the batch's rows in front.
 
@@ -128,6 +142,11 @@ def _completed(x: Any, rows: int, frames: int) -> Any:
     if not have or have in (rows, rows * frames) or rows % have:
         return x
     return x.repeat_interleave(rows // have, dim=0)
+
+
+def tensors_of(call: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor among a model's arguments, by dotted name."""
+    return _tensors("", call)
 
 
 # no closure that calls itself: as a reference cycle it would keep the tensors alive

@@ -296,9 +296,12 @@ def invariant_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _sees_text(model: nn.Module, name: str) -> bool:
-    # a motion module's attentions are over frames, whatever they call themselves
     attention = model.get_submodule(name)
-    return bool(getattr(attention, "is_cross_attention", False)) and "motion_modules" not in name
+    # UNets with SimpleCrossAttn blocks project the image with them, and the text with others
+    added = "AddedKV" in type(getattr(attention, "processor", None)).__name__
+    # a motion module's attentions are over frames, whatever they call themselves
+    over_text = not added and "motion_modules" not in name
+    return over_text and bool(getattr(attention, "is_cross_attention", False))
 
 
 def invariants(model: nn.Module, plan: BranchPlan, state: BranchState) -> dict[str, Invariant]:

@@ -67,6 +67,7 @@ class BranchPlan:
         residual_levels: levels of the UNet skips that ControlNet residuals are added to, in order.
         mid_level: level behind the mid block, where a ControlNet's mid residual is added.
         adapter_levels: levels behind the down blocks, where a T2I-Adapter's residuals are added.
+        takes_adapters: the UNet has an argument for these.
         block_residuals: what a ControlNet adds between the blocks of a transformer, and the levels
             behind these blocks.
         merged: whether some site runs at MERGED; ``merged_until`` names where uncond parts.
@@ -87,6 +88,7 @@ class BranchPlan:
     residual_levels: tuple[int, ...] = ()
     mid_level: int = SPLIT
     adapter_levels: tuple[int, ...] = ()
+    takes_adapters: bool = False
     block_residuals: tuple[tuple[Residuals, tuple[int, ...]], ...] = ()
     merged: bool = False
     merged_until: str = ""

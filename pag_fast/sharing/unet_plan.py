@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import ADAPTER
 from .block_hooks import Actions, begins_behind, is_shuffled, runs_without
 from .plan import (
     BranchPlan,
     Site,
     SkipSite,
+    argument_names,
     block_sites,
     class_name,
     in_two_places,
@@ -287,11 +289,8 @@ def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
             plan.extend(name)
     if not begin.is_block:
         block, name = blocks[begin.block], f"{unit.name}.transformer_blocks.{begin.block}"
-        attentions = [
-            (attn, getattr(block, attn))
-            for attn in ("attn1", "attn2")
-            if getattr(block, attn, None) is not None
-        ]
+        found = [(attn, getattr(block, attn, None)) for attn in ("attn1", "attn2")]
+        attentions = [(attn, module) for attn, module in found if module is not None]
         plan.sites += block_sites(name, attentions, begin.fork, plan.levels[begin.fork])
 
 
@@ -315,13 +314,14 @@ def _plan_skips(
     ][::-1]
     plan.residual_levels = tuple(consumed)
     plan.adapter_levels = tuple(own[-1] for own in made)
+    plan.takes_adapters = ADAPTER in argument_names(model)
     start = 1  # behind conv_in's, which is made at the level it is consumed at
     for index, own in enumerate(made):
         stored = tuple(consumed[start : start + len(own)])
         start += len(own)
         if stored != tuple(own):
-            site = SkipSite(f"down_blocks.{index}", model.down_blocks[index], tuple(own), stored)
-            plan.skip_sites.append(site)
+            block = model.down_blocks[index]
+            plan.skip_sites.append(SkipSite(f"down_blocks.{index}", block, tuple(own), stored))
 
 
 def plan_controlnet(model: Any) -> BranchPlan:

@@ -141,6 +141,20 @@ def nobody_writes() -> bool:
     return False
 
 
+def equal_by_construction() -> bool:
+    """Whether branches begin with equal latents and timesteps because one row is copied for all.
+
+    Diffusers' loops do so. A loop of somebody else's, or his scheduler's ``scale_model_input``,
+    may tell them apart in any step.
+    """
+    for pipe, frame, _ in _pipeline_calls(sys._getframe(1)):
+        scaled = getattr(getattr(pipe, "scheduler", None), "scale_model_input", None)
+        codes = [frame, getattr(scaled, "__func__", scaled)]
+        scopes = [getattr(x, "f_globals", getattr(x, "__globals__", {})) for x in codes if x]
+        return all(_is_diffusers(scope.get("__name__")) for scope in scopes)
+    return False
+
+
 def _code(callback: Any) -> CodeType | None:
     while isinstance(callback, functools.partial):
         callback = callback.func

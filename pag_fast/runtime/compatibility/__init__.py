@@ -82,6 +82,11 @@ _CHUNKS: Found = (
     Answer.UNSHARED,
     "feed-forward layers run in chunks of rows (enable_forward_chunking), which fit whole batches.",
 )
+_OWN_PROCESSOR: Found = (
+    "an attention processor marked row-wise",
+    Answer.NOTHING_KEPT,
+    "its keys may be of more than the text, so none are kept from step to step.",
+)
 _IN_PARTS: Found = ("weights held in parts", WEIGHTS, "a part of a weight is not fused or kept.")
 STOCK_PAG = "processors of diffusers' PAG"
 _RUNNING: Found = (
@@ -253,7 +258,9 @@ def _of_processor(module: nn.Module, own: str, foreign: Foreign) -> Iterator[Fou
         yield context_parallel()
     elif cls in stock_pag_processors():
         yield _RUNNING
-    elif isinstance(processor, nn.Module) or is_row_wise(processor):
+    elif is_row_wise(processor):
+        yield _OWN_PROCESSOR
+    elif isinstance(processor, nn.Module):
         pass  # the class of a module is looked at where all classes are
     elif foreign[cls] and foreign[cls] != own:
         yield unknown(f"an attention processor of {foreign[cls]} ({cls.__name__})")

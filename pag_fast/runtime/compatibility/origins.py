@@ -59,7 +59,8 @@ def row_wise(thing: T) -> T:
 
     What is marked so, before it is put on a model, does not keep branches from being shared: it
     depends on no other row of the batch, keeps nothing from one forward to the next that has the
-    batch's size, and leaves weights alone. Counting and timing are examples.
+    batch's size, and leaves weights alone. Counting and timing are examples. A hook or forward on
+    the way of the prompt does the same in every step, as what is computed of that alone is kept.
 
     Returns:
         ``thing`` itself, so that it can decorate.
