@@ -12,6 +12,20 @@ _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
     Fault(
+        "a hook of the model is not told of where it sees added rows",
+        "pag_fast/runtime/row_decision.py",
+        "elif found is not None and found.sees_rows:",
+        "elif False:",
+        tests_of("added_rows", "is_told_of"),
+    ),
+    Fault(
+        "what others have put on a model fails with added rows without a word",
+        "pag_fast/runtime/compatibility/findings.py",
+        "if asks in self.answer and type(error) in (RuntimeError, IndexError):",
+        "if False:",
+        tests_of("added_rows", "are_fixed"),
+    ),
+    Fault(
         "an embedding of inference mode is trusted whoever writes into it",
         "pag_fast/fusion/projections.py",
         "self._owns if version is None else ()",

@@ -30,6 +30,8 @@ class Guided:
     """
 
     installed: Installation
+    # the batch gets its perturbed rows from us, and not from the pipeline
+    _adds_rows = False
 
     def __init__(self, pipe: Any, patch: PatchState) -> None:
         self.pipe = pipe
@@ -65,6 +67,13 @@ class Guided:
                 f"The call has guidance_rescale={own!r} and the patch rescale_mode={mode!r}: leave "
                 "one of them out."
             )
+
+    def blame(self, error: Exception, found: Findings) -> None:
+        """Raise ValueError where a forward fails because of what others have put on the model."""
+        if not found.stock_pag:
+            self.installed.refuse_taken(error)
+        if self._adds_rows:
+            found.refuse_rows(error)
 
     # ---- scales, and steps without the perturbed branch ----
 

@@ -129,10 +129,17 @@ class RowDecision:
             self._decided, self._decided_for = (full, full, full), ()
             return self._decided
         if not (same and self._decided_for == layout):
-            self._decided = self._decide(call, full, frames, unit)
+            self._decided = self._decide(call, full, frames, unit, found)
             self._decided_for = layout
         self.patch.steps["shared" if self._decided[1] < full else "not shared"] += 1
         return self._decided
+
+    def _tell_of_rows(self, found: Findings) -> None:
+        self.patch.fall_back(
+            f"{found.who(Answer.SEES_ROWS)} gets PAG's rows behind those of the pipeline, and does "
+            "with them what it does. If it treats every row by itself, say so with "
+            "pag_fast.runtime.compatibility.row_wise()."
+        )
 
     def again(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
         """How many slabs run at each level, from arguments that somebody else has changed.
@@ -162,7 +169,14 @@ class RowDecision:
             )
         return decided
 
-    def _decide(self, call: dict[str, Any], full: int, frames: int, unit: int) -> Slabs:
+    def _decide(
+        self,
+        call: dict[str, Any],
+        full: int,
+        frames: int,
+        unit: int,
+        found: Findings | None = None,
+    ) -> Slabs:
         """Compare the rows of the branches."""
         known = self.equality.by_construction
         everything = compared(call, full * unit, frames, by_construction=known)
@@ -176,6 +190,8 @@ class RowDecision:
                     f"cond and perturbed rows differ in {', '.join(differing)}: they run apart"
                 )
                 return full, full, full
+        elif found is not None and found.sees_rows:
+            self._tell_of_rows(found)
         return self._merged(everything, full, shared), shared, full
 
     def _merged(self, everything: dict[str, torch.Tensor], full: int, shared: int) -> int:

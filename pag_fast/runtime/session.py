@@ -52,8 +52,6 @@ class Session(Warming):
     """
 
     _kept: ConditioningCache
-    # the batch gets its perturbed rows from us, and not from the pipeline
-    _adds_rows = False
     loop_code = ANYWHERE
     ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
@@ -184,8 +182,8 @@ class Session(Warming):
             out = self._combined(self._run(forward, call, found))
         except BaseException as error:
             undo_after_error(self._left)
-            if isinstance(error, Exception) and not found.stock_pag:
-                self.installed.refuse_taken(error)
+            if isinstance(error, Exception):
+                self.blame(error, found)
             raise
         self._left()
         return out

@@ -18,6 +18,8 @@ class Answer(Flag):
         NOTHING_KEPT: no output of one forward is handed out in another one.
         MAY_SKIP: a forward may leave modules out, so perturbed layers need not run in every step.
             One that runs in no step of a call has not been perturbed, and that is still a fault.
+        SEES_ROWS: it gets the batch, which holds more rows than the pipeline has given where PAG is
+            added to one that has none.
         REFUSE: the call cannot be right.
     """
 
@@ -28,6 +30,7 @@ class Answer(Flag):
     NOTHING_KEPT = auto()
     MAY_SKIP = auto()
     RECHECK = auto()
+    SEES_ROWS = auto()
     REFUSE = auto()
 
 

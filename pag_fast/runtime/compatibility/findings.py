@@ -14,8 +14,8 @@ class Findings:
     Attributes:
         items: each thing that was found.
         answer: all their answers together.
-        unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck, refuses: what they ask
-            for, each by itself: a forward reads these, where asking a flag would be a call.
+        unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck, sees_rows, refuses:
+            what they ask for, each by itself: a forward reads these, as asking a flag is a call.
         stock_pag: a PAG pipeline of diffusers has put its processors there.
         parallel: ranks share its tokens or heads.
     """
@@ -29,6 +29,7 @@ class Findings:
         self.nothing_kept = Answer.NOTHING_KEPT in answer
         self.may_skip = Answer.MAY_SKIP in answer
         self.recheck = Answer.RECHECK in answer
+        self.sees_rows = Answer.SEES_ROWS in answer
         self.refuses = Answer.REFUSE in answer
         self.stock_pag = any(item.what == STOCK_PAG for item in self.items)
         self.parallel = any(item.what in PARALLEL for item in self.items)
@@ -42,6 +43,23 @@ class Findings:
         """Raises ValueError where the call cannot be right."""
         if self.refuses:
             refuse(self.items)
+
+    def who(self, answer: Answer) -> str:
+        """What asks for ``answer`` first."""
+        return next(item.what for item in self.items if answer in item.answer)
+
+    def refuse_rows(self, error: Exception) -> None:
+        """Raises ValueError where a forward with added rows may fail because of what is not known.
+
+        Code of others often expects the rows that the pipeline itself makes.
+        """
+        asks = Answer.UNSHARED if self.unshared else Answer.SEES_ROWS
+        if asks in self.answer and type(error) in (RuntimeError, IndexError):
+            raise ValueError(
+                f"The model fails with PAG's rows behind those of the pipeline ({error}). There is "
+                f"{self.who(asks)} on it, which may expect the pipeline's own rows alone: have it "
+                "take any number of rows, or take it off."
+            ) from error
 
     def why(self, answer: Answer) -> str:
         """The sentence of the first finding that asks for ``answer``."""

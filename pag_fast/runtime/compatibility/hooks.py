@@ -65,8 +65,9 @@ def unknown(what: str) -> Found:
     """The answer to what nobody has looked into."""
     sentence = (
         f"pag_fast does not know what {what} does to rows of other branches: every branch runs "
-        "with rows of its own in every step, and no weights are fused or kept. If it treats every "
-        "row by itself, say so with pag_fast.runtime.compatibility.row_wise()."
+        "with rows of its own in every step (behind the pipeline's, where that has no PAG), and no "
+        "weights are fused or kept. If it treats every row by itself, say so with "
+        "pag_fast.runtime.compatibility.row_wise()."
     )
     return what, UNKNOWN, sentence
 
@@ -213,13 +214,13 @@ def _in_front(found: Found) -> Found:
         "it may change arguments and weights: they are compared behind it, every step runs every "
         "row, and no weights are fused or kept."
     )
-    answer = Answer.RECHECK | Answer.KEEP_ROWS | WEIGHTS
+    answer = Answer.RECHECK | Answer.KEEP_ROWS | Answer.SEES_ROWS | WEIGHTS
     return f"{found[0]} in front of the model", answer, sentence
 
 
 def _behind(found: Found) -> Found:
     sentence = "it gets the output of all branches, so every step runs every row."
-    return f"{found[0]} behind the model", Answer.KEEP_ROWS, sentence
+    return f"{found[0]} behind the model", Answer.KEEP_ROWS | Answer.SEES_ROWS, sentence
 
 
 def torch_hook(hook: Any) -> Found | None:
