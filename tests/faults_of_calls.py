@@ -184,9 +184,30 @@ CALLS = [
     Fault(
         "a difference of other pictures is used again",
         "pag_fast/sharing/guidance_reuse.py",
-        "if self._held is not None and self._held.shape[0] != latents.shape[0]:",
+        "if self._shape != latents.shape:",
         "if False:",
         tests_of("fewer_pictures", "used_again"),
+    ),
+    Fault(
+        "a difference of latents of another size is used again",
+        "pag_fast/sharing/guidance_reuse.py",
+        "if self._shape != latents.shape:",
+        "if self._shape is None or self._shape[:1] != latents.shape[:1]:",
+        tests_of("reuse_loops", "resizes"),
+    ),
+    Fault(
+        "a view of a step uses the difference of another one",
+        "pag_fast/runtime/guided.py",
+        "elif order == SAME:",
+        "elif False:",
+        tests_of("reuse_loops", "no_view"),
+    ),
+    Fault(
+        "steps that begin anew use the difference of the last one",
+        "pag_fast/runtime/guided.py",
+        "if order == EARLIER:",
+        "if False:",
+        tests_of("reuse_loops", "free_init or window_begins"),
     ),
     Fault(
         "a wrapper of the call stays on the class of the patched pipeline",
