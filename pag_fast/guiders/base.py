@@ -118,7 +118,7 @@ class ResumedGuidance(_Base):
         if not perturbs and not (traced and self._perturbs_at_all()):
             return
         self._find(model)
-        if traced and isinstance(self._resumptions[model], DerivedResumption):
+        if traced and not self._resumptions[model].is_known:
             raise ValueError(
                 f"{type(model).__name__} is compiled, and has no description by which its graphs "
                 "could be the same in every step: leave it uncompiled with this guider."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..models.registry import family_of
@@ -20,6 +19,7 @@ from ..sharing.arguments import latents_of
 from ..sharing.plan import argument_names
 from ..sharing.rows import SPLIT, BranchState
 from ..sharing.tokens import in_runs
+from .outputs import Given, Outputs, by_diffusers, described, given, seen, streams_of
 
 
 class Processed:
@@ -44,30 +44,53 @@ class Skipped(Intercepted):
     Args:
         state: of the model, which says whose forward runs.
         module: the module that does not run.
-        returns: names of the arguments that take the place of its outputs, in order.
+        returns: names of the arguments that take the place of its outputs, in order; those that a
+            call has not are left out. ``None``: it runs once, on what it is to be skipped with, and
+            what it returns is looked at.
+        likely: an order that decides between arguments of one shape then.
     """
 
-    def __init__(self, state: BranchState, module: nn.Module, returns: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        state: BranchState,
+        module: nn.Module,
+        returns: tuple[str, ...] | None,
+        likely: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(state, module)
         self.returns = returns
+        self._likely = likely
         self._names = argument_names(module)
+        # by the arguments that it was called with
+        self._seen: dict[tuple[str, ...], Outputs] = {}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether what it returns was told without running it."""
+        return self.returns is not None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.slabs is None:  # somebody has kept it from a perturbed forward
             return self._base(*args, **kwargs)
-        found: list[torch.Tensor | None] = []
-        for name in self.returns:
-            if name in kwargs:
-                found.append(kwargs[name])
-            elif name in self._names[: len(args)]:
-                found.append(args[self._names.index(name)])
-            else:
-                found.append(None)
+        call = given(self._names, args, kwargs)
+        if self.returns is None:
+            outputs = self._looked_at(call, args, kwargs)
+        else:
+            names = tuple([name for name in self.returns if name in call])
+            outputs = Outputs(names, tuple if len(names) > 1 else None)
+        found = [call[name] for name in outputs.arguments]
         if self.state.ranks is not None:  # the module's own hook would cut them
             cut, ranks = cut_arguments(self.module), self.state.ranks
-            pairs = zip(self.returns, found, strict=True)
-            found = [ranks.part(x) if x is not None and name in cut else x for name, x in pairs]
-        return found[0] if len(found) == 1 else tuple(found)
+            pairs = zip(outputs.arguments, found, strict=True)
+            found = [ranks.part(x) if name in cut else x for name, x in pairs]
+        return outputs.of(found)
+
+    def _looked_at(self, call: Given, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+        key = tuple(call)
+        if key not in self._seen:
+            out = self.run_original(args, kwargs)
+            self._seen[key] = seen(self.module, out, call, self._likely)
+        return self._seen[key]
 
 
 class Perturbed:
@@ -116,45 +139,25 @@ class Perturbed:
             self.state.tokens = dict.fromkeys(self._attentions, tokens)
 
 
-def skipped_block(state: BranchState, block: nn.Module) -> Skipped:
+def skipped_block(state: BranchState, model: nn.Module, block: nn.Module) -> Skipped:
     """A transformer block that leaves its streams alone, in the order in which it returns them."""
-    hidden, context = "hidden_states", "encoder_hidden_states"
-    order: dict[int | None, str] = {0: hidden}
-    metadata = _metadata(block)
-    if metadata is not None:
-        hidden = getattr(metadata, "hidden_states_argument_name", None) or hidden
-        context = getattr(metadata, "encoder_hidden_states_argument_name", None) or context
-        order = {
-            metadata.return_hidden_states_index: hidden,
-            metadata.return_encoder_hidden_states_index: context,
-        }
-        order.pop(None, None)
-    names = argument_names(block)
-    if metadata is None and hidden not in names:
-        hidden = names[0]
-        order = {0: hidden}
-    return Skipped(state, block, tuple(order[index] for index in sorted(order)))  # type: ignore[type-var]
+    return Skipped(state, block, described(model, block), by_diffusers(block))
 
 
-def skipped_attention(state: BranchState, attention: nn.Module) -> Skipped:
-    """An attention that returns its input; joint attention returns that of both streams."""
-    joint = any(getattr(attention, name, None) is not None for name in ("add_q_proj", "add_k_proj"))
-    context = ("encoder_hidden_states",) if joint else ()
-    return Skipped(state, attention, ("hidden_states", *context))
+def skipped_attention(
+    state: BranchState, model: nn.Module, block: nn.Module, attention: nn.Module
+) -> Skipped:
+    """An attention that returns its input; joint attention returns that of both streams.
+
+    Args:
+        block: the module that it is a part of.
+    """
+    known, streams = described(model, block), streams_of(attention)
+    # text may be a part of the one stream that a block has, and be handed over all the same
+    returns = None if known is None else streams[: len(known)]
+    return Skipped(state, attention, returns, streams)
 
 
 def skipped_feed_forward(state: BranchState, module: nn.Module) -> Skipped:
     """A feed-forward that returns its input."""
     return Skipped(state, module, (argument_names(module)[0],))
-
-
-def _metadata(block: nn.Module) -> Any:
-    """What diffusers knows about the outputs of a block's class; ``None`` for others."""
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    for cls in type(block).__mro__:
-        try:
-            return TransformerBlockRegistry.get(cls)
-        except ValueError:
-            continue
-    return None

@@ -33,6 +33,9 @@ class DerivedResumption(Resumption):
     with a warning; if they differ even so, the guider refuses the model.
     """
 
+    # its forwards are looked at
+    is_known = False
+
     def __init__(
         self,
         model: nn.Module,

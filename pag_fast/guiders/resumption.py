@@ -86,6 +86,11 @@ class Resumption:
         if self._unchanged is not None:
             self._unchanged.forget()
 
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing is looked at while forwards run, which no graph could do."""
+        return all(getattr(change, "is_known", True) for change in self.changes)
+
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the modules this was made for."""
         found = dict(model.named_modules())

@@ -94,7 +94,7 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
             for name, block in blocks_of(model, config).items():
                 modules[name] = block
                 attentions = attentions_in(model, [name])
-                found = _changes(state, config, block, attentions)
+                found = _changes(state, config, model, block, attentions)
                 if config.skip_attention_scores:
                     scores.update(attentions)
                 if not found and not (config.skip_attention_scores and attentions):
@@ -113,6 +113,7 @@ class SkipLayerGuidance(ResumedGuidance, _Stock):
 def _changes(
     state: BranchState,
     config: LayerSkipConfig,
+    model: nn.Module,
     block: nn.Module,
     attentions: dict[str, nn.Module],
 ) -> list[Change]:
@@ -120,10 +121,12 @@ def _changes(
     from diffusers.hooks._common import _FEEDFORWARD_CLASSES
 
     if config.skip_attention and config.skip_ff:
-        return [skipped_block(state, block)]
+        return [skipped_block(state, model, block)]
     changes: list[Change] = []
     if config.skip_attention:
-        changes += [skipped_attention(state, module) for module in attentions.values()]
+        for name, module in attentions.items():
+            parent = model.get_submodule(name.rpartition(".")[0])
+            changes += [skipped_attention(state, model, parent, module)]
     if config.skip_ff:
         found = [m for m in block.modules() if isinstance(m, _FEEDFORWARD_CLASSES)]
         changes += [skipped_feed_forward(state, module) for module in found]

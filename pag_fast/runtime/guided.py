@@ -14,6 +14,7 @@ from .access.forwards import Call
 from .compatibility.findings import Findings
 from .guidance import scale_at, scales_ahead, steps_of_call
 from .installation import Installation
+from .loops.order import EARLIER, SAME, SEVERAL, StepOrder
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -42,12 +43,15 @@ class Guided:
         self.forwards = 0
         self._scales: dict[Any, Any] = {}
         self._difference: Difference | None = None
+        self._order = StepOrder()
+        self._locals: dict[str, Any] = {}
         self.begin_guidance()
 
     def begin_guidance(self) -> None:
         """A loop begins, with pictures of its own."""
         reuse = self.patch.config.reuse
         self._difference = None if reuse is None else Difference(reuse)
+        self._order = StepOrder()
 
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
@@ -87,9 +91,21 @@ class Guided:
             ]
         )
 
-    def _drops(self, scales: tuple[float, ...], latents: torch.Tensor, found: Findings) -> bool:
+    def _drops(
+        self, scales: tuple[float, ...], call: Call, latents: torch.Tensor, found: Findings
+    ) -> bool:
         """Whether a step does without the perturbed rows."""
+        if self._difference is not None and not self._difference.is_off:
+            # in steps without a scale, too: time may go back to in front of the first that has one
+            order = self._order.look(self.pipe.scheduler, call, self._locals)
+            if order == EARLIER:
+                self._difference.drop()
+            elif order == SAME:
+                self._difference.turn_off()
+                self.patch.fall_back(SEVERAL)
         if found.keep_rows:
+            if self._difference is not None:
+                self._difference.drop()  # the rows run, and count as what they predict
             return False
         if not any(scales):
             self.patch.steps["perturbed branch dropped"] += 1

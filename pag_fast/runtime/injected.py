@@ -205,7 +205,7 @@ class InjectedSession(Session):
             have = len(layout)
             call, self._turned = with_rows(call, rows, frames, self._turned, turned, have, have)
         scales, branches = self._scales_at(self._scheduled(call)), len(self.installed.branches)
-        drops = self._drops(scales, sample, found)
+        drops = self._drops(scales, call, sample, found)
         if self.patch.compilation is not None or not drops:
             have = len(layout)
             extended, self._extended = with_rows(

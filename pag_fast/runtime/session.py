@@ -69,7 +69,6 @@ class Session(Warming):
         self._graphs: Graphs | None = None
         self._pass = ""
         self._frame: FrameType | None = None
-        self._locals: dict[str, Any] = {}
         self._views: Views = {}
 
     # ---- the life of the call ----
@@ -263,7 +262,7 @@ class Session(Warming):
             call = change_rows(call, rows, frames, full, full + branches - 1)
             layout += (PERTURBED,) * (branches - 1)
             rows = latents_of(call).shape[0]
-        drops = layout[-1] == PERTURBED and self._drops(scales, sample, found)
+        drops = layout[-1] == PERTURBED and self._drops(scales, call, sample, found)
         if self.patch.compilation is not None and layout[-1] == PERTURBED:
             self._warm(forward, call, layout, frames, found, dropped=drops)
         if drops:

@@ -15,19 +15,35 @@ class Difference:
 
     def __init__(self, reuse: Reuse) -> None:
         self.reuse = reuse
+        # every step runs its perturbed rows: none can use another one's difference
+        self.is_off = reuse.every == 1
+        self._shape: torch.Size | None = None
         self._held: torch.Tensor | None = None
         self._latents: torch.Tensor | None = None
         self._near: torch.Tensor | None = None
         self._age = 0
+
+    def drop(self) -> None:
+        """Hold nothing: what follows is no later step of what is held."""
+        self._held = self._latents = self._near = self._shape = None
+
+    def turn_off(self) -> None:
+        """Hold nothing in the rest of the loop."""
+        self.is_off = True
+        self.drop()
 
     def serves(self, latents: torch.Tensor) -> bool:
         """Whether what is held is good for the step that begins with ``latents`` ``[B, ...]``.
 
         If not, the perturbed rows are to run, and :meth:`perturbed` gets what they predict.
         """
+        if self.is_off:
+            return False
         self._age += 1
-        if self._held is not None and self._held.shape[0] != latents.shape[0]:
-            self._held = None  # a callback has left other pictures in the batch
+        if self._shape != latents.shape:
+            # a callback has left other pictures in the batch, or resized them
+            self.drop()
+            self._shape = latents.shape
         if self.reuse.every is not None:
             if self._held is not None and self._age < self.reuse.every:
                 return True
@@ -47,7 +63,7 @@ class Difference:
     def _is_near(self, latents: torch.Tensor) -> torch.Tensor | None:
         """For each picture, whether its latents are near those that it was last perturbed at."""
         before, bound = self._latents, self.reuse.drift
-        if self._held is None or before is None or bound is None or before.shape != latents.shape:
+        if self._held is None or before is None or bound is None:
             return None
         moved = (latents - before).abs().flatten(1).mean(1)
         return moved <= bound * before.abs().flatten(1).mean(1)
@@ -62,6 +78,8 @@ class Difference:
         if ran is None:
             assert self._held is not None
             return cond - self._held
+        if self.is_off:
+            return ran
         difference = cond - ran
         if self._near is not None and self._held is not None:
             near = _rows(self._near, cond)
