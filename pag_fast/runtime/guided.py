@@ -11,9 +11,11 @@ from .. import ops
 from ..models.registry import COND, PERTURBED, UNCOND
 from ..sharing.guidance_reuse import Difference
 from .access.forwards import Call
+from .access.frames import calling_frame
 from .compatibility.findings import Findings
 from .guidance import scale_at, scales_ahead, steps_of_call
 from .installation import Installation
+from .own_code import STOCK, OwnCode, check_options, look_at, look_at_host
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -27,9 +29,11 @@ class Guided:
             perturbed one.
         rescaled: CFG rescale has been applied to the current prediction.
         forwards: how many forwards were ours so far.
+        code: what of the guidance is somebody else's code, since the loop has begun.
     """
 
     installed: Installation
+    code: OwnCode = STOCK
 
     def __init__(self, pipe: Any, patch: PatchState) -> None:
         self.pipe = pipe
@@ -51,11 +55,38 @@ class Guided:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         raise NotImplementedError
 
+    # ---- code of somebody else's ----
+
+    def _own_code(self) -> OwnCode:
+        """What of the guidance is somebody else's code, now that the loop is about to run."""
+        if self.patch.host is not None:
+            return look_at_host(self.patch.original_class)
+        pipe, frame = calling_frame()
+        loop = frame if pipe is self.pipe else None
+        return look_at(self.pipe, self.patch.original_class, self.patch.config, loop)
+
+    def check_combined(self) -> None:
+        """Tell of a function on the pipeline that combines without ours, which has the options.
+
+        Raises:
+            ValueError: it has, and there are such options.
+        """
+        if self.code.wraps and self.ran is not None:
+            name = "_apply_perturbed_attention_guidance"
+            check_options(type(self.pipe), self.patch.config, name)
+
+    def stock_combines(self) -> None:
+        """The pipeline combines the branches by itself."""
+        self.ran = None
+        if self.forwards == steps_of_call(self.pipe):
+            self.forget()
+
     # ---- rescale ----
 
     def _own_rescale(self) -> float:
         """The ``guidance_rescale`` of the pipeline's call."""
-        return float(getattr(self.pipe, "_guidance_rescale", 0.0))
+        name = "guidance_rescale" if self.code.rescales else "_guidance_rescale"
+        return float(getattr(self.pipe, name, None) or 0.0)
 
     def refuse_two_rescales(self) -> None:
         """Raises ValueError where both the call and the patch rescale the guidance."""
@@ -70,6 +101,8 @@ class Guided:
 
     def _scales_at(self, timestep: Any) -> tuple[float, ...]:
         """The guidance scale of each perturbed branch."""
+        if self.code.combines:  # it has a scale of its own, which nobody else may ask for
+            return (1.0,) * len(self.installed.branches)
         schedule = self.patch.config.schedule
         return tuple(
             [
@@ -80,7 +113,10 @@ class Guided:
 
     def _drops(self, scales: tuple[float, ...], latents: torch.Tensor, found: Findings) -> bool:
         """Whether a step does without the perturbed rows."""
-        if found.keep_rows:
+        if self.code.wraps:
+            self.check_combined()
+        # somebody else's code takes the rows of every branch apart
+        if found.keep_rows or self.code.wraps or self.code.combines:
             return False
         if not any(scales):
             self.patch.steps["perturbed branch dropped"] += 1
@@ -92,6 +128,8 @@ class Guided:
 
     def _ahead(self, call: Call) -> Iterator[bool]:
         """Of this step and those that follow, as far as can be told: do they have a scale?"""
+        if self.code.wraps or self.code.combines:
+            return iter((True,))
         schedule = self.patch.config.schedule
         scales = [
             scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
@@ -150,7 +188,7 @@ class Guided:
         self.ran = None
         if config.rescale_mode is not None:
             rescale = config.rescale or 0.0
-        elif uncond is not None and rescales:
+        elif uncond is not None and rescales and not self.code.rescales:
             rescale = self._own_rescale()
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(
