@@ -66,9 +66,10 @@ def is_diffusers(thing: Any, name: str, twin: Any = None) -> bool:
 
 def _text(code: CodeType) -> tuple[Any, ...]:
     """What a piece of code does, wherever it was written and whatever its docstring says."""
-    first, *others = (_text(x) if isinstance(x, CodeType) else x for x in code.co_consts)
-    rest = (None if isinstance(first, str) else first, *others)
-    return code.co_code, code.co_names, code.co_varnames, repr(rest)
+    consts = [_text(x) if isinstance(x, CodeType) else x for x in code.co_consts]
+    if consts and isinstance(consts[0], str):
+        consts[0] = None
+    return code.co_code, code.co_names, code.co_varnames, repr(consts)
 
 
 def along_mro(cls: type, name: str) -> Any:
