@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
 )
 from diffusers.pipelines.pag.pag_utils import PAGMixin
+from numerics import relative
 from shallow import build
 from test_own_code import SD, check, derived
 from tiny import call_kwargs, latents
@@ -41,6 +42,20 @@ def test_layers_by_a_method_of_a_subclass():
     assert (dict(vars(pipe.unet)), type(pipe)) == before
     del type(pipe)._set_pag_attn_processor
     assert torch.isfinite(latents(pipe, call_kwargs(SD, pipe))).all()
+
+
+def test_layers_by_a_function_on_the_instance():
+    """The loop finds it in front of ours: the call is stock's, and says so."""
+    pipe = build(SD)
+    pipe._set_pag_attn_processor = functools.partial(PAGMixin._set_pag_attn_processor, pipe)
+    stock = latents(pipe, call_kwargs(SD, pipe))
+    pag_fast.patch(pipe)
+    with pytest.warns(UserWarning, match="its own _set_pag_attn_processor.*as stock does"):
+        assert torch.equal(latents(pipe, call_kwargs(SD, pipe)), stock)
+    pag_fast.patch(pipe, strict=True)
+    latents(pipe, call_kwargs(SD, pipe, pag_scale=0.0))
+    del pipe._set_pag_attn_processor
+    assert relative(latents(pipe, call_kwargs(SD, pipe)), stock) < 1e-5
 
 
 def test_layers_chosen_by_a_method_of_a_subclass():
@@ -124,6 +139,8 @@ def test_processors_derived_and_exchanged():
     pair = pipe._pag_attn_processors[::-1]
     with pytest.raises(ValueError, match="in the other's place: exchange them"):
         pipe.set_pag_applied_layers("mid", pair)
+    pipe._pag_attn_processors = list(pair[::-1])
+    assert torch.isfinite(latents(pipe, call_kwargs(SD, pipe))).all()
 
 
 def test_processors_changed_for_everybody(monkeypatch):

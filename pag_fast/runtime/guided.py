@@ -66,14 +66,24 @@ class Guided:
         return look_at(self.pipe, self.patch.original_class, self.patch.config, loop)
 
     def check_combined(self) -> None:
-        """Tell of a function on the pipeline that combines without ours, which has the options.
+        """Tell of functions on the pipeline that do without ours.
 
         Raises:
-            ValueError: it has, and there are such options.
+            ValueError: they combine, and there are options of our combination; or with
+                ``strict=True`` they install processors.
         """
+        if "_set_pag_attn_processor" in vars(self.pipe) and self.does_without():
+            self.patch.fall_back(
+                "the pipeline has its own _set_pag_attn_processor, set on this instance: the call "
+                "ran as stock does"
+            )
         if self.code.wraps and self.ran is not None:
             name = "_apply_perturbed_attention_guidance"
             check_options(type(self.pipe), self.patch.config, name)
+
+    def does_without(self) -> bool:
+        """Whether the call had PAG, and nothing of it has come by here."""
+        return self.ran is None and not self.forwards and self.pipe.do_perturbed_attention_guidance
 
     def stock_combines(self) -> None:
         """The pipeline combines the branches by itself."""

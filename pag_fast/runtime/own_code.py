@@ -123,7 +123,8 @@ def look_at(pipe: Any, cls: type, config: PatchConfig, loop: FrameType | None = 
     Raises:
         ValueError: code that would be passed over, or an option that would be.
     """
-    check_pair(getattr(pipe, "_pag_attn_processors", None))
+    pair = getattr(pipe, "_pag_attn_processors", None)
+    check_pair(tuple(pair) if isinstance(pair, list) else pair)
     # on the instance it runs: the loop finds it in front of ours
     if is_replaced(cls, _INSTALLS):
         raise ValueError(
@@ -227,13 +228,13 @@ def check_sag(pipe: Any, cls: type) -> None:
     for name in _OF_SAG:
         if name in vars(pipe) or not is_diffusers(along_mro(cls, name), name):
             raise ValueError(_own(cls.__name__, name))
-    module = sys.modules[next(c for c in cls.__mro__ if c.__name__ == _SAG_CLASS).__module__]
-    if not is_diffusers(getattr(module, _SAG_BLURS, None), _SAG_BLURS):
-        raise ValueError(_own(module.__name__, _SAG_BLURS))
-    stores: Any = getattr(module, _SAG_STORES, None)
+    names = along_mro(cls, "sag_masking").__globals__
+    if not is_diffusers(names.get(_SAG_BLURS), _SAG_BLURS):
+        raise ValueError(_own(names["__name__"], _SAG_BLURS))
+    stores: Any = names.get(_SAG_STORES)
     home = vars(stores).get("__call__") if isinstance(stores, type) else None
     if not is_diffusers(home, "__call__"):
-        raise ValueError(_own(module.__name__, f"{_SAG_STORES}.__call__"))
+        raise ValueError(_own(names["__name__"], f"{_SAG_STORES}.__call__"))
 
 
 def _own(where: str, name: str) -> str:
