@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .pipelines.registry import description_of
+from .runtime.own_code import check_pair, is_replaced
 from .sag.pipeline import PatchedSagPipeline
 from .settings.layers import Layers
 
@@ -44,7 +45,9 @@ class PatchedPipeline:
         return_pred_text: bool = False,
     ) -> Any:
         session = self._pag_fast.session
-        if session is None or session.ran is None:
+        if session is None or session.ran is None or session.code.combines:
+            if session is not None and session.ran is not None:
+                session.stock_combines()
             return super()._apply_perturbed_attention_guidance(  # type: ignore[misc]
                 noise_pred, do_classifier_free_guidance, guidance_scale, t, return_pred_text
             )
@@ -60,16 +63,35 @@ class PatchedPipeline:
 
         The processors follow from the model: a pair given here has to be one of diffusers' own.
         """
+        check_pair(pag_attn_processors)
+        if self._is_own("set_pag_applied_layers"):
+            self._set_own_layers(pag_applied_layers, pag_attn_processors)
+            return
         if pag_attn_processors is not None:
-            _check_processors(pag_attn_processors)
             self._pag_attn_processors = pag_attn_processors
         self.pag_applied_layers = self._pag_fast.checked_layers(self, pag_applied_layers)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether the class has somebody else's code in the place of diffusers'."""
+        return is_replaced(self._pag_fast.original_class, name)
+
+    def _set_own_layers(self, *given: Any) -> None:
+        """By a method of somebody else's, which may set others than it is given."""
+        before = self.pag_applied_layers, self._pag_attn_processors
+        try:
+            super().set_pag_applied_layers(*given[: 1 + (given[1] is not None)])  # type: ignore[misc]
+            check_pair(self._pag_attn_processors)
+            wanted = self._pag_fast.checked_layers(self, self.pag_applied_layers)
+        except BaseException:
+            self.pag_applied_layers, self._pag_attn_processors = before
+            raise
+        self.pag_applied_layers = wanted
 
     @property
     def pag_attn_processors(self) -> dict[str, Any]:
         """The processors of the perturbed layers by name, while a call runs."""
         session = self._pag_fast.session
-        if session is None or not session.pag:
+        if session is None or not session.pag or self._is_own("pag_attn_processors"):
             return super().pag_attn_processors  # type: ignore[misc]
         installed = session.installed
         return {f"{name}.processor": found for name, found in installed.processors.items()}
@@ -127,7 +149,10 @@ class RescalesOnce:
     @property
     def guidance_rescale(self) -> float:
         session = self._pag_fast.session
-        if session is not None and session.rescaled:
+        if session is None or session.code.rescales:
+            own: float = super().guidance_rescale  # type: ignore[misc]
+            return own
+        if session.rescaled:
             # read by the pipeline right behind the combination; anybody else sees the real value
             session.rescaled = False
             return 0.0
@@ -178,15 +203,3 @@ def mixins(cls: type, *, injected: bool = False) -> tuple[type, ...]:
     if description.mask_of_image_latents:
         found.append(MaskOfImageLatents)
     return tuple(found)
-
-
-def _check_processors(pair: Any) -> None:
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        raise ValueError(f"pag_attn_processors must be a tuple of two processors; got {pair!r}.")
-    for processor in pair:
-        name = type(processor).__name__
-        if not name.startswith("PAG"):
-            raise ValueError(
-                f"A patched pipeline runs its own attention processors, and {name} is not one of "
-                "diffusers' PAG processors: call pag_fast.unpatch(pipe) to use it."
-            )

@@ -30,6 +30,7 @@ from .pipelines.registry import (
 )
 from .runtime.access.entry import check_entry
 from .runtime.basic_state import BasicState
+from .runtime.own_code import check_has_no_pag, look_at
 from .runtime.patch_state import PatchState
 from .runtime.perturbed_branches import perturbed_branches
 from .runtime.stock_patch import StockPatch
@@ -76,6 +77,7 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     if described.kind == "stock":
         return _put_on(pipe, StockPatch(pipe, config))
     host = described if described.kind == "injected" else None
+    _check_code(pipe, config, host)
     original = _users_layers(pipe) if host is None else host.layers
     wanted = _wanted(pipe, config, original)
     before = getattr(pipe, "_pag_fast", None)
@@ -99,6 +101,16 @@ def patch(pipe: P, layers: Layers | None = None, **options: Any) -> P:
     if own is not None and host is None:
         pipe.pag_applied_layers = own  # type: ignore[attr-defined]
     return pipe
+
+
+def _check_code(pipe: Any, config: PatchConfig, host: Any) -> None:
+    """Raises ValueError for code of the pipeline's own that a patch would pass over."""
+    before = getattr(pipe, "_pag_fast", None)
+    cls = type(pipe) if before is None else before.original_class
+    if host is None:
+        look_at(pipe, cls, config)
+    else:
+        check_has_no_pag(cls)
 
 
 def _hand_over(before: BasicState | None, new: BasicState | None) -> None:
@@ -257,5 +269,7 @@ def _rebuild(cls: Any, attributes: dict[str, Any], config: PatchConfig, layers: 
     vars(pipe).update(attributes)
     patch(pipe, config=config)
     if layers is not None and layers != list(applied_layers(pipe)):
-        pipe.set_pag_applied_layers(layers)
+        # not by a method, which may be somebody's and set others than it is given
+        found = pipe._pag_fast
+        found._set_layers(pipe, found.checked_layers(pipe, layers))
     return pipe

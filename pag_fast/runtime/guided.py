@@ -11,10 +11,12 @@ from .. import ops
 from ..models.registry import COND, PERTURBED, UNCOND
 from ..sharing.guidance_reuse import Difference
 from .access.forwards import Call
+from .access.frames import calling_frame
 from .compatibility.findings import Findings
 from .guidance import scale_at, scales_ahead, steps_of_call
 from .installation import Installation
 from .loops.order import EARLIER, SAME, SEVERAL, StepOrder
+from .own_code import STOCK, OwnCode, check_options, look_at, look_at_host
 
 if TYPE_CHECKING:
     from .patch_state import PatchState
@@ -28,11 +30,13 @@ class Guided:
             perturbed one.
         rescaled: CFG rescale has been applied to the current prediction.
         forwards: how many forwards were ours so far.
+        code: what of the guidance is somebody else's code, since the loop has begun.
     """
 
     installed: Installation
     # the batch gets its perturbed rows from us, and not from the pipeline
     _adds_rows = False
+    code: OwnCode = STOCK
 
     def __init__(self, pipe: Any, patch: PatchState) -> None:
         self.pipe = pipe
@@ -57,11 +61,48 @@ class Guided:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         raise NotImplementedError
 
+    # ---- code of somebody else's ----
+
+    def _own_code(self) -> OwnCode:
+        """What of the guidance is somebody else's code, now that the loop is about to run."""
+        if self.patch.host is not None:
+            return look_at_host(self.patch.original_class)
+        pipe, frame = calling_frame()
+        loop = frame if pipe is self.pipe else None
+        return look_at(self.pipe, self.patch.original_class, self.patch.config, loop)
+
+    def check_combined(self) -> None:
+        """Tell of functions on the pipeline that do without ours.
+
+        Raises:
+            ValueError: they combine, and there are options of our combination; or with
+                ``strict=True`` they install processors.
+        """
+        if "_set_pag_attn_processor" in vars(self.pipe) and self.does_without():
+            self.patch.fall_back(
+                "the pipeline has its own _set_pag_attn_processor, set on this instance: the call "
+                "ran as stock does"
+            )
+        if self.code.wraps and self.ran is not None:
+            name = "_apply_perturbed_attention_guidance"
+            check_options(type(self.pipe), self.patch.config, name)
+
+    def does_without(self) -> bool:
+        """Whether the call had PAG, and nothing of it has come by here."""
+        return self.ran is None and not self.forwards and self.pipe.do_perturbed_attention_guidance
+
+    def stock_combines(self) -> None:
+        """The pipeline combines the branches by itself."""
+        self.ran = None
+        if self.forwards == steps_of_call(self.pipe):
+            self.forget()
+
     # ---- rescale ----
 
     def _own_rescale(self) -> float:
         """The ``guidance_rescale`` of the pipeline's call."""
-        return float(getattr(self.pipe, "_guidance_rescale", 0.0))
+        name = "guidance_rescale" if self.code.rescales else "_guidance_rescale"
+        return float(getattr(self.pipe, name, None) or 0.0)
 
     def refuse_two_rescales(self) -> None:
         """Raises ValueError where both the call and the patch rescale the guidance."""
@@ -83,6 +124,8 @@ class Guided:
 
     def _scales_at(self, timestep: Any) -> tuple[float, ...]:
         """The guidance scale of each perturbed branch."""
+        if self.code.combines:  # it has a scale of its own, which nobody else may ask for
+            return (1.0,) * len(self.installed.branches)
         schedule = self.patch.config.schedule
         return tuple(
             [
@@ -95,6 +138,8 @@ class Guided:
         self, scales: tuple[float, ...], call: Call, latents: torch.Tensor, found: Findings
     ) -> bool:
         """Whether a step does without the perturbed rows."""
+        if self.code.wraps:
+            self.check_combined()
         if self._difference is not None and not self._difference.is_off:
             # in steps without a scale, too: time may go back to in front of the first that has one
             order = self._order.look(self.pipe.scheduler, call, self._locals)
@@ -103,7 +148,8 @@ class Guided:
             elif order == SAME:
                 self._difference.turn_off()
                 self.patch.fall_back(SEVERAL)
-        if found.keep_rows:
+        # somebody else's code takes the rows of every branch apart
+        if found.keep_rows or self.code.wraps or self.code.combines:
             if self._difference is not None:
                 self._difference.drop()  # the rows run, and count as what they predict
             return False
@@ -117,6 +163,8 @@ class Guided:
 
     def _ahead(self, call: Call) -> Iterator[bool]:
         """Of this step and those that follow, as far as can be told: do they have a scale?"""
+        if self.code.wraps or self.code.combines:
+            return iter((True,))
         schedule = self.patch.config.schedule
         scales = [
             scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
@@ -175,7 +223,7 @@ class Guided:
         self.ran = None
         if config.rescale_mode is not None:
             rescale = config.rescale or 0.0
-        elif uncond is not None and rescales:
+        elif uncond is not None and rescales and not self.code.rescales:
             rescale = self._own_rescale()
             self.rescaled = rescale > 0.0
         combined = ops.combine_guidance(

@@ -104,7 +104,8 @@ class InjectedSession(Session):
         undo_all(*stock, partial(super().end, whole=whole))
 
     def _own_rescale(self) -> float:
-        return float(self._argument("guidance_rescale") or 0.0)
+        own = super()._own_rescale() if self.code.rescales else 0.0
+        return own or float(self._argument("guidance_rescale") or 0.0)
 
     def _argument(self, name: str) -> Any:
         return (self.arguments() or {}).get(name)
@@ -302,7 +303,8 @@ class InjectedSession(Session):
 
     def _is_linear(self) -> bool:
         """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
-        return not self.host.is_normalised(self.pipe, self.arguments() or {})
+        own = self.code.rescales and self.host.normalised_by and self._own_rescale()
+        return not (own or self.host.is_normalised(self.pipe, self.arguments() or {}))
 
     def _cfg_scale(self) -> float | None:
         """g of this step; ``None`` without CFG.

@@ -78,8 +78,9 @@ class Session(Warming):
 
         Raises:
             ValueError: a layer that does not exist, something on the model that leaves no right
-                answer, or rescale asked for twice.
+                answer, rescale asked for twice, or code that would be passed over.
         """
+        self.code = self._own_code()
         self.refuse_two_rescales()
         self.install(layers)
         self.loop_code = self._running_loop()
@@ -124,6 +125,7 @@ class Session(Warming):
         undo_all(self.controlnets.end, *ours)
         self._graphs = None
         if whole:
+            self.check_combined()
             self.patch.tell_of_changes(self.controlnets.kept, self._kept if self.pag else None)
         # a picture of strength 0 has no steps
         none = steps_of_call(self.pipe) == 0

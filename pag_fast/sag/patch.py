@@ -9,12 +9,11 @@ from ..config import PatchConfig
 from ..fusion import Fusion
 from ..models.registry import fusable_processors
 from ..runtime.basic_state import BasicState
+from ..runtime.own_code import check_sag
 from ..runtime.undoing import undo_after_error, undo_all
 from ..sharing.rows import BranchState
 from .attention import RememberingSelfAttention
 from .session import SagSession
-
-_METHODS = ("pred_epsilon", "pred_x0", "prepare_ip_adapter_image_embeds", "sag_masking")
 
 
 def is_sag(pipe: Any) -> bool:
@@ -49,6 +48,7 @@ class SagPatch(BasicState):
         """Run ``call``, the pipeline's own ``__call__``, inside a session."""
         with self.one_call():
             _refuse_call_layers(kwargs)
+            check_sag(pipe, self.original_class)
             self.enter_models(pipe)
             with self.alone("unet", f"{type(pipe).__name__} (patched)"):
                 session = SagSession(pipe, self)
@@ -92,12 +92,7 @@ def _refuse_call_layers(kwargs: dict[str, Any]) -> None:
 
 
 def _check(pipe: Any, cls: type) -> None:
-    for name in _METHODS:
-        if not getattr(cls, name).__module__.startswith("diffusers."):
-            raise ValueError(
-                f"{cls.__name__} has its own {name}, which a patch would pass over: pag_fast takes "
-                "StableDiffusionSAGPipeline as diffusers wrote it."
-            )
+    check_sag(pipe, cls)
     middle = getattr(getattr(pipe.unet, "mid_block", None), "attentions", None)
     if not middle or not hasattr(middle[0], "transformer_blocks"):
         raise ValueError(

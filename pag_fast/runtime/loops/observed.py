@@ -55,7 +55,8 @@ class ObservedLoop:
         self.seen: dict[str, str] = {}
 
     def _rescales(self) -> bool:
-        return float(getattr(self.pipe, "_guidance_rescale", None) or 0.0) > 0.0
+        names = "guidance_rescale", "_guidance_rescale"
+        return any(float(getattr(self.pipe, name, None) or 0.0) > 0.0 for name in names)
 
     # ---- rows and passes ----
 
