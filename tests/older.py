@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 import pag_fast
 from pag_fast.models import registry as models
@@ -22,6 +23,12 @@ BROKEN = {
     "FluxInpaintPipeline": "guides where the negative prompt is in words, and not embedded",
 }
 GROUP_OFFLOADING = "its group offloading wants an accelerator"
+
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+SAME_NOISE = pytest.mark.skipif(
+    TORCH < (2, 7), reason="until torch 2.6 the noise of a seed is another one in bf16"
+)
 
 
 def newest(reason: str) -> Any:

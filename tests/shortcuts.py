@@ -137,7 +137,9 @@ def dtype_without_hooks(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @functools.wraps(own)
     def get(model: Any) -> Any:
-        if isinstance(model, torch.nn.Module) and not is_hooked(model):
+        # what an older torch traces cannot look into weak references
+        tracing = torch.compiler.is_compiling()
+        if isinstance(model, torch.nn.Module) and not tracing and not is_hooked(model):
             apart = getattr(model, "_keep_in_fp32_modules", None) or ()
             for name, parameter in model.named_parameters():
                 if parameter.is_floating_point() and not any(part in name for part in apart):

@@ -48,7 +48,7 @@ def test_files_come_back_as_they_were(tmp_path):
 def test_the_machine_is_named():
     found = machine()
     assert found["chip"]
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])
     assert found["threads"] == torch.get_num_threads()
     assert found["driver"] is None
     assert {"python", "triton", "diffusers", "transformers", "pag_fast", "date"} <= found.keys()

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 import pag_fast
 from pag_fast.models.registry import uncompiled
 from pag_fast.runtime.access.entry import Entry
-from pag_fast.runtime.compiled.compilation import _repeated
+from pag_fast.runtime.compiled.compilation import _repeated, enough_graphs
 from pag_fast.sharing.plan import compiled_call
 
 # a UNet and joint attention with CFG in one batch, which is traced fastest, and one without CFG
@@ -32,7 +32,7 @@ WAYS = ("in place", "wrapped", "regional", "forward")
 def _fresh_dynamo():
     torch._dynamo.reset()
     # blocks that share their code have a graph each, and the user has allowed for it
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with enough_graphs():
         yield
     torch._dynamo.reset()
 
@@ -134,7 +134,7 @@ def test_many_turns_are_two_graphs(how):
     """PyTorch gives a function eight graphs, and ``patched`` is used around single calls."""
     eager, pipe = expected(SD3), make(SD3)
     counter = compile_(pipe, how)
-    with torch._dynamo.config.patch(recompile_limit=8):
+    with enough_graphs(8):
         for _ in range(5):
             with pag_fast.patched(pipe, layers_of(SD3)):
                 check(SD3, pipe, True, eager)

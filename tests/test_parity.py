@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import older
 import pytest
 import shallow
 import torch
@@ -65,6 +66,7 @@ def test_perturbing_matters(name):
         assert relative(with_pag, without) > 1e-3
 
 
+@older.SAME_NOISE
 @pytest.mark.parametrize(("name", "cfg"), every([(True,)], [(False,)]))
 def test_bfloat16_errs_no_more_than_stock(name, cfg):
     def run(dtype, patch=False):

@@ -92,13 +92,16 @@ def _uncompile(module: nn.Module, made: Any) -> None:
         vars(module).pop(NAME)
 
 
-def enough_graphs() -> Any:
-    """A context in which blocks that share their code may have a graph each.
+def enough_graphs(most: int = 64) -> Any:
+    """A context in which blocks that share their code may have a graph each, ``most`` in all.
 
     They differ in widths, in rows before and behind the fork, and in their processors; PyTorch's
     default of 8 graphs is meant to catch functions that are compiled again and again.
     """
-    return torch._dynamo.config.patch(recompile_limit=64)
+    config: Any = torch._dynamo.config
+    # until torch 2.6 it was called by what it limits
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch(**{name: most})
 
 
 def _parts(pipe: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import torch
 from ... import PatchConfig, patch
 from ...models.registry import controlnets, denoiser_name, uncompiled
 from ...runtime.access.entry import Entry
+from ...runtime.compiled.compilation import enough_graphs
 from ..demo import perturbed_layers
 from ..metrics import decibels
 
@@ -50,7 +51,7 @@ class Variant:
         with ExitStack() as stack:
             if self._compiled:
                 # all graphs of all modules count for one function, ``Module._call_impl``
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+                stack.enter_context(enough_graphs())
             for module, compiled in self._compiled:
                 stack.enter_context(_attribute(module, "_compiled_call_impl", compiled))
             yield
