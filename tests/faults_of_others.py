@@ -8,6 +8,7 @@ _ORIGINS, _COMPATIBILITY = (
     "pag_fast/runtime/compatibility/origins.py",
     "pag_fast/runtime/compatibility/__init__.py",
 )
+_WATCH = "pag_fast/runtime/compatibility/watch.py"
 _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
@@ -152,6 +153,27 @@ OTHERS = [
         _PLACES,
     ),
     Fault(
+        "methods of instances are looked at once",
+        _WATCH,
+        "and _same(self._callable(), self._callables)",
+        "",
+        tests_of("methods_of_instances", "of_the_class"),
+    ),
+    Fault(
+        "a method takes another's place on an instance",
+        _WATCH,
+        "list(map(id, map(dict.get, self._methods, self._names))),",
+        "",
+        tests_of("methods_of_instances", "something_else"),
+    ),
+    Fault(
+        "a method takes any attribute's place on an instance",
+        _WATCH,
+        "list(map(tuple, self._written)),",
+        "",
+        tests_of("methods_of_instances", "something_else"),
+    ),
+    Fault(
         "a processor keeps the signature of an earlier function",
         "pag_fast/fusion/signatures.py",
         "if function is not self.function:",
@@ -174,7 +196,7 @@ OTHERS = [
     ),
     Fault(
         "chunks of rows are not looked at again",
-        "pag_fast/runtime/compatibility/watch.py",
+        _WATCH,
         'list(map(dict.get, self._chunked, repeat("_chunk_size"))),',
         "",
         tests_of("feed_forward_chunks", "AnimateDiff"),
@@ -237,7 +259,7 @@ OTHERS = [
     ),
     Fault(
         "processors are compared by ==",
-        "pag_fast/runtime/compatibility/watch.py",
+        _WATCH,
         'list(map(id, map(dict.get, self._processed, repeat("processor")))),',
         'list(map(dict.get, self._processed, repeat("processor"))),',
         tests_of("objects_of_others", "compare_by"),
