@@ -141,7 +141,7 @@ OTHERS = [
     Fault(
         "methods of classes other than forwards are nobody's concern",
         _ORIGINS,
-        "if not isinstance(function, FunctionType) or _runs_in_no_forward(name):",
+        "if not isinstance(function, FunctionType) or runs_in_no_forward(name):",
         'if not isinstance(function, FunctionType) or name != "forward":',
         _PLACES,
     ),

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .functions import code_of, functions_in
+from .origins import runs_in_no_forward
 from .surroundings import Surroundings
 
 # hooks are sometimes cleared by putting a new dictionary in place of the old one
@@ -24,7 +25,7 @@ _after = itemgetter("_forward_hooks")
 _forward = attrgetter("forward")
 _call = attrgetter("__call__")
 # compared by themselves
-_LOOKED_AT = frozenset({"forward", "processor", "_compiled_call_impl"})
+_LOOKED_AT = frozenset({"forward", "processor"})
 
 
 class Watch:
@@ -66,8 +67,7 @@ class Watch:
         self._methods: list[Any] = []
         self._names: list[str] = []
         for own in self._owns:
-            named = [name for name, value in own.items() if callable(value)]
-            named = [name for name in named if name not in _LOOKED_AT]
+            named = [name for name in _callables(own) if name not in _LOOKED_AT]
             self._methods += [own] * len(named)
             self._names += named
         # one of these may go and a method come, and there are as many attributes as before
@@ -76,7 +76,9 @@ class Watch:
         self._written = [own for own, m in pairs if not own.keys() <= known[type(m)]]
 
     def _callable(self) -> list[Any]:
-        return list(filter(callable, chain.from_iterable(map(dict.values, self._owns))))
+        model, *inner = self._owns
+        found = filter(callable, chain.from_iterable(map(dict.values, inner)))
+        return [*map(model.get, _callables(model)), *found]
 
     def _note_code(self, modules: list[nn.Module]) -> None:
         """Note whose code runs: classes, and the modules that these are from."""
@@ -97,7 +99,7 @@ class Watch:
     def rewritten(self) -> bool:
         """Whether a method of a class or an instance, or a function that modules call, is another.
 
-        It takes four times as long as all else together, so it is asked once a call.
+        It takes three times as long as all else together, so it is asked once a call.
         """
         return not (
             _same(self._of_code(), self._functions)
@@ -140,6 +142,15 @@ class Watch:
             list(map(dict.get, self._chunked, repeat("_chunk_dim"))),
             hooked,
         )
+
+
+def _callables(own: dict[str, Any]) -> list[str]:
+    """Names of what can be called in the dictionary of an instance, and may run in a forward.
+
+    An entry of ours, which comes and goes, is not among it.
+    """
+    found = [name for name, value in own.items() if callable(value)]
+    return [n for n in found if n != "_compiled_call_impl" and not runs_in_no_forward(n)]
 
 
 def _same(now: list[Any], before: list[Any]) -> bool:
