@@ -76,6 +76,20 @@ OTHERS = [
         tests_of("gradients", "checkpointing"),
     ),
     Fault(
+        "checkpointing is refused before a call has turned gradients off",
+        "pag_fast/runtime/session.py",
+        "with self.patch.alone(self.denoiser, self.owner), torch.no_grad():",
+        "with self.patch.alone(self.denoiser, self.owner):",
+        tests_of("gradients", "may_checkpoint"),
+    ),
+    Fault(
+        "a call without PAG is looked at before its gradients are on alone",
+        "pag_fast/runtime/session.py",
+        "if found.refuses:",
+        "if found.refuses and not self._adds_rows:",
+        tests_of("gradients", "may_checkpoint or turns_on"),
+    ),
+    Fault(
         "a call past the patched pipeline's own has no PAG, and nobody says so",
         "pag_fast/runtime/basic_state.py",
         'if getattr(pipe, "_pag_fast", None) is self:',
