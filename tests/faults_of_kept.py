@@ -6,6 +6,7 @@ from planting import Fault, tests_of
 
 _CHECKS, _CACHE = "pag_fast/sharing/spot_checks.py", "pag_fast/sharing/conditioning_cache.py"
 _GRAPHS = "pag_fast/runtime/compiled/graphs.py"
+_WEIGHTS = "pag_fast/sharing/weight_signature.py"
 
 KEPT = [
     Fault(
@@ -63,6 +64,41 @@ KEPT = [
         "if value.is_inference():",
         "if False:",
         tests_of("changed_in_mid_call", "a_hook_writes_into_what_is_kept"),
+    ),
+    Fault(
+        "of tensors that are attributes of modules the objects are compared alone",
+        _WEIGHTS,
+        "(*weights, *others)",
+        "weights",
+        tests_of("kept_attributes", "in_a_callback"),
+    ),
+    Fault(
+        "memory of tensors that are attributes is not compared",
+        _WEIGHTS,
+        "self._placed = [*weights, *plain]",
+        "self._placed = weights",
+        tests_of("kept_attributes", "another and memory"),
+    ),
+    Fault(
+        "what is in lists of modules is not compared",
+        _WEIGHTS,
+        "self._collections = collections",
+        "self._collections = collections = []",
+        tests_of("kept_attributes", "in_a_collection"),
+    ),
+    Fault(
+        "attributes of inference mode are trusted",
+        _WEIGHTS,
+        "if weights or any(map(_is_inference, others)):",
+        "if weights:",
+        tests_of("kept_attributes", "inference_mode"),
+    ),
+    Fault(
+        "a guider compares a model's own tensors as objects alone",
+        "pag_fast/guiders/unchanged.py",
+        "versions += [x._version for x in others if not x.is_inference()]",
+        "",
+        tests_of("guiders_changes", "OnTheModel"),
     ),
     Fault(
         "a graph reads the arguments that it was recorded with",

@@ -8,6 +8,7 @@ _ORIGINS, _COMPATIBILITY = (
     "pag_fast/runtime/compatibility/origins.py",
     "pag_fast/runtime/compatibility/__init__.py",
 )
+_WATCH = "pag_fast/runtime/compatibility/watch.py"
 _PLACES = tests_of("functions_of_others", "no_forward")
 
 OTHERS = [
@@ -89,6 +90,20 @@ OTHERS = [
         tests_of("gradients", "checkpointing"),
     ),
     Fault(
+        "checkpointing is refused before a call has turned gradients off",
+        "pag_fast/runtime/session.py",
+        "with self.patch.alone(self.denoiser, self.owner), torch.no_grad():",
+        "with self.patch.alone(self.denoiser, self.owner):",
+        tests_of("gradients", "may_checkpoint"),
+    ),
+    Fault(
+        "a call without PAG is looked at before its gradients are on alone",
+        "pag_fast/runtime/session.py",
+        "if found.refuses:",
+        "if found.refuses and not self._adds_rows:",
+        tests_of("gradients", "may_checkpoint or turns_on"),
+    ),
+    Fault(
         "a call past the patched pipeline's own has no PAG, and nobody says so",
         "pag_fast/runtime/basic_state.py",
         'if getattr(pipe, "_pag_fast", None) is self:',
@@ -154,7 +169,7 @@ OTHERS = [
     Fault(
         "methods of classes other than forwards are nobody's concern",
         _ORIGINS,
-        "if not isinstance(function, FunctionType) or _runs_in_no_forward(name):",
+        "if not isinstance(function, FunctionType) or runs_in_no_forward(name):",
         'if not isinstance(function, FunctionType) or name != "forward":',
         _PLACES,
     ),
@@ -164,6 +179,27 @@ OTHERS = [
         "if watch.rewritten():",
         "if False:",
         _PLACES,
+    ),
+    Fault(
+        "methods of instances are looked at once",
+        _WATCH,
+        "and _same(self._callable(), self._callables)",
+        "",
+        tests_of("methods_of_instances", "of_the_class"),
+    ),
+    Fault(
+        "a method takes another's place on an instance",
+        _WATCH,
+        "list(map(id, map(dict.get, self._methods, self._names))),",
+        "",
+        tests_of("methods_of_instances", "something_else"),
+    ),
+    Fault(
+        "a method takes any attribute's place on an instance",
+        _WATCH,
+        "list(map(tuple, self._written)),",
+        "",
+        tests_of("methods_of_instances", "something_else"),
     ),
     Fault(
         "a processor keeps the signature of an earlier function",
@@ -188,7 +224,7 @@ OTHERS = [
     ),
     Fault(
         "chunks of rows are not looked at again",
-        "pag_fast/runtime/compatibility/watch.py",
+        _WATCH,
         'list(map(dict.get, self._chunked, repeat("_chunk_size"))),',
         "",
         tests_of("feed_forward_chunks", "AnimateDiff"),
@@ -251,7 +287,7 @@ OTHERS = [
     ),
     Fault(
         "processors are compared by ==",
-        "pag_fast/runtime/compatibility/watch.py",
+        _WATCH,
         'list(map(id, map(dict.get, self._processed, repeat("processor")))),',
         'list(map(dict.get, self._processed, repeat("processor"))),',
         tests_of("objects_of_others", "compare_by"),

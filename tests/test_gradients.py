@@ -168,6 +168,53 @@ def test_checkpointing_is_refused_in_eval_mode_too(name):
     tiny.latents(pipe, tiny.call_kwargs(name, pipe, steps=2))
 
 
+def _in_training(name):
+    """As a training script validates: adapters, training mode, checkpointing, gradients on."""
+    pipe, _ = _built(name, True)
+    for model in (getattr(pipe, "unet", None) or pipe.transformer, getattr(pipe, "controlnet", 0)):
+        if model:
+            model.train()
+            model.enable_gradient_checkpointing()
+    return pipe
+
+
+NETS = "StableDiffusionControlNetPipeline"
+
+
+@pytest.mark.parametrize("name", [HOST, FLUX, WAN, "QwenImagePipeline", "LTXPipeline", NETS])
+def test_a_pipeline_that_turns_gradients_off_may_checkpoint(name):
+    """Without PAG of its own, a session begins before the call has turned them off."""
+    pipe, _ = _built(name, True)
+    kwargs, layers = tiny_hosts.call_kwargs(name, pipe), tiny_hosts.HOSTS[name].layers["middle"]
+    plain = tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe))
+    with _slow(pipe, name, kwargs):
+        truth = tiny_hosts.latents(pipe, kwargs)
+    pipe = pag_fast.patch(_in_training(name), layers)
+    with torch.enable_grad():
+        found = tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe))
+        assert relative(found, truth) < 1e-5 < relative(truth, plain)
+        with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
+            type(pipe).__call__.__wrapped__(pipe, **tiny_hosts.call_kwargs(name, pipe))
+        # and the call that follows is as good as the first
+        again = tiny_hosts.latents(pipe, tiny_hosts.call_kwargs(name, pipe))
+    assert relative(again, truth) < 1e-5
+
+
+def test_gradients_that_a_callback_turns_on_are_refused_with_checkpointing():
+    pipe = pag_fast.patch(_in_training(HOST), tiny_hosts.HOSTS[HOST].layers["middle"])
+    seen = []
+
+    def on(pipe, step, timestep, kwargs):
+        seen.append(step)
+        torch.set_grad_enabled(True)
+        return {}
+
+    kwargs = tiny_hosts.call_kwargs(HOST, pipe, steps=3)
+    with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
+        pipe(**kwargs, callback_on_step_end=on)
+    assert seen == [0]
+
+
 # ---- the ops ----
 
 

@@ -125,6 +125,33 @@ class Collection(_Between):
         self.scales[0] = 1.0
 
 
+class Written(_Between):
+    """A tensor that is neither a parameter nor a buffer, written in place."""
+
+    def __init__(self, setup):
+        super().__init__(setup)
+        block = setup.model.down_blocks[0].resnets[0]
+        block.factor = self.factor = torch.ones(())
+        block.register_forward_hook(row_wise(lambda m, args, out: m.factor * out))
+
+    def enter(self):
+        self.factor.fill_(1.5)
+
+    def leave(self):
+        self.factor.fill_(1.0)
+
+
+class WrittenOnTheModel(Written):
+    """The same of the denoiser itself, in a list."""
+
+    def __init__(self, setup):
+        _Between.__init__(self, setup)
+        model, self.factor = setup.model, torch.ones(())
+        model.factors = [self.factor]
+        hook = row_wise(lambda m, args, out: model.factors[0] * out)
+        model.down_blocks[0].resnets[0].register_forward_hook(hook)
+
+
 class Hook(_Between):
     """One that pag_fast knows to treat each row by itself."""
 
@@ -159,7 +186,8 @@ def _truth(setup, between, layers, steps=2):
 CASES = [
     (Weights, "sd"), (Weights, "sd3"), (OfTheTime, "sd"), (OfTheTime, "pixart"),
     (OfTheModel, "pixart"), (Adapter, "sd"), (Adapter, "sd3"), (Scale, "sd3"), (Prompt, "sd"),
-    (Prompt, "sd3"), (Setting, "sd"), (Collection, "sd"), (Hook, "sd"), (Hook, "sd3"),
+    (Prompt, "sd3"), (Setting, "sd"), (Collection, "sd"), (Written, "sd"),
+    (WrittenOnTheModel, "sd"), (Hook, "sd"), (Hook, "sd3"),
 ]  # fmt: skip
 
 

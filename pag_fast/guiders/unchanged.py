@@ -16,7 +16,7 @@ from torch import nn
 from ..models.traced.trace import contents
 from ..runtime.access.entry import NAME, SETTER
 from ..sharing.arguments import version_of
-from ..sharing.weight_signature import WeightSignature
+from ..sharing.weight_signature import WeightSignature, tensors_in
 
 _PLAIN = int | float | str | None
 _NO_SETTINGS = frozenset(vars(nn.Module())) | {NAME, SETTER}
@@ -58,10 +58,8 @@ class Unchanged:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._children = list(model.children())
-        self._weights = WeightSignature(self._children)
+        self._weights = WeightSignature(model.children())
         self._looks = 0
-        self._collections: list[Any] = []
         self._noted: tuple[int, int] | None = None
         self._held: list[Any] = []
         self._versions: list[int] = []
@@ -70,7 +68,7 @@ class Unchanged:
         """Cond's forward has run; ``found`` counts changes that others have made."""
         now = self._look(), found
         if now != self._noted:
-            self._noted, self._collections = now, _collections(model)
+            self._noted = now
         self._held, self._versions = self._own(model)
 
     def why_not(self, model: nn.Module, found: int) -> str:
@@ -84,8 +82,7 @@ class Unchanged:
         )
         if not same:
             return _CHANGED
-        sees = all(map(self._weights.sees, self._children)) and -1 not in versions
-        return "" if sees else _BLIND
+        return "" if self._weights.tells and -1 not in versions else _BLIND
 
     def forget(self) -> None:
         """Hold nothing that the model itself does not hold any more."""
@@ -96,26 +93,18 @@ class Unchanged:
         return self._weights.look(self._looks)
 
     def _own(self, model: nn.Module) -> tuple[list[Any], list[int]]:
-        """What a model itself has, and what collections hold; versions of its own tensors."""
-        tensors = [*model._parameters.values(), *model._buffers.values()]
-        settings = [x for key, x in vars(model).items() if key not in _NO_SETTINGS]
-        held = map(_items, self._collections)
-        versions = [version_of(x) for x in tensors if x is not None]
-        return [*tensors, *settings, *chain.from_iterable(held)], versions
-
-
-def _collections(model: nn.Module) -> list[Any]:
-    """Dictionaries and lists among the settings of a model's modules: they change in place."""
-    return [
-        x
-        for own in map(vars, model.modules())
-        for key, x in own.items()
-        if type(x) in (dict, list) and key not in _NO_SETTINGS
-    ]
+        """What a model itself has, and what its collections hold; versions of its own tensors."""
+        own = {key: x for key, x in vars(model).items() if key not in _NO_SETTINGS}
+        others, collections = tensors_in([own])
+        weights = [*model._parameters.values(), *model._buffers.values()]
+        versions = [version_of(x) for x in weights if x is not None]
+        # what a forward of inference mode has left there, as models leave tables, is no weight
+        versions += [x._version for x in others if not x.is_inference()]
+        return [*weights, *own.values(), *chain.from_iterable(map(_items, collections))], versions
 
 
 def _items(x: Any) -> Any:
-    return chain(x, x.values()) if type(x) is dict else x
+    return chain(x, x.values()) if isinstance(x, dict) else x
 
 
 def leaves(value: Any) -> list[Any]:

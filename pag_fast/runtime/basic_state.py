@@ -165,10 +165,10 @@ class BasicState:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.fall_back(
                 f"weights of {names[0]}{more}, or the conditioning that goes in there, were "
-                "written through .data in the middle of the call, or by NumPy, which leaves no "
-                "trace: steps that followed ran with what was computed from the former ones. Write "
-                "into the tensors themselves, under torch.no_grad(), or patch with "
-                "cache_conditioning=False"
+                "written through .data in the middle of the call, by NumPy, or in an object of "
+                "one's own, which leaves no trace: steps that followed ran with what was computed "
+                "from the former ones. Write into the tensors themselves, under torch.no_grad(), "
+                "keep them as attributes of modules, or patch with cache_conditioning=False"
             )
 
     def look(self, model: Any) -> Findings:

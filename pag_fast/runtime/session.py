@@ -97,7 +97,8 @@ class Session(Warming):
         """
         denoiser = getattr(self.pipe, self.denoiser)
         model = uncompiled(denoiser)
-        with self.patch.alone(self.denoiser, self.owner):
+        # a pipeline without PAG turns gradients off behind this: each forward is looked at again
+        with self.patch.alone(self.denoiser, self.owner), torch.no_grad():
             self.patch.look(model).refuse()
             self.installed = self.patch.installation(model, layers, eager=is_eager(denoiser, model))
         state, kept = self.installed.state, self.installed.invariants.values()

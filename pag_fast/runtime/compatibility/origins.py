@@ -122,7 +122,7 @@ def foreign_class(cls: type) -> str:
         if where in _STANDARD:
             continue
         for name, function in vars(base).items():
-            if not isinstance(function, FunctionType) or _runs_in_no_forward(name):
+            if not isinstance(function, FunctionType) or runs_in_no_forward(name):
                 continue
             # one that somebody has put on a class of somebody else's counts, too
             who = where if where not in TRUSTED else foreign_function(function)
@@ -131,7 +131,8 @@ def foreign_class(cls: type) -> str:
     return ""
 
 
-def _runs_in_no_forward(name: str) -> bool:
+def runs_in_no_forward(name: str) -> bool:
+    """Whether a method of that name is for settings, files or words."""
     return name in _PASSIVE or name.startswith(_SETTERS)
 
 
@@ -150,7 +151,7 @@ def foreign_methods(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Methods of a module's class that something on the instance hides, and whose code that is."""
     cls: Any = type(module)
     for name, value in vars(module).items():
-        if name in _LOOKED_AT or _runs_in_no_forward(name) or not callable(value):
+        if name in _LOOKED_AT or runs_in_no_forward(name) or not callable(value):
             continue
         if callable(getattr(cls, name, None)) and not is_row_wise(value):
             who = package(origin(value))
