@@ -181,6 +181,27 @@ NUMBERS = [
         tests_of("schedules"),
     ),
     Fault(
+        "each branch looks up which of equal timesteps it is at",
+        "pag_fast/runtime/guided.py",
+        "timestep = place_of(pipe, timestep, self._scales)",
+        "pass",
+        tests_of("schedules_repeated", "every_branch and Hunyuan"),
+    ),
+    Fault(
+        "who looks ahead looks up anew which of equal timesteps it is at",
+        "pag_fast/runtime/guided.py",
+        "self._now = place_of(pipe, self._now, self._scales)",
+        "pass",
+        tests_of("schedules_repeated", "looking_ahead and Hunyuan"),
+    ),
+    Fault(
+        "a scheduler that counts is asked for a value, which it may have twice",
+        "pag_fast/runtime/injected.py",
+        "return Place(index)",
+        "return float(scheduler.timesteps[index])",
+        tests_of("schedules_repeated", "every_branch and Img2Img"),
+    ),
+    Fault(
         "the other end of a range of noise levels",
         _SCHEDULES,
         "above < step.sigma <= below",

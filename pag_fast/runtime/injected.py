@@ -23,7 +23,7 @@ from .access.forwards import Call, Forward
 from .access.frames import LoopCode, call_arguments, loop_of
 from .compatibility.findings import Findings
 from .controlnets import InjectedControlNets
-from .guidance import guided_cond, host_timesteps, steps_of_call
+from .guidance import Place, guided_cond, steps_of_call
 from .loops.loop import Loop, StepClock, unstepped
 from .loops.observed import SKIP
 from .loops.observed_guidance import REPEATS
@@ -225,7 +225,10 @@ class InjectedSession(Session):
         return call
 
     def _scheduled(self, call: Call) -> Any:
-        """The scheduler's own timestep: some pipelines hand a function of it to the model."""
+        """The scheduler's own timestep: some pipelines hand a function of it to the model.
+
+        Its place where the scheduler counts, as values may be there several times.
+        """
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
             return call["timestep"] if "timestep" in call else self._locals["t"]
@@ -234,8 +237,7 @@ class InjectedSession(Session):
             schedule, adaptive = self.patch.config.schedule, self.pipe.pag_adaptive_scale
             wanted = schedule is not None or adaptive > 0.0
             return unstepped(self.pipe, self.loop, call, self._locals, wanted=wanted)
-        host = host_timesteps(self.pipe, self._scales)
-        return host[min(index, len(host) - 1)]
+        return Place(index)
 
     # ---- the combination ----
 
