@@ -202,6 +202,13 @@ NUMBERS = [
         tests_of("schedules_repeated", "every_branch and Img2Img"),
     ),
     Fault(
+        "CFG is not rescaled in steps without PAG",
+        "pag_fast/runtime/injected.py",
+        'if perturbed is None and not (config.rescale and config.rescale_mode == "cfg"):',
+        "if perturbed is None:",
+        tests_of("rescale", "steps_without_pag"),
+    ),
+    Fault(
         "the other end of a range of noise levels",
         _SCHEDULES,
         "above < step.sigma <= below",

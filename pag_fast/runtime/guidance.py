@@ -292,7 +292,8 @@ def guided_cond(
         ValueError: a guidance scale of zero, which leaves nothing of c′; ``uncond`` is missing; or
             what the op refuses.
     """
-    if perturbed is None and not (rescale and rescale_mode == "cfg"):
+    rescales_cfg = rescale and rescale_mode == "cfg" and guidance_scale is not None
+    if perturbed is None and not rescales_cfg:
         ops.check_rescale_mode(rescale_mode)
         return cond
     options: dict[str, Any] = {"rescale": rescale, "rescale_mode": rescale_mode, "backend": backend}

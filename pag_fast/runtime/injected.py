@@ -225,10 +225,7 @@ class InjectedSession(Session):
         return call
 
     def _scheduled(self, call: Call) -> Any:
-        """The scheduler's own timestep: some pipelines hand a function of it to the model.
-
-        Its place where the scheduler counts, as values may be there several times.
-        """
+        """Which of the scheduler's timesteps it is; models may get a function of it."""
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
             return call["timestep"] if "timestep" in call else self._locals["t"]
@@ -259,11 +256,12 @@ class InjectedSession(Session):
         layout, turned = self.ran[0], self._cond_first and uncond is not None
         if turned:
             others = prediction.chunk(len(layout))[: layout.index(COND)]
-        if perturbed is None:
+        config = self.patch.config
+        # CFG is rescaled in steps without PAG, too
+        if perturbed is None and not (config.rescale and config.rescale_mode == "cfg"):
             changed = turned or len(others) > 1 or PERTURBED in layout
             return self._result(out, [*others, cond]) if changed else out
-        config = self.patch.config
-        if config.rescale_mode is None and self._is_linear():
+        if perturbed is not None and config.rescale_mode is None and self._is_linear():
             if UNCOND in self._seen[1]:
                 raise ValueError(
                     "uncond ran before cond in this step, without its part of the guidance: a loop "
