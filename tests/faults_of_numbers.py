@@ -204,9 +204,23 @@ NUMBERS = [
     Fault(
         "CFG is not rescaled in steps without PAG",
         "pag_fast/runtime/injected.py",
-        'if perturbed is None and not (config.rescale and config.rescale_mode == "cfg"):',
+        "if perturbed is None and not config.rescales_cfg:",
         "if perturbed is None:",
         tests_of("rescale", "steps_without_pag"),
+    ),
+    Fault(
+        "text is in front of every image",
+        f"{_SHARING}block_hooks.py",
+        "image_first=bool(with_text) and with_text[0][0] == IMAGE,",
+        "",
+        tests_of("one_sequence", "shuffled"),
+    ),
+    Fault(
+        "the first of a list of blocks follows none",
+        f"{_SHARING}dit_plan.py",
+        'plan.extend(name, walked[index - 1][0] if index else "")',
+        'plan.extend(name, walked[index - 1][0] if ".0" not in name else "")',
+        tests_of("one_sequence", "adjoin and Flux"),
     ),
     Fault(
         "the other end of a range of noise levels",

@@ -266,8 +266,8 @@ def guided_cond(
     guidance_scale: float | None,
     pag_scale: float,
     *,
-    rescale: float = 0.0,
-    rescale_mode: str = "cfg",
+    rescale: float | None = None,
+    rescale_mode: str | None = None,
     from_cond: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -281,7 +281,7 @@ def guided_cond(
         uncond: may be ``None`` for pipelines that run it by itself; ``rescale`` with ``"cfg"`` or
             ``"full"``, and ``"snf"``, cannot do without.
         guidance_scale: ``g``; ``None`` where CFG is off: c′ is the combination.
-        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`.
+        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`; ``None`` is neither.
         from_cond: the pipeline computes ``c′ + g·(c′ − u)``, which is CFG with ``g + 1``.
 
     Returns:
@@ -292,8 +292,8 @@ def guided_cond(
         ValueError: a guidance scale of zero, which leaves nothing of c′; ``uncond`` is missing; or
             what the op refuses.
     """
-    rescales_cfg = rescale and rescale_mode == "cfg" and guidance_scale is not None
-    if perturbed is None and not rescales_cfg:
+    rescale, rescale_mode = rescale or 0.0, rescale_mode or "cfg"
+    if perturbed is None and not (rescale and rescale_mode == "cfg"):
         ops.check_rescale_mode(rescale_mode)
         return cond
     options: dict[str, Any] = {"rescale": rescale, "rescale_mode": rescale_mode, "backend": backend}

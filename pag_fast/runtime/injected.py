@@ -257,11 +257,10 @@ class InjectedSession(Session):
         if turned:
             others = prediction.chunk(len(layout))[: layout.index(COND)]
         config = self.patch.config
-        # CFG is rescaled in steps without PAG, too
-        if perturbed is None and not (config.rescale and config.rescale_mode == "cfg"):
+        if perturbed is None and not config.rescales_cfg:
             changed = turned or len(others) > 1 or PERTURBED in layout
             return self._result(out, [*others, cond]) if changed else out
-        if perturbed is not None and config.rescale_mode is None and self._is_linear():
+        if perturbed is not None and self._is_linear():
             if UNCOND in self._seen[1]:
                 raise ValueError(
                     "uncond ran before cond in this step, without its part of the guidance: a loop "
@@ -277,8 +276,8 @@ class InjectedSession(Session):
             perturbed,
             self._cfg_scale(),
             scale,
-            rescale=config.rescale or 0.0,
-            rescale_mode=config.rescale_mode or "cfg",
+            rescale=config.rescale,
+            rescale_mode=config.rescale_mode,
             backend=config.backend,
         )
         if "skip_layers" in argument_names(self.installed.denoiser):
@@ -301,7 +300,9 @@ class InjectedSession(Session):
         return self._result(out, [prediction + difference])
 
     def _is_linear(self) -> bool:
-        """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
+        """Whether the guidance of a step is linear in the outputs of the denoiser."""
+        if self.patch.config.rescale_mode is not None:
+            return False
         return not self.host.is_normalised(self.pipe, self.arguments() or {})
 
     def _cfg_scale(self) -> float | None:
