@@ -127,6 +127,11 @@ class PatchConfig(Settings):
         if self.mesh is not None:
             check_is_mesh(self.mesh)
 
+    @property
+    def rescales_cfg(self) -> bool:
+        """Whether guidance is rescaled whatever it consists of, so that of CFG alone is, too."""
+        return self.rescale_mode == "cfg" and bool(self.rescale)
+
     def _check_branches(self, branches: Sequence[Branch]) -> None:
         if self.layers is not None or self.perturbation != "identity":
             raise ValueError(

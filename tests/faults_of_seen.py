@@ -95,7 +95,7 @@ SEEN = [
     Fault(
         "no later step is compared",
         _TRACED,
-        "(known and not self._is_turn(call, chosen))",
+        "(known and not self._is_turn(chosen))",
         "known",
         tests_of("derived_late", "mix_later"),
     ),

@@ -44,8 +44,9 @@ def test_skip_layer_guidance_of_sd3_goes_on_beside_pag():
     assert relative(both, plain) > 1e-4
 
 
+@pytest.mark.parametrize("window", [None, pag_fast.Schedule(stop=1)], ids=["", "without PAG"])
 @pytest.mark.parametrize("mode", [None, "cfg", "full", "partial", "snf"])
-def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
+def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode, window):
     """Its own term, ``k·(cond − skipped)``, is added to what PAG's guidance makes of the others."""
     pipe, layers = built_host(SD3), HOSTS[SD3].layers["middle"]
     rescale = {"rescale_mode": mode} if mode else {}
@@ -59,7 +60,7 @@ def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
         combined.append(prediction)
         return step(prediction, *args, **kwargs)
 
-    with pag_fast.patched(pipe, layers, **rescale):
+    with pag_fast.patched(pipe, layers, schedule=window, **rescale):
         handle = denoiser_of(pipe).register_forward_hook(
             observing(lambda *a: predicted.append(a[2][0]))
         )
@@ -70,9 +71,9 @@ def test_skip_layer_guidance_of_sd3_beside_every_way_to_rescale(mode):
             handle.remove()
             del pipe.scheduler.step
     # diffusers skips no layers in the first step
-    _, three, skipped = predicted
-    uncond, cond, perturbed = three.chunk(3)
-    truth = reference.combine_guidance(uncond, cond, perturbed, 5.0, 3.0, **rescale)
+    _, rows, skipped = predicted
+    uncond, cond, *perturbed = rows.chunk(2 if window else 3)
+    truth = reference.combine_guidance(uncond, cond, *(perturbed or [None]), 5.0, 3.0, **rescale)
     assert relative(combined[1], truth) > 1e-3
     assert relative(combined[1], truth + 20.0 * (cond - skipped)) < 1e-5
 
@@ -144,6 +145,37 @@ def test_rescale_modes(name, mode):
     )
     assert relative(truth, plain) > 1e-4
     assert relative(combined[0], truth) < 1e-5
+
+
+@pytest.mark.skipif("ZImagePipeline" not in HOSTS, reason="this diffusers has no Z-Image")
+def test_cfg_is_rescaled_in_a_step_without_pag():
+    """Of a list of rows, which the loop gets with cond in front."""
+    name, never = "ZImagePipeline", pag_fast.Schedule(per_step=lambda step: 0.0)
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
+    predicted, combined, step = [], [], pipe.scheduler.step
+
+    def recorded(prediction, *args, **kwargs):
+        combined.append(prediction)
+        return step(prediction, *args, **kwargs)
+
+    with pag_fast.patched(pipe, layers, rescale_mode="cfg", rescale=0.7, schedule=never):
+        handle = denoiser_of(pipe).register_forward_hook(
+            observing(lambda *a: predicted.append(torch.stack(a[2][0])))
+        )
+        pipe.scheduler.step = recorded
+        try:
+            latents(pipe, call_kwargs(name, pipe, steps=1))
+        finally:
+            handle.remove()
+            del pipe.scheduler.step
+    uncond, cond = predicted[0].chunk(2)
+    g = 1.0 + HOSTS[name].cfg_scale(call_kwargs(name, pipe))  # cond + g·(cond − uncond)
+    plain, truth = (
+        reference.combine_guidance(uncond, cond, None, g, 0.0, **options)
+        for options in ({}, {"rescale_mode": "cfg", "rescale": 0.7})
+    )
+    assert relative(truth, plain) > 1e-4
+    assert relative(-combined[0].reshape(truth.shape), truth) < 1e-5
 
 
 def test_guidance_is_rescaled_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import tiny as tiny_of_pag
+import tiny_hosts
 import torch
 from numerics import relative
 from tiny import PIPELINES, build, call_kwargs, latents
@@ -11,6 +13,7 @@ import pag_fast
 from pag_fast.ops import reference
 
 UNET, DIT = "StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"
+HOST = "StableDiffusionPipeline"
 MODES = {"cfg": 0.7, "full": 0.7, "partial": 0.7, "snf": None}
 
 
@@ -42,6 +45,24 @@ def test_modes_in_pipelines(name, mode, cfg):
     out = latents(pipe, call_kwargs(name, pipe, cfg=cfg, batch=2))
     assert relative(out, expected) < 1e-5
     assert (relative(expected, plain) > 1e-4) == (cfg or mode != "snf")
+
+
+WINDOWS = [{"start": 1}, {"stop": 1}, {"per_step": [0.0, 1.0, 0.0]}, {"per_step": [0.0] * 3}]
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_without_pag_in_pipelines_without_pag(mode, window, cfg):
+    """As in the pipeline of the same model that has PAG."""
+    made, layers = [], tiny_hosts.HOSTS[HOST].layers["middle"]
+    options = {"rescale_mode": mode, "schedule": pag_fast.Schedule(**window)}
+    if MODES[mode]:
+        options["rescale"] = MODES[mode]
+    for tiny, name in ((tiny_of_pag, UNET), (tiny_hosts, HOST)):
+        pipe = pag_fast.patch(tiny.build(name), layers, **options)
+        made.append(tiny.latents(pipe, tiny.call_kwargs(name, pipe, steps=3, cfg=cfg)))
+    assert relative(made[1], made[0]) < 1e-5
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -11,7 +11,7 @@ from shallow import build
 
 import pag_fast
 from pag_fast import Schedule, Step
-from pag_fast.runtime.guidance import _position, _step, scale_at, scales_ahead
+from pag_fast.runtime.guidance import _step, place_of, scale_at, scales_ahead
 
 UNET = "StableDiffusionPAGPipeline"
 
@@ -144,7 +144,7 @@ def _steps(scheduler, n=5, begin=0, **attributes):
     pipe = SimpleNamespace(scheduler=scheduler, pag_scale=3.0, pag_adaptive_scale=0.0, **attributes)
     cache = {}
     return [
-        _step(pipe, _position(pipe, t.expand(6), cache), cache) for t in scheduler.timesteps[begin:]
+        _step(pipe, place_of(pipe, t.expand(6), cache), cache) for t in scheduler.timesteps[begin:]
     ]
 
 
@@ -199,10 +199,10 @@ def test_timesteps_that_are_copies_are_found_by_value():
     for divisor in (1, 1000):
         pipe = SimpleNamespace(scheduler=scheduler, pag_scale=3.0, pag_adaptive_scale=0.0)
         cache = {}
-        found = [_position(pipe, t.clone() / divisor, cache) for t in scheduler.timesteps]
+        found = [place_of(pipe, t.clone() / divisor, cache) for t in scheduler.timesteps]
         assert found == list(range(7))
     with pytest.raises(ValueError, match="called at timestep -7, which is none of the scheduler's"):
-        _position(pipe, torch.tensor(-7.0), cache)
+        place_of(pipe, torch.tensor(-7.0), cache)
 
 
 def test_a_scheduler_without_noise_levels():

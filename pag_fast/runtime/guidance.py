@@ -13,6 +13,10 @@ from ..ops import reference
 from ..settings.schedules import Schedule, Step
 
 
+class Place(int):
+    """A place among the scheduler's timesteps, which may have one of them several times."""
+
+
 def scale_at(
     pipe: Any,
     timestep: Any,
@@ -23,9 +27,9 @@ def scale_at(
     """The PAG scale at ``timestep``: ``max(0, s − a·(1000 − t))`` with adaptive scale ``a``.
 
     s is ``scale`` or, without one, the call's. Diffusers' formula (``PAGMixin._get_pag_scale``),
-    and what a ``schedule`` makes of it. ``timestep`` is a number or a tensor of one repeated value
-    on any device; ``cache`` lives as long as the pipeline call and holds the scheduler's timesteps
-    and noise levels on the host, read once.
+    and what a ``schedule`` makes of it. ``timestep`` is a number, a :class:`Place`, or a tensor of
+    one repeated value on any device; ``cache`` lives as long as the pipeline call and holds the
+    scheduler's timesteps and noise levels on the host, read once.
 
     Raises:
         ValueError: a schedule that does not fit the call (:meth:`Schedule.scale`), or both it and
@@ -34,7 +38,7 @@ def scale_at(
     if schedule is None or _base(pipe, scale) <= 0.0:
         return _own_scale(pipe, lambda: timestep_value(pipe, timestep, cache), scale)
     _check_adaptive(pipe, schedule)
-    return schedule.scale(_step(pipe, _position(pipe, timestep, cache), cache, scale))
+    return schedule.scale(_step(pipe, place_of(pipe, timestep, cache), cache, scale))
 
 
 def scales_ahead(
@@ -48,7 +52,7 @@ def scales_ahead(
     if schedule is None and float(pipe.pag_adaptive_scale) <= 0.0:
         yield _own_scale(pipe, lambda: 0.0, scale)
         return
-    position = _position(pipe, timestep, cache)
+    position = place_of(pipe, timestep, cache)
     first, count = cache["first"], _step(pipe, position, cache).count
     for at in range(position, first + count):
         step = _step(pipe, at, cache, scale)
@@ -56,6 +60,7 @@ def scales_ahead(
 
 
 def _base(pipe: Any, scale: float | None) -> float:
+    """The scale of a branch, or the call's."""
     return float(pipe.pag_scale) if scale is None else scale
 
 
@@ -107,6 +112,9 @@ def steps_of_call(pipe: Any) -> int | None:
 
 def timestep_value(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> float:
     """``timestep`` as a Python float; waits for the device only where nothing else tells."""
+    if type(timestep) is Place:
+        host = host_timesteps(pipe, cache)
+        return float(host[min(timestep, len(host) - 1)])
     if not isinstance(timestep, torch.Tensor):
         return float(timestep)
     if timestep.device.type == "cpu" or not hasattr(pipe.scheduler, "timesteps"):
@@ -140,20 +148,22 @@ def host_timesteps(pipe: Any, cache: dict[Any, Any]) -> list[float]:
     return cache["host"]
 
 
-def own_timestep(pipe: Any, at: Any, cache: dict[Any, Any]) -> Any:
-    """That of the scheduler's timesteps which a loop's ``at`` is; ``None`` if it is none.
+def own_place(pipe: Any, at: Any, cache: dict[Any, Any]) -> Place | None:
+    """Which of the scheduler's timesteps a loop's ``at`` is; ``None`` if it is none.
 
     ``at`` is one, or a thousandth of one, as a number or a tensor.
     """
     if not isinstance(at, (int, float, torch.Tensor)):
         return None
     index = _index(pipe, at, cache)
-    return None if index is None else pipe.scheduler.timesteps[index]
+    return None if index is None else Place(index)
 
 
 def _index(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int | None:
     """The position among the scheduler's timesteps, by memory, else by value."""
     host = host_timesteps(pipe, cache)
+    if type(timestep) is Place:
+        return min(timestep, len(host) - 1)
     index = _known_index(pipe, timestep) if isinstance(timestep, torch.Tensor) else None
     if index is None or not 0 <= index < len(host):
         index = _index_of(host, timestep_value(pipe, timestep, cache), cache.get("last", -1))
@@ -176,8 +186,11 @@ def _index_in(all_steps: Any, timestep: torch.Tensor) -> int | None:
     return offset // max(all_steps.stride(0), 1)
 
 
-def _position(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int:
-    """The position among the scheduler's timesteps; remembers the first one that is asked for.
+def place_of(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> Place:
+    """The place among the scheduler's timesteps; remembers the first one that is asked for.
+
+    To be asked once for each forward, unless by a :class:`Place`: where the scheduler has a value
+    several times, it is the next of them that a forward is at.
 
     Raises:
         ValueError: it is none of them.
@@ -191,7 +204,7 @@ def _position(pipe: Any, timestep: Any, cache: dict[Any, Any]) -> int:
         )
     cache["last"] = index
     cache["first"] = min(cache.get("first", index), index)
-    return index
+    return Place(index)
 
 
 def _index_of(host: list[float], value: float, last: int) -> int | None:
@@ -253,8 +266,8 @@ def guided_cond(
     guidance_scale: float | None,
     pag_scale: float,
     *,
-    rescale: float = 0.0,
-    rescale_mode: str = "cfg",
+    rescale: float | None = None,
+    rescale_mode: str | None = None,
     from_cond: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -268,7 +281,7 @@ def guided_cond(
         uncond: may be ``None`` for pipelines that run it by itself; ``rescale`` with ``"cfg"`` or
             ``"full"``, and ``"snf"``, cannot do without.
         guidance_scale: ``g``; ``None`` where CFG is off: c′ is the combination.
-        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`.
+        rescale, rescale_mode: as for :func:`pag_fast.ops.combine_guidance`; ``None`` is neither.
         from_cond: the pipeline computes ``c′ + g·(c′ − u)``, which is CFG with ``g + 1``.
 
     Returns:
@@ -279,6 +292,7 @@ def guided_cond(
         ValueError: a guidance scale of zero, which leaves nothing of c′; ``uncond`` is missing; or
             what the op refuses.
     """
+    rescale, rescale_mode = rescale or 0.0, rescale_mode or "cfg"
     if perturbed is None and not (rescale and rescale_mode == "cfg"):
         ops.check_rescale_mode(rescale_mode)
         return cond

@@ -13,7 +13,7 @@ from ..sharing.guidance_reuse import Difference
 from .access.forwards import Call
 from .access.frames import calling_frame
 from .compatibility.findings import Findings
-from .guidance import scale_at, scales_ahead, steps_of_call
+from .guidance import place_of, scale_at, scales_ahead, steps_of_call
 from .installation import Installation
 from .loops.order import EARLIER, SAME, SEVERAL, StepOrder
 from .own_code import STOCK, OwnCode, check_options, look_at, look_at_host
@@ -46,6 +46,8 @@ class Guided:
         self.unit = 0
         self.forwards = 0
         self._scales: dict[Any, Any] = {}
+        # the scheduler's timestep of this forward, or its place as soon as that has been looked up
+        self._now: Any = None
         self._difference: Difference | None = None
         self._order = StepOrder()
         self._locals: dict[str, Any] = {}
@@ -124,15 +126,16 @@ class Guided:
 
     def _scales_at(self, timestep: Any) -> tuple[float, ...]:
         """The guidance scale of each perturbed branch."""
+        pipe, schedule = self.pipe, self.patch.config.schedule
+        branches = self.installed.branches
         if self.code.combines:  # it has a scale of its own, which nobody else may ask for
-            return (1.0,) * len(self.installed.branches)
-        schedule = self.patch.config.schedule
-        return tuple(
-            [
-                scale_at(self.pipe, timestep, self._scales, schedule, branch.scale)
-                for branch in self.installed.branches
-            ]
-        )
+            return (1.0,) * len(branches)
+        if schedule is not None and any(
+            pipe.pag_scale if branch.scale is None else branch.scale for branch in branches
+        ):
+            timestep = place_of(pipe, timestep, self._scales)
+        self._now = timestep
+        return tuple([scale_at(pipe, timestep, self._scales, schedule, x.scale) for x in branches])
 
     def _drops(
         self, scales: tuple[float, ...], call: Call, latents: torch.Tensor, found: Findings
@@ -161,20 +164,18 @@ class Guided:
             return True
         return False
 
-    def _ahead(self, call: Call) -> Iterator[bool]:
+    def _ahead(self) -> Iterator[bool]:
         """Of this step and those that follow, as far as can be told: do they have a scale?"""
         if self.code.wraps or self.code.combines:
             return iter((True,))
-        schedule = self.patch.config.schedule
+        pipe, schedule = self.pipe, self.patch.config.schedule
+        if schedule is not None or float(pipe.pag_adaptive_scale) > 0.0:
+            self._now = place_of(pipe, self._now, self._scales)
         scales = [
-            scales_ahead(self.pipe, self._scheduled(call), self._scales, schedule, branch.scale)
+            scales_ahead(pipe, self._now, self._scales, schedule, branch.scale)
             for branch in self.installed.branches
         ]
         return (any(step) for step in zip(*scales, strict=True))
-
-    def _scheduled(self, call: Call) -> Any:
-        """The scheduler's timestep of a forward."""
-        return call["timestep"]
 
     # ---- the combination ----
 

@@ -23,7 +23,7 @@ from .access.forwards import Call, Forward
 from .access.frames import LoopCode, call_arguments, loop_of
 from .compatibility.findings import Findings
 from .controlnets import InjectedControlNets
-from .guidance import guided_cond, host_timesteps, steps_of_call
+from .guidance import Place, guided_cond, steps_of_call
 from .loops.loop import Loop, StepClock, unstepped
 from .loops.observed import SKIP
 from .loops.observed_guidance import REPEATS
@@ -226,7 +226,7 @@ class InjectedSession(Session):
         return call
 
     def _scheduled(self, call: Call) -> Any:
-        """The scheduler's own timestep: some pipelines hand a function of it to the model."""
+        """Which of the scheduler's timesteps it is; models may get a function of it."""
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
             return call["timestep"] if "timestep" in call else self._locals["t"]
@@ -235,8 +235,7 @@ class InjectedSession(Session):
             schedule, adaptive = self.patch.config.schedule, self.pipe.pag_adaptive_scale
             wanted = schedule is not None or adaptive > 0.0
             return unstepped(self.pipe, self.loop, call, self._locals, wanted=wanted)
-        host = host_timesteps(self.pipe, self._scales)
-        return host[min(index, len(host) - 1)]
+        return Place(index)
 
     # ---- the combination ----
 
@@ -258,11 +257,11 @@ class InjectedSession(Session):
         layout, turned = self.ran[0], self._cond_first and uncond is not None
         if turned:
             others = prediction.chunk(len(layout))[: layout.index(COND)]
-        if perturbed is None:
+        config = self.patch.config
+        if perturbed is None and not config.rescales_cfg:
             changed = turned or len(others) > 1 or PERTURBED in layout
             return self._result(out, [*others, cond]) if changed else out
-        config = self.patch.config
-        if config.rescale_mode is None and self._is_linear():
+        if perturbed is not None and self._is_linear():
             if UNCOND in self._seen[1]:
                 raise ValueError(
                     "uncond ran before cond in this step, without its part of the guidance: a loop "
@@ -278,8 +277,8 @@ class InjectedSession(Session):
             perturbed,
             self._cfg_scale(),
             scale,
-            rescale=config.rescale or 0.0,
-            rescale_mode=config.rescale_mode or "cfg",
+            rescale=config.rescale,
+            rescale_mode=config.rescale_mode,
             backend=config.backend,
         )
         if "skip_layers" in argument_names(self.installed.denoiser):
@@ -302,9 +301,10 @@ class InjectedSession(Session):
         return self._result(out, [prediction + difference])
 
     def _is_linear(self) -> bool:
-        """Whether the pipeline's guidance is linear in the outputs of the denoiser."""
+        """Whether the guidance of a step is linear in the outputs of the denoiser."""
+        patched = self.patch.config.rescale_mode is not None
         own = self.code.rescales and self.host.normalised_by and self._own_rescale()
-        return not (own or self.host.is_normalised(self.pipe, self.arguments() or {}))
+        return not (patched or own or self.host.is_normalised(self.pipe, self.arguments() or {}))
 
     def _cfg_scale(self) -> float | None:
         """g of this step; ``None`` without CFG.

@@ -103,7 +103,7 @@ class TracedSession(InjectedSession):
         state, installed, traced = self.installed.state, self.installed, self._traced
         chosen = self._signature, installed.plan.order, installed.branches
         known = chosen in traced.verified
-        if state.slabs is None or traced.written or (known and not self._is_turn(call, chosen)):
+        if state.slabs is None or traced.written or (known and not self._is_turn(chosen)):
             return self._trusted(forward, call, found)
         full = state.slabs[SPLIT]
         try:
@@ -129,7 +129,7 @@ class TracedSession(InjectedSession):
         since = "; steps since the last comparison may have been wrong" if known else ""
         return self._apart(forward, call, found, why, since)
 
-    def _is_turn(self, call: Call, chosen: Any) -> bool:
+    def _is_turn(self, chosen: Any) -> bool:
         """Whether this step of the call is the one that is compared behind the first."""
         step = self.loop.step
         if chosen in self._compared or step <= 0:
@@ -137,7 +137,7 @@ class TracedSession(InjectedSession):
         if chosen not in self._turn:
             self._turn[chosen] = self._traced.turns.next(chosen)
         # of steps whose scale varies it is known which have one
-        ahead = list(self._ahead(call))
+        ahead = list(self._ahead())
         # a scheduler of the user's own may have no timesteps: any step is as good then
         timesteps = getattr(self.pipe.scheduler, "timesteps", ())
         steps = step + len(ahead) if ahead[1:] else len(timesteps)

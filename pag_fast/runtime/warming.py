@@ -60,7 +60,7 @@ class Warming(Guided):
         if key in compilation.warmed or key in self._looked_ahead:
             return
         self._looked_ahead.add(key)
-        if self._difference is None and all(runs != dropped for runs in self._ahead(call)):
+        if self._difference is None and all(runs != dropped for runs in self._ahead()):
             return
         compilation.warmed.add(key)
         counted = self.patch.steps.copy()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .layout import IMAGE_ALONE, TEXT, Stream, argument_order
+from .layout import IMAGE, IMAGE_ALONE, TEXT, Stream, argument_order
 from .plan import BranchPlan
 from .rows import SPLIT, BranchState
 
@@ -70,7 +70,8 @@ class PerturbedBlock:
         shuffled: ``(perturbation, index)`` of every block in a run that ends here and that the one
             perturbed branch leaves as a permutation of cond.
         streams: names of the arguments that a block hands on, in the order of its outputs.
-        holds_text: text is in front of the image, in one sequence with it, and padding behind.
+        holds_text: text is in one sequence with the image; what is neither of the two is behind.
+        image_first: the image is in front of the text there, and not behind it.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class PerturbedBlock:
         shuffled: Sequence[tuple[BlockAction, int]] = (),
         streams: Sequence[str] = ("hidden_states",),
         holds_text: bool = False,
+        image_first: bool = False,
     ) -> None:
         self.state = state
         self.arrives = arrives
@@ -92,6 +94,7 @@ class PerturbedBlock:
         self.shuffled = tuple(shuffled)
         self.streams = tuple(streams)
         self.holds_text = holds_text
+        self.image_first = image_first
         self.branches = len(actions)
         self.skipped = tuple([i for i, action in enumerate(actions) if skips(action)])
         self.orders = tuple([(i, a) for i, a in enumerate(actions) if a is not None and a.shuffles])
@@ -180,10 +183,10 @@ class PerturbedBlock:
         rows, lengths = [], self.state.num_contexts
         here = order.shape[0] if ranks is None else ranks.own_image
         for index, row in enumerate(x.split(1)):
-            start = lengths[index % len(lengths)]
-            text, image, padding = row.tensor_split((start, start + here), dim=1)
+            start = 0 if self.image_first else lengths[index % len(lengths)]
+            before, image, behind = row.tensor_split((start, start + here), dim=1)
             image = image.index_select(1, order) if ranks is None else ranks.in_order(image, order)
-            rows.append(torch.cat([text, image, padding], dim=1))
+            rows.append(torch.cat([before, image, behind], dim=1))
         return torch.cat(rows)
 
     def _put_back(
@@ -245,6 +248,11 @@ def perturbed_blocks(
         run: Any = [(blocks[b][0], index[b]) for b in plan.shuffled if b in blocks] if ends else ()
         kinds = [cls.__name__ for cls in type(module).__mro__]
         returned = next((streams[kind] for kind in kinds if kind in streams), IMAGE_ALONE)
+        with_text = [
+            stream.tokens
+            for stream in returned
+            if TEXT in stream.tokens and (stream.argument == "hidden_states" or len(returned) == 1)
+        ]
         block = PerturbedBlock(
             state,
             actions,
@@ -253,10 +261,8 @@ def perturbed_blocks(
             runs=runs,
             shuffled=run,
             streams=argument_order(returned),
-            holds_text=any(
-                TEXT in stream.tokens and (stream.argument == "hidden_states" or len(returned) == 1)
-                for stream in returned
-            ),
+            holds_text=bool(with_text),
+            image_first=bool(with_text) and with_text[0][0] == IMAGE,
         )
         made.append((module, block))
     return made

@@ -95,7 +95,7 @@ def plan_dit(
         is_alone = index > fork.index and runs_without(blocks.get(name))
         is_before = index < fork.index or (fork.behind and index == fork.index)
         if is_before or is_alone or fork.shuffled:
-            _plan_shared_block(plan, fork, layout, index, name, block)
+            _plan_shared_block(plan, fork, layout, index, walked)
         else:
             _plan_split_block(plan, fork, layout, index, name, block)
     return plan
@@ -132,9 +132,10 @@ def _streams(block: Any) -> tuple[str, ...]:
 
 
 def _plan_shared_block(
-    plan: BranchPlan, fork: _Fork, layout: Layout, index: int, name: str, block: Any
+    plan: BranchPlan, fork: _Fork, layout: Layout, index: int, walked: Blocks
 ) -> None:
     """A block that runs without the perturbed rows."""
+    name, block = walked[index]
     is_behind = index > fork.index and not fork.shuffled
     whole = layout.whole_between
     arrives = SPLIT if index == 0 or is_behind or whole else SHARED
@@ -155,7 +156,7 @@ def _plan_shared_block(
     )
     if index >= fork.index:
         plan.blocks[name] = arrives, SHARED
-        plan.extend(name)
+        plan.extend(name, walked[index - 1][0] if index else "")
     if fork.merge and index == 0:
         attribute, attn = attentions_of(block, layout)[0]
         plan.sites.append(

@@ -98,10 +98,9 @@ class BranchPlan:
     sequence: tuple[tuple[str, bool, bool], ...] = ()
     reason: str = ""
 
-    def extend(self, block: str) -> None:
+    def extend(self, block: str, before: str) -> None:
         """The perturbed branches begin behind this block, if they begin behind the one before."""
-        before, _, index = block.rpartition(".")
-        if block == self.fork or self.begins == f"{before}.{int(index) - 1}":
+        if block == self.fork or (before and self.begins == before):
             self.begins = block
 
     def hooks(

@@ -243,6 +243,7 @@ def _unit_levels(plan: BranchPlan, index: int, begin: _Begin) -> tuple[int, int 
 
 def _plan_blocks(plan: BranchPlan, unit: _Unit, begin: _Begin, *, is_behind: bool) -> None:
     """Sites inside a transformer from the fork on: skipped blocks, and keys of a long text."""
+    before = ""
     for index, block in enumerate(_blocks(unit)):
         name = f"{unit.name}.transformer_blocks.{index}"
         behind = is_behind or index > begin.block
@@ -250,7 +251,8 @@ def _plan_blocks(plan: BranchPlan, unit: _Unit, begin: _Begin, *, is_behind: boo
             plan.sites.append(Site(name, block, SPLIT, SHARED))
             plan.blocks[name] = SPLIT, SHARED
             if not is_behind:
-                plan.extend(name)
+                plan.extend(name, before)
+        before = name
         is_split = behind or name == begin.fork or begin.fork.startswith(f"{name}.")
         if begin.long_text and is_split and name not in plan.blocks:
             plan.sites += text_key_sites(block, name)
@@ -286,7 +288,7 @@ def _fork_sites(plan: BranchPlan, unit: _Unit, begin: _Begin) -> None:
         plan.sites.append(Site(name, block, arrives, SHARED, leaves))
         if index >= begin.block:
             plan.blocks[name] = arrives, SHARED
-            plan.extend(name)
+            plan.extend(name, f"{unit.name}.transformer_blocks.{index - 1}")
     if not begin.is_block:
         block, name = blocks[begin.block], f"{unit.name}.transformer_blocks.{begin.block}"
         found = [(attn, getattr(block, attn, None)) for attn in ("attn1", "attn2")]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..access.forwards import Call
-from ..guidance import host_timesteps, own_timestep
+from ..guidance import Place, own_place
 
 
 @dataclass
@@ -78,15 +78,15 @@ def unstepped(pipe: Any, loop: Loop, call: Call, found: dict[str, Any], *, wante
     begin = getattr(pipe.scheduler, "begin_index", None)
     first = loop.step == 0
     if first and begin is not None:
-        return host_timesteps(pipe, loop.scales)[begin]
+        return Place(begin)
     if not wanted:
         return call.get("timestep", found.get("t", 0.0))
     for at in (found.get("t"), call.get("timestep")):
-        own = own_timestep(pipe, at, loop.scales)
+        own = own_place(pipe, at, loop.scales)
         if own is not None:
             return own
     if first:
-        return host_timesteps(pipe, loop.scales)[0]
+        return Place(0)
     raise ValueError(
         "The loop makes its steps without its scheduler, and neither its t nor the denoiser's "
         "timestep is one of the scheduler's: which step that is cannot be told. Patch with "
