@@ -74,7 +74,7 @@ OWN_CODE = [
     Fault(
         "a pipeline without PAG rescales as its argument says",
         _INJECTED,
-        "return not (own or ",
+        "return not (patched or own or ",
         "return not (",
         tests_of("own_code", "subclass_without_pag"),
     ),
