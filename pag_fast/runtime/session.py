@@ -54,6 +54,7 @@ class Session(Warming):
     _kept: ConditioningCache
     # the batch gets its perturbed rows from us, and not from the pipeline
     _adds_rows = False
+    _cond_first = False
     loop_code = ANYWHERE
     ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
@@ -203,6 +204,9 @@ class Session(Warming):
             share(installed.state, installed.denoiser, installed.attentions, call, found)
 
         behind = self._behind(call, found) if perturbs else []
+        if perturbs and found.holds_rows:
+            lasts, turn = not self._kept.somebody_writes, self._cond_first
+            behind += self._rows.held(forward.call, call, self.unit, turn=turn, lasts=lasts)
 
         def make() -> InstancePatch:
             patch = installed.patch(fused=fused)
