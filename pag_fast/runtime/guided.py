@@ -11,7 +11,7 @@ from .. import ops
 from ..models.registry import COND, PERTURBED, UNCOND
 from ..sharing.guidance_reuse import Difference
 from .access.forwards import Call
-from .access.frames import calling_frame
+from .access.frames import calling_frame, equal_by_construction
 from .compatibility.findings import Findings
 from .guidance import place_of, scale_at, scales_ahead, steps_of_call
 from .installation import Installation
@@ -62,6 +62,10 @@ class Guided:
     def forget(self) -> None:
         """Behind the last step: what follows it, decoding, is where memory runs short."""
         raise NotImplementedError
+
+    def equal_by_construction(self) -> bool:
+        """Whether branches begin with copies of one row, in every step of the running loop."""
+        return equal_by_construction()
 
     # ---- code of somebody else's ----
 

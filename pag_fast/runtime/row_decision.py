@@ -25,8 +25,10 @@ from ..sharing.layout import Residuals
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
 from ..sharing.rows import SHARED, SPLIT, BranchState, change_level, map_tensors
+from .access.instance_patch import Entry
 from .compatibility import Answer
 from .compatibility.findings import Findings
+from .held_rows import HeldRows, held_by
 from .installation import Installation
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class RowDecision:
         self._decided_for: tuple[str, ...] = ()
         self._concatenated: tuple[list[torch.Tensor], list[int]] = ([], [])
         self._recheck = False
+        self._held = HeldRows()
 
     def same_objects(
         self, call: dict[str, Any], rows: int, local: dict[str, Any], context: str = ""
@@ -128,6 +131,8 @@ class RowDecision:
             self.patch.steps["not shared"] += 1
             self._decided, self._decided_for = (full, full, full), ()
             return self._decided
+        # what a module holds is no argument, and may have been written
+        same &= not found.holds_rows
         if not (same and self._decided_for == layout):
             self._decided = self._decide(call, full, frames, unit, found)
             self._decided_for = layout
@@ -169,6 +174,18 @@ class RowDecision:
             )
         return decided
 
+    def held(
+        self, given: dict[str, Any], call: dict[str, Any], unit: int, *, turn: bool, lasts: bool
+    ) -> list[Entry]:
+        """What modules hold for each row, for the rows of ``call`` that ``given`` has become.
+
+        Raises:
+            ValueError: other rows than those of either.
+        """
+        have, full = (latents_of(x).shape[0] // unit for x in (given, call))
+        denoiser = self.installed.denoiser
+        return self._held.entries(denoiser, unit, have, full, turn=turn, lasts=lasts)
+
     def _decide(
         self,
         call: dict[str, Any],
@@ -180,10 +197,11 @@ class RowDecision:
         """Compare the rows of the branches."""
         known = self.equality.by_construction
         everything = compared(call, full * unit, frames, by_construction=known)
+        held = {n: x for n, x in held_by(self.installed.denoiser).items() if len(x) == full * unit}
         shared = full - len(self.installed.branches)
         if not self.copies:
             differing = self.equality.differing(
-                everything, full, shared - 1, shared, key="cond", recheck=self._recheck
+                everything | held, full, shared - 1, shared, key="cond", recheck=self._recheck
             )
             if differing:
                 self.patch.fall_back(

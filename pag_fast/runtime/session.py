@@ -22,7 +22,7 @@ from ..sharing.rows import SPLIT
 from .access.behind_hooks import entries_behind
 from .access.entry import Entry as ModelEntry
 from .access.forwards import Call, Forward, Views
-from .access.frames import ANYWHERE, LoopCode, calling_frame, equal_by_construction, nobody_writes
+from .access.frames import ANYWHERE, LoopCode, calling_frame, nobody_writes
 from .access.instance_patch import Entry, InstancePatch
 from .batch import rows_of_a_branch
 from .compatibility.findings import Findings
@@ -52,6 +52,7 @@ class Session(Warming):
     """
 
     _kept: ConditioningCache
+    _cond_first = False
     loop_code = ANYWHERE
     ranks: Ranks | None = None
     # what goes on behind everything else for the forward that begins, and whose it is
@@ -163,10 +164,6 @@ class Session(Warming):
         self._kept.somebody_writes = not nobody_writes()
         self._rows.equality.by_construction = self.equal_by_construction()
 
-    def equal_by_construction(self) -> bool:
-        """Whether branches begin with copies of one row, in every step of the running loop."""
-        return equal_by_construction()
-
     def forward(self, entry: ModelEntry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the denoiser, from its arguments to what the pipeline gets."""
         forward = Forward(entry, self.installed.denoiser, args, kwargs)
@@ -207,6 +204,9 @@ class Session(Warming):
             share(installed.state, installed.denoiser, installed.attentions, call, found)
 
         behind = self._behind(call, found) if perturbs else []
+        if perturbs and found.holds_rows:
+            lasts, turn = not self._kept.somebody_writes, self._cond_first
+            behind += self._rows.held(forward.call, call, self.unit, turn=turn, lasts=lasts)
 
         def make() -> InstancePatch:
             patch = installed.patch(fused=fused)

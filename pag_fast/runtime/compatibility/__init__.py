@@ -52,6 +52,7 @@ from .surroundings import Surroundings
 from .watch import Watch
 
 __all__ = [
+    "HOLDS_ROWS",
     "STOCK_PAG",
     "UNKNOWN",
     "Answer",
@@ -88,6 +89,12 @@ _OWN_PROCESSOR: Found = (
     "its keys may be of more than the text, so none are kept from step to step.",
 )
 _IN_PARTS: Found = ("weights held in parts", WEIGHTS, "a part of a weight is not fused or kept.")
+HOLDS_ROWS = "image embeddings on a projection"
+_HOLDS_ROWS: Found = (
+    HOLDS_ROWS,
+    Answer.KEEP_ROWS,
+    "they have a row for each row of the batch (FaceID-Plus), so every step runs every row.",
+)
 STOCK_PAG = "processors of diffusers' PAG"
 _RUNNING: Found = (
     STOCK_PAG,
@@ -180,6 +187,8 @@ def _of_module(
     yield from _of_processor(module, own_package, foreign)
     if (own.get("_chunk_size") or 1) > 1 and own.get("_chunk_dim") == 0:
         yield _CHUNKS
+    if "clip_embeds" in own and name.startswith("encoder_hid_proj."):
+        yield _HOLDS_ROWS
     config = own.get("_parallel_config")
     if config is not None:
         if getattr(config, "tensor_parallel_config", None) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import STOCK_PAG, Answer, Finding, combined, refuse
+from . import HOLDS_ROWS, STOCK_PAG, Answer, Finding, combined, refuse
 from .hooks import PARALLEL
 
 
@@ -17,6 +17,7 @@ class Findings:
         unshared, keep_rows, weights_apart, nothing_kept, may_skip, recheck, sees_rows, refuses:
             what they ask for, each by itself: a forward reads these, as asking a flag is a call.
         stock_pag: a PAG pipeline of diffusers has put its processors there.
+        holds_rows: a module has a tensor of its own with the rows of the batch.
         parallel: ranks share its tokens or heads.
     """
 
@@ -32,6 +33,7 @@ class Findings:
         self.sees_rows = Answer.SEES_ROWS in answer
         self.refuses = Answer.REFUSE in answer
         self.stock_pag = any(item.what == STOCK_PAG for item in self.items)
+        self.holds_rows = any(item.what == HOLDS_ROWS for item in self.items)
         self.parallel = any(item.what in PARALLEL for item in self.items)
 
     @staticmethod
