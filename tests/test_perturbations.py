@@ -37,7 +37,7 @@ from pag_fast.perturbations import (
     ShuffledTokens,
     SoftIdentity,
 )
-from pag_fast.perturbations.base import token_grid
+from pag_fast.perturbations.base import Rows, token_grid
 from pag_fast.perturbations.blur import gaussian_blur
 from pag_fast.sharing.rows import BranchState
 
@@ -308,3 +308,21 @@ def test_layers_of_branches_belong_to_the_patch(snapshot):
     latents(pipe, call_kwargs(SD3, pipe))
     pag_fast.unpatch(pipe)
     assert snapshot(pipe) == before
+
+
+def test_some_rows_keep_everything_else():
+    """Every field is handed on, as ``dataclasses.replace`` would do it."""
+    tensors = {name: torch.randn(3, 4, 2, 5) for name in ("query", "key", "value")}
+    numbers = {"num_attend": 2, "num_forked": 1, "num_context": 1, "scale": 0.5}
+    others = {"backend": "torch", "constant": torch.ones(1), "mean_query": torch.ones(1)}
+    mask = torch.zeros(3, 1, 1, 4)
+    layer = Layer(heads=7)
+    rows = Rows(**tensors, **numbers, **others, attn_mask=mask, layer=layer, is_whole=True)
+    given = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    defaults = Rows(*tensors.values(), num_attend=0)
+    assert all(value is not getattr(defaults, name) for name, value in given.items())
+    some = rows.some(slice(1, 3))
+    for name, value in given.items():
+        wanted = value[1:3] if name in (*tensors, "attn_mask") else value
+        found = getattr(some, name)
+        assert torch.equal(found, wanted) if name in (*tensors, "attn_mask") else found is value

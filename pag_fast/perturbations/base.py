@@ -78,6 +78,28 @@ class Rows:
         """How many tokens are not text."""
         return self.value.shape[1] - self.num_context
 
+    def some(self, rows: slice) -> Rows:
+        """These rows of all, with everything else as it is.
+
+        Rows that have no queries and keys are the last.
+        """
+        # not dataclasses.replace, which torch 2.6 does not trace
+        return Rows(
+            self.query[rows],
+            self.key[rows],
+            self.value[rows],
+            self.num_attend,
+            self.num_forked,
+            self.num_context,
+            self.mask(rows),
+            self.scale,
+            self.backend,
+            self.layer,
+            self.constant,
+            self.mean_query,
+            self.is_whole,
+        )
+
     def mask(self, rows: slice) -> torch.Tensor | None:
         """The mask of some rows."""
         mask = self.attn_mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
@@ -181,7 +180,7 @@ class PerturbedProcessor:
         own = rows.value[rows.source]
         parts = [own] * (len(self.branches) if rows.num_forked else 1)
         if a:
-            attending = _rows(rows, 0, a)
+            attending = rows.some(slice(a))
             attending.num_forked = 0
             parts.insert(0, ranks.to_tokens(self._attention(ranks.to_heads(attending)), text=False))
         return torch.cat(parts)
@@ -208,12 +207,12 @@ class PerturbedProcessor:
             stop = rows.num_attend + (index + 1) * unit
             if perturbation is None:
                 continue
-            some = _rows(rows, start, stop)
+            some = rows.some(slice(start, stop))
             some.num_attend = stop - unit - start
             parts.append(self._perturbed(index, some))
             start = stop
         if start < rows.value.shape[0]:
-            some = _rows(rows, start, rows.value.shape[0])
+            some = rows.some(slice(start, None))
             some.num_attend = some.value.shape[0]
             parts.append(_IDENTITY.attend(some))
         return torch.cat(parts)
@@ -221,7 +220,7 @@ class PerturbedProcessor:
     def _forked(self, rows: Rows) -> torch.Tensor:
         """Several branches that all begin here, from the last attending rows."""
         first = next(i for i, b in enumerate(self.branches) if b is not None)
-        begun = self._perturbed(first, dataclasses.replace(rows))
+        begun = self._perturbed(first, rows.some(slice(None)))
         parts = [begun[: rows.num_attend]]
         for index, perturbation in enumerate(self.branches):
             if index == first:
@@ -229,7 +228,7 @@ class PerturbedProcessor:
             elif perturbation is None:
                 parts.append(parts[0][rows.source])
             else:
-                some = _rows(rows, rows.num_attend - rows.num_forked, rows.num_attend)
+                some = rows.some(slice(rows.num_attend - rows.num_forked, rows.num_attend))
                 some.num_attend = some.num_forked = 0
                 # what is written in place would be read by the branches that follow
                 some.value = some.value.clone()
@@ -259,14 +258,6 @@ def with_signature(cls: Any) -> Any:
 
     call.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
     return type(cls.__name__, (cls,), {"__call__": call, "__doc__": cls.__doc__})
-
-
-def _rows(rows: Rows, start: int, stop: int) -> Rows:
-    """Some rows of all; those that have no queries and keys are the last."""
-    some = slice(start, stop)
-    mask = rows.mask(some)
-    query, key, value = rows.query[some], rows.key[some], rows.value[some]
-    return dataclasses.replace(rows, query=query, key=key, value=value, attn_mask=mask)
 
 
 def _unchanged(value: Any) -> Any:
