@@ -223,6 +223,20 @@ NUMBERS = [
         tests_of("one_sequence", "adjoin and Flux"),
     ),
     Fault(
+        "a layer that does not say how many heads it has has one",
+        "pag_fast/runtime/perturbed_branches.py",
+        "return said if type(said) is int else 0",
+        "return said if type(said) is int else 1",
+        tests_of("number_of_heads", "does_not_say"),
+    ),
+    Fault(
+        "Krea 2's heads are looked for under another name",
+        "pag_fast/models/krea2.py",
+        'heads="num_heads",',
+        "",
+        tests_of("number_of_heads", "another_name or described"),
+    ),
+    Fault(
         "the other end of a range of noise levels",
         _SCHEDULES,
         "above < step.sigma <= below",

@@ -16,6 +16,27 @@ _LOOPS, _EVALUATIONS = "own_loops", "own_loops_evaluations"
 
 SEEN = [
     Fault(
+        "frames that a loop is given are taken for predictions",
+        "pag_fast/runtime/loops/observed_guidance.py",
+        "products([*given, *of_latents, *kept.values(), *more], target, *more),",
+        "products([*given, *of_latents, *kept.values(), *more], target),",
+        tests_of("frames_that_are_given", "given_frames and Cosmos2"),
+    ),
+    Fault(
+        "what changes by rounding has changed",
+        "pag_fast/runtime/loops/weighted_sums.py",
+        "changed = change > _STILL * change.square().mean().sqrt()",
+        "changed = change > 0",
+        tests_of("frames_that_are_given", "left_out"),
+    ),
+    Fault(
+        "where nothing has changed nothing is looked at",
+        "pag_fast/runtime/loops/weighted_sums.py",
+        "return changed | (changed.double().mean() < _FEWEST)",
+        "return changed",
+        tests_of("frames_that_are_given", "one_before"),
+    ),
+    Fault(
         "rows that were equal once are not compared again, whoever's loop it is",
         "pag_fast/sharing/row_equality.py",
         "again = recheck or not self.by_construction",

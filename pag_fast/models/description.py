@@ -86,6 +86,7 @@ class ModelDescription:
             each rank, if that is exact; without it context parallelism is refused.
         shares_heads: diffusers' tensor parallelism gives each rank some of the heads of a layer,
             and what its processor does there is right for these alone.
+        heads: the attribute of its attentions that says how many heads they have.
         tokens: of a model whose layers' own processors run around our product
             (:class:`~pag_fast.processors.stock.PerturbedStockAttention`), where the image's tokens
             are in the sequences that its layers attend to.
@@ -116,6 +117,7 @@ class ModelDescription:
     sequence: Sequence | None = None
     cut: Sequence | None = None
     shares_heads: bool = False
+    heads: str = "heads"
     tokens: Runs | None = None
     rows_second: tuple[str, ...] = ()
     countable: Callable[[Any], None] | None = None

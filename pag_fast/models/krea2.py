@@ -41,6 +41,7 @@ DESCRIPTION = ModelDescription(
     layout=_LAYOUT,
     replaces=_FUSABLE,
     fusable_processors=_FUSABLE,
+    heads="num_heads",
     tokens=text_in_front,
     checkpoints=(Checkpoint("Krea2Pipeline", "Krea 2"),),
 )

@@ -20,7 +20,7 @@ class Layer:
     Attributes:
         name: module name in its denoiser.
         index: another number for every perturbed layer of a model: random numbers start from it.
-        heads: how many heads it has.
+        heads: how many heads it has; 0 where only its product will tell.
         linear: its attention is linear, without a softmax (Sana).
         temporal: its tokens are the frames of a video, not an image.
         state: what the model runs, for the size of its latents and the number of the step.
@@ -28,7 +28,7 @@ class Layer:
 
     name: str = ""
     index: int = 0
-    heads: int = 1
+    heads: int = 0
     linear: bool = False
     temporal: bool = False
     state: BranchState = field(default_factory=BranchState)

@@ -97,7 +97,7 @@ class SoftIdentity(AttentionPerturbation):
         self.constant(layer)
 
     def constant(self, layer: Layer) -> tuple[float, ...]:
-        """λ of every head of the layer.
+        """λ of every head of the layer, or of all where nobody knows how many it has.
 
         Raises:
             ValueError: no pattern matches the layer, or it has another number of heads.
@@ -112,8 +112,8 @@ class SoftIdentity(AttentionPerturbation):
                 )
             strength = found[0]
         if isinstance(strength, int | float):
-            return (float(strength),) * layer.heads
-        if len(strength) != layer.heads:
+            return (float(strength),) * (layer.heads or 1)
+        if layer.heads and len(strength) != layer.heads:
             raise ValueError(
                 f"strength holds {len(strength)} numbers, and {layer.name} has {layer.heads} "
                 "heads: give one number per head, or a dictionary with an entry for each layer."
@@ -121,11 +121,14 @@ class SoftIdentity(AttentionPerturbation):
         return tuple(strength)
 
     def attend(self, rows: Rows) -> torch.Tensor:
+        strength = rows.constant
+        assert strength is not None
+        if not rows.layer.heads and strength.numel() == 1:
+            strength = strength.expand(rows.value.shape[2])
         if not rows.layer.linear:
-            return rows.fused("soft", rows.constant)
+            return rows.fused("soft", strength)
         out = rows.attend(rows.query, rows.key, rows.value)
-        assert rows.constant is not None
-        weight = rows.constant.to(out.dtype)[:, None]
+        weight = strength.to(out.dtype)[:, None]
         mixed = torch.lerp(out[rows.source], rows.value[rows.source], weight)
         return torch.cat([out[: rows.num_attend], mixed])
 

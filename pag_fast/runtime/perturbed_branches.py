@@ -67,14 +67,18 @@ def layers_of(denoiser: Any, state: BranchState | None = None) -> dict[str, Laye
     traced = family.traced.trace if family.is_derived else None
     seen = {} if traced is None else {a.name: a.heads for a in traced.attentions}
     return {
-        # a class that nobody has described may not say how many heads it has
         name: Layer(
             name,
             index,
-            seen[name] if name in seen else getattr(module, "heads", 1),
+            seen[name] if name in seen else _heads(getattr(module, family.heads, None)),
             linear,
             "motion_modules" in name,
             state,
         )
         for index, (name, module) in enumerate(modules.items())
     }
+
+
+def _heads(said: Any) -> int:
+    """How many heads an attention says that it has; of a class of one's own it may be anything."""
+    return said if type(said) is int else 0

@@ -242,7 +242,7 @@ class ObservedGuidance:
             list(kept),
             bool(more),
             target.dtype,
-            products([*given, *of_latents, *kept.values(), *more], target),
+            products([*given, *of_latents, *kept.values(), *more], target, *more),
         )
 
     def _see_latents(

@@ -17,6 +17,10 @@ _MOST = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 _LOOSE = 0.1
 # what rounding leaves of a sum
 _LEAST_EPS, _LEAST = 4.0, 3e-6
+# of what elements change by: what changes by less may change by rounding alone
+_STILL = 0.5
+# of elements that have changed, for those to stand for all
+_FEWEST = 1 / 16
 # a term is there where a sum without it leaves so many times as much
 TIMES = 4.0
 
@@ -38,11 +42,26 @@ def rounding_of(dtype: torch.dtype) -> float:
     return max(_LEAST_EPS * torch.finfo(dtype).eps, _LEAST)
 
 
-def products(columns: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """Scalar products of all columns and, last, the target, on their device."""
+def products(
+    columns: Sequence[torch.Tensor], target: torch.Tensor, before: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scalar products of all columns and, last, the target, on their device.
+
+    Elements of the target that are as they were ``before`` are left out: a loop that is given some
+    of the frames writes those over what was predicted there, and no sum explains that.
+    """
     every, device = [*(cropped(x, target) for x in columns), target], columns[0].device
     stacked = torch.stack([x.to(device, torch.float64).flatten() for x in every])
+    if before is not None:
+        stacked = stacked * _changed(target, before).to(device).flatten()
     return stacked @ stacked.mT
+
+
+def _changed(target: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Where the target is not as it was, beside its other elements; everywhere if it is nowhere."""
+    change = (target.double() - before.to(target.device)).abs()
+    changed = change > _STILL * change.square().mean().sqrt()
+    return changed | (changed.double().mean() < _FEWEST)
 
 
 def fit(found: torch.Tensor, chosen: Sequence[int]) -> Sum:
