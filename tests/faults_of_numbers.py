@@ -237,6 +237,13 @@ NUMBERS = [
         tests_of("number_of_heads", "another_name or described"),
     ),
     Fault(
+        "the ancestral DPM2's levels are where the other one's are",
+        "pag_fast/runtime/guidance.py",
+        "for first in (1, 0)",
+        "for first in (1, 1)",
+        tests_of("schedules", "called_at"),
+    ),
+    Fault(
         "the other end of a range of noise levels",
         _SCHEDULES,
         "above < step.sigma <= below",

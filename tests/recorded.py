@@ -33,17 +33,30 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         """What a CUDA graph does: the same operations on the same addresses, and no Python."""
-        with torch.no_grad():
-            for func, args, kwargs, out in self.operations:
-                returns = func._schema.returns
-                aliases = any(x.alias_info is not None for x in returns)
-                if aliases and not func._schema.is_mutable:
-                    continue  # a view is where it was
+        for func, args, kwargs, out in self.operations:
+            if not func._schema.is_mutable and _is_view(out, (args, kwargs)):
+                continue
+            # what was made in inference mode is written there alone
+            inference = any(x.is_inference() for x in _tensors(out, args, kwargs))
+            with torch.inference_mode(inference), torch.no_grad():
                 now = func(*args, **kwargs)
-                if not aliases:
-                    for x, fresh in zip(tree_leaves(out), tree_leaves(now), strict=True):
-                        if isinstance(x, torch.Tensor):
-                            x.copy_(fresh)
+                for x, fresh in zip(_tensors(out), _tensors(now), strict=True):
+                    if x.data_ptr() != fresh.data_ptr():
+                        x.copy_(fresh)
+
+
+def _tensors(*trees: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor)]
+
+
+def _is_view(out: Any, given: Any) -> bool:
+    """Whether what an operation returns is where it was, by memory.
+
+    Its schema does not say: ``reshape``, which inference mode leaves whole, may make a copy.
+    """
+    own = {x.untyped_storage().data_ptr() for x in _tensors(given)}
+    made = _tensors(out)
+    return bool(made) and all(x.untyped_storage().data_ptr() in own for x in made)
 
 
 class RecordingCapture:

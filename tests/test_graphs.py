@@ -49,6 +49,33 @@ def _both(pipe, kwargs, layers=None, **options):
     return expected, latents(pipe, kwargs())
 
 
+def _changing(x, weight, running):
+    """Views, copies that look like views, writes, and a write beside a result of its own."""
+    kept = x.transpose(1, 2).reshape(4, -1) + x.reshape(4, -1)
+    normed, _, _ = torch.ops.aten._native_batch_norm_legit(
+        kept, None, None, running[0], running[1], True, 0.5, 1e-5
+    )
+    out = torch.nn.functional.linear(normed, weight)
+    out[:, 1:].mul_(2.0)
+    return out.view(2, 2, -1).flatten(1), torch.empty(0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_recorded_is_what_runs(inference):
+    """In inference mode operations come whole, and a reshape may be a copy."""
+    torch.manual_seed(0)
+    with torch.inference_mode(inference):
+        x, weight = torch.randn(4, 3, 5), torch.randn(7, 15)
+        running = torch.zeros(15), torch.ones(15)
+        replay, out = RecordingCapture(x.device)(lambda: _changing(x, weight, running))
+        before, known = out[0].clone(), running[0].clone()
+        x.copy_(torch.randn(4, 3, 5))
+        expected = _changing(x, weight, (torch.zeros(15), torch.ones(15)))[0]
+    replay()
+    assert torch.equal(out[0], expected) and relative(out[0], before) > 0.1
+    assert not torch.equal(running[0], known)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_picture_is_the_same(name):
     pipe = build(name)

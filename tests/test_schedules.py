@@ -183,6 +183,37 @@ def test_schedulers_that_call_the_model_twice_have_a_position_for_each(name):
         assert sigmas[0] > sigmas[1] > sigmas[2] > sigmas[3]
 
 
+KDPM2 = [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading"}]
+KDPM2 += [{"timestep_spacing": "trailing"}, {"beta_start": 0.00085, "beta_end": 0.012}]
+
+
+@pytest.mark.parametrize("steps", [2, 4, 11])
+@pytest.mark.parametrize("config", KDPM2, ids=str)
+@pytest.mark.parametrize("name", ["KDPM2Discrete", "KDPM2AncestralDiscrete", "HeunDiscrete"])
+def test_noise_levels_are_those_that_the_model_is_called_at(name, config, steps):
+    """What the scheduler divides the model's input by, ``sqrt(σ² + 1)``."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**config)
+    found = [step.sigma for step in _steps(scheduler, n=steps)]
+    ones = torch.ones(1, dtype=torch.float64)
+    for t, sigma in zip(scheduler.timesteps, found, strict=True):
+        scaled = scheduler.scale_model_input(ones, t)
+        assert sigma == pytest.approx((1 / scaled**2 - 1).clamp_min(0).sqrt().item(), rel=1e-4)
+        scheduler.step(torch.zeros(1), t, torch.ones(1))
+
+
+def test_a_scheduler_of_ones_own_between_two_noise_levels():
+    """Without a table of what was trained its levels are where KDPM2 has them."""
+    scheduler = SimpleNamespace(
+        timesteps=torch.tensor([900.0, 700.0, 500.0]),
+        sigmas=torch.tensor([9.0, 5.0, 5.0, 0.0]),
+        sigmas_interpol=torch.tensor([9.0, 7.0, 7.0, 1.0]),
+    )
+    pipe = SimpleNamespace(scheduler=scheduler, pag_scale=3.0, pag_adaptive_scale=0.0)
+    cache = {}
+    found = [_step(pipe, place_of(pipe, t, cache), cache).sigma for t in scheduler.timesteps]
+    assert found == [9.0, 7.0, 5.0]
+
+
 def test_image_to_image_counts_the_steps_it_takes():
     scheduler = diffusers.EulerDiscreteScheduler()
     steps = _steps(scheduler, n=10, begin=6, _num_timesteps=4)

@@ -246,8 +246,29 @@ def _host_sigmas(scheduler: Any, timesteps: list[float]) -> list[float] | None:
         between = getattr(scheduler, "sigmas_interpol", None)
         if isinstance(between, torch.Tensor):
             # DPM2 calls the model a second time between two noise levels
-            host[1 : len(timesteps) : 2] = between.tolist()[1 : len(timesteps) : 2]
+            host[1 : len(timesteps) : 2] = _between(scheduler, timesteps[1::2], between.tolist())
         return host
+    return _trained_sigmas(scheduler, timesteps)
+
+
+def _between(scheduler: Any, timesteps: list[float], levels: list[float]) -> list[float]:
+    """Of a second call at each of the timesteps, the level: there in the table, or one before."""
+    count = 2 * len(timesteps)
+    trained = _trained_sigmas(scheduler, timesteps)
+    if trained is None:
+        return levels[1 : 1 + count : 2]
+    return min(
+        (levels[first : first + count : 2] for first in (1, 0)),
+        key=lambda found: sum(
+            # of the terminal level, which may be infinite, nothing is left
+            abs(1.0 / (1.0 + own) - 1.0 / (1.0 + level))
+            for own, level in zip(found, trained, strict=False)
+        ),
+    )
+
+
+def _trained_sigmas(scheduler: Any, timesteps: list[float]) -> list[float] | None:
+    """The noise levels that a model was trained with at these timesteps."""
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return None
