@@ -22,6 +22,7 @@ from faults_of_ops import OPS
 from faults_of_others import OTHERS
 from faults_of_own_code import OWN_CODE
 from faults_of_ranks import RANKS
+from faults_of_rows import ROWS
 from faults_of_seen import SEEN
 from faults_of_stock import STOCK
 from planting import Fault
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 _IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "bench-results")
 
 
-FAULTS = [*NUMBERS, *OPS, *CALLS, *KEPT, *SEEN, *STOCK, *OTHERS, *OWN_CODE, *RANKS]
+FAULTS = [*NUMBERS, *OPS, *CALLS, *KEPT, *SEEN, *ROWS, *STOCK, *OTHERS, *OWN_CODE, *RANKS]
 
 
 def anchors() -> list[str]:
