@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+from importlib.metadata import version
 
 import diffusers
 import pytest
@@ -51,7 +52,7 @@ def test_pipelines_with_pag_equal_diffusers(name, is_patched):
     assert found.reference == "diffusers' own pipeline"
     assert found.steps == {"shared": 4} and found.fallbacks == {}
     assert found.explanation.is_patched
-    assert found.versions["torch"] == torch.__version__
+    assert found.versions["torch"] == version("torch")
     assert (found.dtype, found.device, found.bound) == ("float32", "cpu", 1e-4)
 
 
