@@ -31,6 +31,9 @@ SAME_NOISE = pytest.mark.skipif(
 )
 
 
+TRACES = pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 traces no indexing by masks")
+
+
 def newest(reason: str) -> Any:
     """A mark: the test needs a newer diffusers, as ``reason`` says."""
     return pytest.mark.skipif(OLD, reason=f"diffusers {diffusers.__version__}: {reason}")

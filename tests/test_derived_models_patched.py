@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import older
 import own_models
 import pytest
 import torch
@@ -105,6 +106,7 @@ def test_other_perturbations():
         pag_fast.patch(build(), LAYERS, perturbation=P.SkippedBlock())
 
 
+@older.TRACES
 def test_compiled_without_recompiling():
     torch._dynamo.reset()
     pipe, call = build(attends="Dispatched", mask="keys"), prompts()
@@ -212,6 +214,7 @@ def test_cfg_that_comes_and_goes():
     assert not pipe._pag_fast.fallbacks
 
 
+@older.TRACES
 def test_a_model_that_the_user_has_compiled():
     torch._dynamo.reset()
     pipe, call = build(attends="Dispatched"), prompts()

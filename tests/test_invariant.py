@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import older
 import pytest
 import torch
 from numerics import relative
@@ -61,6 +62,8 @@ def _uses(pipe, kwargs):
     every([(True, "middle")], [(True, "default"), (False, "default"), (False, "middle")]),
 )
 def test_conditioning_runs_once_per_call(name, cfg, layers):
+    if name.startswith("HunyuanDiT") and older.TORCH < (2, 7):
+        pytest.skip("torch 2.6 reads its table of positions in three operations, which are counted")
     pipe = build(name, pag_applied_layers=PIPELINES[name].layers[layers])
     kwargs = {"cfg": cfg, "steps": 4}
     stock = _uses(pipe, call_kwargs(name, pipe, **kwargs))
