@@ -14,8 +14,8 @@ ROWS = [
     ),
     Fault(
         "uncond may have a timestep of its own",
-        "pag_fast/sharing/arguments.py",
-        "time = None if by_construction else call.get(",
+        "pag_fast/sharing/row_equality.py",
+        "time = None if self.by_construction else call.get(",
         "time = None and call.get(",
         tests_of("rows_that_part", "other_timestep"),
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..fusion import Fusion
 from ..models.registry import COND, PERTURBED, UNCOND, controlnets, uncompiled
 from ..parallel.placement import cut
-from ..sharing.arguments import change_rows, compared, latents_of, tensors_of
+from ..sharing.arguments import change_rows, latents_of, tensors_of
 from ..sharing.conditioning_cache import ConditioningCache, Invariant, invariants
 from ..sharing.plan import BranchPlan
 from ..sharing.row_equality import RowEquality
@@ -172,8 +172,7 @@ class ControlNets:
             return call
         full = len(layout)
         if layout[-1] == PERTURBED:
-            known = self._equality.by_construction
-            everything = compared(call, rows, 1, by_construction=known)
+            everything = self._equality.compared(call, rows, 1)
             differing = self._equality.differing(everything, full, -2, -1, key="cond")
             if differing:
                 session.patch.fall_back(
@@ -203,8 +202,7 @@ class ControlNets:
     def _merged(self, call: Call, installed: InstalledControlNets) -> int:
         if not any(plan.sites for plan in installed.plans):
             return 2
-        known = self._equality.by_construction
-        everything = compared(call, 2 * self.session.unit, 1, by_construction=known)
+        everything = self._equality.compared(call, 2 * self.session.unit, 1)
         pictures = {name for name, _ in tensors_of(call) if name.startswith("controlnet_cond")}
         if not pictures or not pictures <= everything.keys():
             return 2  # one that the net itself hands to all rows

@@ -6,6 +6,7 @@ they get the rows that the batch has there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ _NAME = "clip_embeds"
 
 def held_by(denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """What the image projections of a UNet hold, by name."""
+    return {f"{name}.{_NAME}": x for name, _, x in _held(denoiser)}
+
+
+def _held(denoiser: nn.Module) -> Iterator[tuple[str, dict[str, Any], torch.Tensor]]:
+    """The name of each projection that holds a tensor, its attributes, and that."""
     projections = getattr(denoiser, "encoder_hid_proj", None)
-    named = [] if projections is None else projections.named_modules()
-    found = {f"{name}.{_NAME}": vars(module).get(_NAME) for name, module in named}
-    return {name: x for name, x in found.items() if isinstance(x, torch.Tensor) and x.ndim}
+    for name, module in () if projections is None else projections.named_modules():
+        x = vars(module).get(_NAME)
+        if isinstance(x, torch.Tensor) and x.ndim:
+            yield name, vars(module), x
 
 
 class HeldRows:
@@ -46,10 +53,8 @@ class HeldRows:
             ValueError: rows that are none of the pipeline's batch.
         """
         copies, entries = {}, []
-        for module in denoiser.encoder_hid_proj.modules():
-            own: dict[str, Any] = vars(module)
-            x = own.get(_NAME)
-            if not isinstance(x, torch.Tensor) or not x.ndim or x.shape[0] == full * unit:
+        for _, own, x in _held(denoiser):
+            if x.shape[0] == full * unit:
                 continue
             version = version_of(x)
             known, before, made = self._copies.get(id(x), (None, 0, x))

@@ -16,7 +16,6 @@ from ..sharing.arguments import (
     MID_RESIDUAL,
     RESIDUALS,
     are_uneven,
-    compared,
     knows_places,
     latents_of,
     version_of,
@@ -195,11 +194,11 @@ class RowDecision:
         found: Findings | None = None,
     ) -> Slabs:
         """Compare the rows of the branches."""
-        known = self.equality.by_construction
-        everything = compared(call, full * unit, frames, by_construction=known)
-        held = {n: x for n, x in held_by(self.installed.denoiser).items() if len(x) == full * unit}
+        everything = self.equality.compared(call, full * unit, frames)
         shared = full - len(self.installed.branches)
         if not self.copies:
+            held = held_by(self.installed.denoiser)
+            held = {name: x for name, x in held.items() if len(x) == full * unit}
             differing = self.equality.differing(
                 everything | held, full, shared - 1, shared, key="cond", recheck=self._recheck
             )

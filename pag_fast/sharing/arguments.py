@@ -90,20 +90,6 @@ def batched(call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Ten
     return {n: x for n, x in _tensors("", call) if with_rows(n.split(".")[-1], x, rows, frames)}
 
 
-def compared(
-    call: dict[str, Any], rows: int, frames: int, *, by_construction: bool
-) -> dict[str, torch.Tensor]:
-    """What has to be equal in branches that run as one: :func:`batched`.
-
-    Timesteps are part of it where they are not equal ``by_construction``.
-    """
-    found = batched(call, rows, frames)
-    time = None if by_construction else call.get("timestep")
-    if isinstance(time, torch.Tensor) and with_rows("timestep", time, rows, frames):
-        found["timestep"] = time
-    return found
-
-
 def with_rows(name: str, x: torch.Tensor, rows: int, frames: int) -> bool:
     """Whether ``x``, an argument called ``name``, has the batch's rows in front.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .arguments import SAMPLE, UNCHECKED, version_of
+from .arguments import SAMPLE, UNCHECKED, batched, version_of, with_rows
 
 # guidance is embedded with the timestep, and some loops make its tensor anew in every step; x and t
 # are what Z-Image and its kin call latents and timestep
@@ -78,6 +78,17 @@ class RowEquality:
         """
         whole, part = self._last[""][1], _conditioning(call)
         return len(whole) == len(part) and all(map(_leads, whole, part))
+
+    def compared(self, call: dict[str, Any], rows: int, frames: int) -> dict[str, torch.Tensor]:
+        """What has to be equal in branches that run as one, by dotted name.
+
+        Timesteps are part of it where they are not equal by construction.
+        """
+        found = batched(call, rows, frames)
+        time = None if self.by_construction else call.get("timestep")
+        if isinstance(time, torch.Tensor) and with_rows("timestep", time, rows, frames):
+            found["timestep"] = time
+        return found
 
     def differing(
         self,
