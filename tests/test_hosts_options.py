@@ -113,28 +113,34 @@ def test_a_pag_pipeline_takes_its_scale_in_the_call():
         pag_fast.patch(pipe, pag_scale=2.0)
 
 
-@pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
-def test_rescale_modes(name, mode):
-    """What reaches the scheduler, against the op on what the model has predicted."""
-    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
-    rescale = {} if mode == "snf" else {"rescale": 0.7}
+def _of_a_step(name, pipe):
+    """What the model predicts in the one step of a call, and what reaches the scheduler."""
     predicted, combined, step = [], [], pipe.scheduler.step
 
     def recorded(prediction, *args, **kwargs):
         combined.append(prediction)
         return step(prediction, *args, **kwargs)
 
+    # in front of the session's own hook, which combines
+    handle = denoiser_of(pipe).register_forward_hook(
+        observing(lambda *a: predicted.append(a[2][0]))
+    )
+    pipe.scheduler.step = recorded
+    try:
+        latents(pipe, call_kwargs(name, pipe, steps=1))
+    finally:
+        handle.remove()
+        del pipe.scheduler.step
+    return predicted, combined[0]
+
+
+@pytest.mark.parametrize(("name", "mode"), [(SD, "full"), (SD, "snf"), (FLUX, "partial")])
+def test_rescale_modes(name, mode):
+    """What reaches the scheduler, against the op on what the model has predicted."""
+    pipe, layers = built_host(name), HOSTS[name].layers["middle"]
+    rescale = {} if mode == "snf" else {"rescale": 0.7}
     with pag_fast.patched(pipe, layers, rescale_mode=mode, **rescale):
-        # in front of the session's own hook, which combines
-        handle = denoiser_of(pipe).register_forward_hook(
-            observing(lambda *a: predicted.append(a[2][0]))
-        )
-        pipe.scheduler.step = recorded
-        try:
-            latents(pipe, call_kwargs(name, pipe, steps=1))
-        finally:
-            handle.remove()
-            del pipe.scheduler.step
+        predicted, combined = _of_a_step(name, pipe)
     if name == SD:
         uncond, cond, perturbed = predicted[0].chunk(3)
     else:
@@ -144,7 +150,7 @@ def test_rescale_modes(name, mode):
         for options in ({}, {"rescale_mode": mode, **rescale})
     )
     assert relative(truth, plain) > 1e-4
-    assert relative(combined[0], truth) < 1e-5
+    assert relative(combined, truth) < 1e-5
 
 
 @pytest.mark.skipif("ZImagePipeline" not in HOSTS, reason="this diffusers has no Z-Image")
@@ -152,30 +158,16 @@ def test_cfg_is_rescaled_in_a_step_without_pag():
     """Of a list of rows, which the loop gets with cond in front."""
     name, never = "ZImagePipeline", pag_fast.Schedule(per_step=lambda step: 0.0)
     pipe, layers = built_host(name), HOSTS[name].layers["middle"]
-    predicted, combined, step = [], [], pipe.scheduler.step
-
-    def recorded(prediction, *args, **kwargs):
-        combined.append(prediction)
-        return step(prediction, *args, **kwargs)
-
     with pag_fast.patched(pipe, layers, rescale_mode="cfg", rescale=0.7, schedule=never):
-        handle = denoiser_of(pipe).register_forward_hook(
-            observing(lambda *a: predicted.append(torch.stack(a[2][0])))
-        )
-        pipe.scheduler.step = recorded
-        try:
-            latents(pipe, call_kwargs(name, pipe, steps=1))
-        finally:
-            handle.remove()
-            del pipe.scheduler.step
-    uncond, cond = predicted[0].chunk(2)
+        predicted, combined = _of_a_step(name, pipe)
+    uncond, cond = torch.stack(predicted[0]).chunk(2)
     g = 1.0 + HOSTS[name].cfg_scale(call_kwargs(name, pipe))  # cond + g·(cond − uncond)
     plain, truth = (
         reference.combine_guidance(uncond, cond, None, g, 0.0, **options)
         for options in ({}, {"rescale_mode": "cfg", "rescale": 0.7})
     )
     assert relative(truth, plain) > 1e-4
-    assert relative(-combined[0].reshape(truth.shape), truth) < 1e-5
+    assert relative(-combined.reshape(truth.shape), truth) < 1e-5
 
 
 def test_guidance_is_rescaled_once():
